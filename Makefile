@@ -1,0 +1,45 @@
+# make demo | test | test-newest | lint | clean. The first run sets the environment up.
+#
+#   PYTHON=python3.12    the interpreter that .venv is made with
+#   VENV=DIR             use the environment DIR as it is, with nothing installed into it
+#   PYTEST_ARGS=...      passed on to pytest
+#
+# PyPI's torch for Linux brings several GB of CUDA. For the CPU build, set in the shell
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV ?= .venv
+ifeq ($(VENV),.venv)
+READY := .venv/.installed
+endif
+
+.PHONY: demo test test-newest lint clean
+
+demo: $(READY)
+	$(VENV)/bin/dmoerm demo
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# TRL's contracts once more, with the newest TRL, which has no PPO.
+test-newest: .venv-newest/.installed
+	.venv-newest/bin/python -m pytest -m trl_contract $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+
+.venv/.installed: EXTRAS = ppo,dev
+.venv-newest/.installed: EXTRAS = dev
+
+# The stamp is written last and removed first: an environment without it is half made, and is made anew.
+.venv/.installed .venv-newest/.installed: setup.cfg pyproject.toml constraints.txt
+	test -f $@ || $(PYTHON) -m venv --clear $(@D)
+	rm -f $@
+	$(@D)/bin/python -m pip install -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+# Keeps runs/, where trained models are.
+clean:
+	rm -rf .venv .venv-newest .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

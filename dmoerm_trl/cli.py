@@ -1,0 +1,52 @@
+"""The console command: `dmoerm <command> ...` runs `dmoerm_trl.scripts.<command>.main`."""
+
+import sys
+from importlib import import_module
+
+from dmoerm_trl import __version__
+
+COMMANDS = {
+    "world": "write the simulated preference world to a JSONL file",
+    "train": "train a DMoERM from preference rows: router, three phases, baselines",
+    "eval": "print and save the consistency table",
+    "score": "score responses and explain them",
+    "demo": "the whole method on a simulated world: data, base, training, table, PPO",
+}
+"""Command -> what it does. The script of the same name is imported only when its command runs."""
+
+
+def usage() -> str:
+    """The text of `dmoerm --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        ["usage: dmoerm <command> ...", "", "commands:", *lines, "", "dmoerm <command> --help lists its options."]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs one command.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            The command and its arguments; `sys.argv[1:]` by default.
+
+    Returns:
+        The exit status: 0, or 2 for an unknown command.
+    """
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(usage())
+    elif command == "--version":
+        print(f"dmoerm {__version__}")
+    elif command in COMMANDS:
+        import_module(f"dmoerm_trl.scripts.{command}").main(arguments)
+    else:
+        print(f"dmoerm: got command {command!r}, need one of {', '.join(COMMANDS)}.\n\n{usage()}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

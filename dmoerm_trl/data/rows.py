@@ -1,0 +1,443 @@
+"""Preference rows: one prompt, two or more ranked responses. Reading, checking, writing; see recipes/DATA.md."""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from tqdm.auto import tqdm
+
+from ..tasks import OTHERS, OVERALL, TaskTable
+
+OnError = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class PreferenceRow:
+    """
+    One prompt with its ranked responses.
+
+    Args:
+        prompt (`list[dict]`):
+            Turns with `role` and `content`, oldest first; the last is the user's.
+        responses (`list[str]`):
+            K >= 2 answers to the last turn.
+        ranks (`list[int]`):
+            One rank a response, 1 is best, ties allowed.
+        task (`str`, *optional*):
+            Name of the task, `"others"`, or `None` where it is not known.
+        capability_ranks (`dict[str, list[int]]`):
+            Capability point -> one rank a response. A point that is absent is unlabelled for this row.
+    """
+
+    prompt: list[dict]
+    responses: list[str]
+    ranks: list[int]
+    task: str | None = None
+    capability_ranks: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def prompt_id(self) -> str:
+        """A stable id of the prompt, in which neither case nor the amount of white space matters."""
+        turns = [[turn["role"], " ".join(turn["content"].split()).casefold()] for turn in self.prompt]
+        return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:16]
+
+
+@dataclass
+class LoadReport:
+    """What became of the rows of a source: `rows` were kept, the others are counted by what happened to them."""
+
+    source: str
+    rows: int = 0
+    duplicates: int = 0
+    contradictions: int = 0  # those of the duplicates whose labels differ from those of the row that was kept
+    skipped: Counter = field(default_factory=Counter)  # reason -> rows
+    read_as_others: Counter = field(default_factory=Counter)  # label of the paper's published rows -> rows
+    ignored_fields: Counter = field(default_factory=Counter)  # field -> rows
+
+    def __str__(self) -> str:
+        parts = [f"{self.source}: {self.rows} rows"]
+        if self.duplicates:
+            parts.append(f"{self.duplicates} duplicates removed ({self.contradictions} of them with other labels)")
+        for what, counts in (
+            ("skipped", self.skipped),
+            ("with a label that was read as others", self.read_as_others),
+            ("fields not read", self.ignored_fields),
+        ):
+            if counts:
+                listed = ", ".join(f"{name}: {count}" for name, count in counts.most_common())
+                parts.append(f"{sum(counts.values())} {what} ({listed})")
+        return "; ".join(parts)
+
+
+class RowError(ValueError):
+    """A row that cannot be used. `reason` names the kind of fault, under which skipped rows are counted."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+def load_rows(
+    source: str | os.PathLike, *, tasks: TaskTable, split: str = "train", on_error: OnError = "raise"
+) -> tuple[list[PreferenceRow], LoadReport]:
+    """
+    Reads and checks preference rows.
+
+    Args:
+        source (`str`):
+            A `.jsonl` file, or what `datasets` loads: a `.json`, `.parquet`, `.arrow` or `.csv` file, a folder of such
+            files or of `save_to_disk`, or the name of a dataset on the hub.
+        tasks (`TaskTable`):
+            The tasks and capability points that rows may name.
+        split (`str`, *optional*, defaults to `"train"`):
+            The split of a folder or of a dataset on the hub.
+        on_error (`str`, *optional*, defaults to `"raise"`):
+            `"raise"` stops at the first bad row; `"skip"` leaves bad rows out and counts them by reason.
+
+    Returns:
+        The rows without duplicates, in the order of the source, and a [`LoadReport`], which prints as a short text.
+
+    Raises:
+        `ValueError`: For the first bad row, naming the source, the line (from 1), the field and the way out.
+    """
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        return _collect(_read_jsonl(path), str(path), "line", tasks, on_error)
+    return rows_from_dataset(_open_dataset(path, split), tasks=tasks, on_error=on_error, name=str(source))
+
+
+def rows_from_dataset(
+    dataset: Dataset, *, tasks: TaskTable, on_error: OnError = "raise", name: str = "dataset"
+) -> tuple[list[PreferenceRow], LoadReport]:
+    """As [`load_rows`], for a dataset in memory; `name` is what messages call it."""
+    return _collect(enumerate(dataset, start=1), name, "row", tasks, on_error)
+
+
+def write_rows(rows: Iterable[PreferenceRow], path: str | os.PathLike) -> None:
+    """Writes rows as JSONL that [`load_rows`] reads back. The file appears whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yields (line, what stands there); for a broken line a [`RowError`] in the row's place. Blank lines are no rows."""
+    with path.open("rb") as file:
+        for line, text in enumerate(file, start=1):
+            if text.strip():
+                try:
+                    yield line, json.loads(text)
+                except ValueError as error:  # not JSON, or not UTF-8
+                    yield (
+                        line,
+                        RowError("broken JSON", f"got broken JSON ({error}), need one JSON object: mend the line."),
+                    )
+
+
+def _open_dataset(path: Path, split: str) -> Dataset:
+    loaders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+    if path.is_file() and path.suffix in loaders:
+        return load_dataset(loaders[path.suffix], data_files=str(path), split="train")
+    if path.is_file() or (not path.exists() and (path.suffix in loaders or path.is_absolute())):
+        problem = "a kind that is not read" if path.is_file() else "which does not exist"
+        raise FileNotFoundError(
+            f"got {str(path)!r}, {problem}: need a file ending in {', '.join(loaders)}, a folder or a hub name."
+        )
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        dataset = load_from_disk(str(path))
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise ValueError(f"{path}: got split {split!r}, need one of {sorted(dataset)}.")
+            dataset = dataset[split]
+        return dataset
+    return load_dataset(str(path), split=split)
+
+
+def _collect(
+    numbered: Iterable[tuple[int, Any]], source: str, unit: str, tasks: TaskTable, on_error: OnError
+) -> tuple[list[PreferenceRow], LoadReport]:
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"got on_error={on_error!r}, need 'raise' or 'skip'.")
+    rows, seen, report = [], {}, LoadReport(source)
+    for number, raw in tqdm(numbered, desc=f"reading {source}", unit=" rows", delay=3):
+        try:
+            row = _parse(raw, tasks, report)
+            check_row(row, tasks)
+        except RowError as error:
+            if on_error == "raise":
+                way_out = "To leave such rows out and count them: on_error='skip'."
+                raise ValueError(f"{source}, {unit} {number}: {error} {way_out}") from error
+            report.skipped[error.reason] += 1
+            continue
+        labels = (row.task, [sorted(zip(row.responses, ranks, strict=True)) for ranks in _all_ranks(row).values()])
+        first = seen.setdefault((row.prompt_id, tuple(sorted(row.responses))), labels)
+        if first is labels:
+            rows.append(row)
+        else:
+            report.duplicates += 1
+            report.contradictions += first != labels
+    report.rows = len(rows)
+    return rows, report
+
+
+# --------------------------------------------------------------------------------------------------- formats
+
+_OURS = {"prompt", "messages", "responses", "ranks", "task", "capability_ranks"}
+_TRL = {"prompt", "chosen", "rejected", "task", "capability_ranks"}
+_PUBLISHED = {"src", "tgt", "response", "rank", "label"}
+
+
+def _parse(raw: Any, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
+    """Turns one row of any accepted format into a [`PreferenceRow`], whose values are still to be checked."""
+    if isinstance(raw, RowError):
+        raise raw
+    if not isinstance(raw, dict):
+        raise RowError("unknown format", f"got {_short(raw)}, need an object with `prompt`, `responses` and `ranks`.")
+    raw = {name: value for name, value in raw.items() if value is not None}  # None: how `datasets` writes an absence
+    if raw.keys() & {"responses", "ranks"}:
+        fields, row = _OURS, _parse_ours(raw)
+    elif {"chosen", "rejected"} <= raw.keys():
+        fields, row = _TRL, _parse_trl(raw)
+    elif {"src", "response", "rank"} <= raw.keys():
+        fields, row = _PUBLISHED, _parse_published(raw, tasks, report)
+    else:
+        raise RowError(
+            "unknown format",
+            f"got the fields {sorted(raw)}, need `prompt` or `messages`, `responses` and `ranks`; or `chosen` and "
+            "`rejected`; or `src`, `tgt`, `response` and `rank`: rename the fields.",
+        )
+    chats = {
+        name: raw[name] for name in ("prompt", "messages", "chosen", "rejected") if isinstance(raw.get(name), list)
+    }
+    unread = {
+        f"{name}.{key}" for name, turns in chats.items() for turn in turns for key in turn if turn[key] is not None
+    }
+    unread -= {f"{name}.{key}" for name in chats for key in ("role", "content")}
+    report.ignored_fields.update(unread | (raw.keys() - fields))
+    return row
+
+
+def _parse_ours(raw: dict) -> PreferenceRow:
+    given = [name for name in ("prompt", "messages") if name in raw]
+    if len(given) != 1:
+        raise RowError("bad prompt", f"got the fields {sorted(raw)}, need exactly one of `prompt` and `messages`.")
+    missing = {"responses", "ranks"} - raw.keys()
+    if missing:
+        raise RowError("missing field", f"got no field `{missing.pop()}`, need it with one entry a response: add it.")
+    capability_ranks = _capability_ranks(raw)
+    return PreferenceRow(
+        _turns(raw[given[0]], given[0]), raw["responses"], raw["ranks"], raw.get("task"), capability_ranks
+    )
+
+
+def _parse_trl(raw: dict) -> PreferenceRow:
+    """TRL's preference format, standard or conversational; without `prompt`, what both sides begin with is the prompt."""
+    chosen, rejected = raw["chosen"], raw["rejected"]
+    if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
+        raise RowError(
+            "bad responses",
+            f"fields `chosen` and `rejected`: got {_short(chosen)} and {_short(rejected)}, "
+            "need both as text or both as turns.",
+        )
+    prompt = raw.get("prompt")
+    if prompt is None:
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+        if isinstance(chosen, str):  # back to the start of the word in which they part, its space included as in TRL
+            while shared and not chosen[shared - 1].isspace():
+                shared -= 1
+            shared -= chosen[:shared].endswith(" ")
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if not prompt:
+            raise RowError(
+                "empty prompt",
+                "field `chosen`: got no beginning in common with `rejected`, need one because "
+                "without the field `prompt` that is the prompt: add `prompt`.",
+            )
+    responses = [_completion(chosen, "chosen"), _completion(rejected, "rejected")]
+    return PreferenceRow(_turns(prompt, "prompt"), responses, [1, 2], raw.get("task"), _capability_ranks(raw))
+
+
+def _parse_published(raw: dict, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
+    """
+    The paper's published rows: user turns `src`, assistant turns before the last user turn `tgt`, a lower `rank` is
+    better. The Chinese `label` becomes the table's own name for the task; labels outside the five are the paper's others.
+    """
+    users, assistants = raw["src"], raw.get("tgt", [])
+    if not isinstance(users, list) or not isinstance(assistants, list) or len(users) != len(assistants) + 1:
+        raise RowError(
+            "bad prompt",
+            f"fields `src` and `tgt`: got {_short(users)} and {_short(assistants)}, need lists "
+            "with one more in `src` because the last user turn is the one to answer: mend the row.",
+        )
+    turns = [{"role": "user", "content": users[0]}]
+    for assistant, user in zip(assistants, users[1:], strict=True):
+        turns += [{"role": "assistant", "content": assistant}, {"role": "user", "content": user}]
+    task = raw.get("label") or None
+    if task is not None and task not in tasks.tasks and task != OTHERS:
+        english = dict(zip(TaskTable.paper("zh").tasks, TaskTable.paper("en").tasks, strict=True)).get(task)
+        if english not in tasks.tasks:
+            report.read_as_others[str(task)] += 1
+            english = OTHERS
+        task = english
+    return PreferenceRow(_turns(turns, "src"), raw["response"], raw["rank"], task)
+
+
+def _turns(prompt: Any, name: str) -> list[dict]:
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list):
+        raise RowError("bad prompt", f"field `{name}`: got {_short(prompt)}, need text or a list of turns.")
+    for turn in prompt:
+        if not (isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
+            raise RowError(
+                "bad prompt", f"field `{name}`: got the turn {_short(turn)}, need `role` and `content` as text."
+            )
+    return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+
+
+def _completion(completion: str | list, name: str) -> str:
+    """The text of a side of TRL's format, which as turns must be one turn of the assistant."""
+    if isinstance(completion, str):
+        return completion
+    turns = _turns(completion, name)
+    if [turn["role"] for turn in turns] != ["assistant"]:
+        raise RowError(
+            "bad responses",
+            f"field `{name}`: got turns of {[turn['role'] for turn in turns]} after the prompt, "
+            "need one turn of the assistant: move the turns before it into `prompt`.",
+        )
+    return turns[0]["content"]
+
+
+def _capability_ranks(raw: dict) -> dict[str, list[int]]:
+    labels = raw.get("capability_ranks", {})
+    if not isinstance(labels, dict):
+        raise RowError("bad capability_ranks", f"field `capability_ranks`: got {_short(labels)}, need point -> ranks.")
+    return {point: ranks for point, ranks in labels.items() if ranks is not None}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------- checks
+
+
+def check_row(row: PreferenceRow, tasks: TaskTable) -> None:
+    """
+    Checks the values of one row.
+
+    Raises:
+        [`RowError`]: If the row cannot be used; the text names the field, what was got, what is needed, and the way out.
+    """
+    if not row.prompt or not row.prompt[-1]["content"].strip():
+        raise RowError("empty prompt", "field `prompt`: got an empty one, need a question: write it or drop the row.")
+    if row.prompt[-1]["role"] != "user":
+        raise RowError(
+            "last turn not the user's",
+            f"field `prompt`: got a last turn of {row.prompt[-1]['role']!r}, need one of 'user' because the responses "
+            "answer it: move a last turn of the assistant into `responses`.",
+        )
+    if not isinstance(row.responses, list) or len(row.responses) < 2:
+        raise RowError(
+            "fewer than two responses",
+            f"field `responses`: got {_short(row.responses)}, need a list of two or more because one alone has no rank.",
+        )
+    for number, response in enumerate(row.responses, start=1):
+        if not isinstance(response, str) or not response.strip():
+            raise RowError(
+                "empty response",
+                f"field `responses`: got {_short(response)} as response {number}, need text because an empty response "
+                "says nothing about quality: drop it together with its rank.",
+            )
+    for name, ranks in _all_ranks(row).items():
+        _check_ranks(name, ranks, len(row.responses))
+    if len(set(row.ranks)) < 2:
+        raise RowError(
+            "no two distinct ranks",
+            f"field `ranks`: got {row.ranks}, need two distinct ranks because a row without a better and a worse "
+            "response teaches nothing: rank the responses or drop the row.",
+        )
+    if row.task is not None and row.task != OTHERS and row.task not in tasks.tasks:
+        raise RowError(
+            "unknown task",
+            f"field `task`: got {row.task!r}, need one of {[*tasks.tasks, OTHERS]}, or none where the task is not "
+            "known: rename it, or add it to the task table.",
+        )
+    if row.task is None:
+        known = {point for points in tasks.tasks.values() for point in points} | set(tasks.overall)
+    else:
+        known = {*tasks.tasks.get(row.task, ()), *tasks.overall}
+    for point in row.capability_ranks:
+        if point not in known:
+            raise RowError(
+                "unknown capability point",
+                f"field `capability_ranks`: got the point {point!r}, which task {row.task!r} does not have, need some of "
+                f"{sorted(known)}: rename it, or add it to the task table.",
+            )
+
+
+def _check_ranks(name: str, ranks: Any, count: int) -> None:
+    if not isinstance(ranks, list) or len(ranks) != count:
+        got = f"{len(ranks)} ranks" if isinstance(ranks, list) else _short(ranks)
+        raise RowError(
+            "ranks and responses of different lengths",
+            f"field `{name}`: got {got} for {count} responses, need one rank a response: add or remove some.",
+        )
+    if not all(type(rank) is int for rank in ranks):
+        raise RowError(
+            "ranks that are not integers",
+            f"field `{name}`: got {_short(ranks)}, need integers, 1 for the best: turn scores into ranks.",
+        )
+
+
+def _all_ranks(row: PreferenceRow) -> dict[str, list[int]]:
+    """The ranks and the capability ranks, by the name of their field, in one order whatever the order in the file."""
+    return {"ranks": row.ranks} | {
+        f"capability_ranks.{point}": row.capability_ranks[point] for point in sorted(row.capability_ranks)
+    }
+
+
+def check_capability_labels(rows: Iterable[PreferenceRow], tasks: TaskTable, *, overall: bool = True) -> None:
+    """
+    Checks, before any training, that every expert has something to learn from.
+
+    Args:
+        rows (`Iterable[PreferenceRow]`):
+            The rows for training.
+        tasks (`TaskTable`):
+            Each point of each task needs a row of that task in which two responses have distinct ranks on the point.
+        overall (`bool`, *optional*, defaults to `True`):
+            Whether the overall points (those of DMoERM-w/o-Outer) need such a row too, of whatever task.
+
+    Raises:
+        `ValueError`: If a point has no labels, naming all such points and the way out.
+    """
+    labelled = set()
+    for row in rows:
+        points = [point for point, ranks in row.capability_ranks.items() if len(set(ranks)) > 1]
+        labelled |= {(task, point) for task in (row.task, OVERALL) for point in points}
+    needed = tasks.tasks | ({OVERALL: tasks.overall} if overall else {})
+    missing = {task: [point for point in points if (task, point) not in labelled] for task, points in needed.items()}
+    missing = {task: points for task, points in missing.items() if points}
+    if missing:
+        listed = "; ".join(f"task {task!r}: {', '.join(map(repr, points))}" for task, points in missing.items())
+        raise ValueError(
+            f"got no labels for the capability points of {listed}. Need `capability_ranks` with two distinct ranks on at "
+            "least one row of the task, because an expert is trained on them: label the rows, or take the points out of "
+            "the task table."
+        )

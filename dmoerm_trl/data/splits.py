@@ -1,0 +1,118 @@
+"""Splits by prompt: phase 1, phase 3, their validation parts, and the test part never share a prompt."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+
+from ..tasks import OTHERS
+from .rows import PreferenceRow
+
+PARTS = ("phase1_train", "phase1_validation", "phase3_train", "phase3_validation", "test")
+
+
+def split_rows(
+    rows: Sequence[PreferenceRow],
+    *,
+    test: float = 0.2,
+    phase1: float = 0.6,
+    validation: float = 0.1,
+    seed: int = 0,
+) -> dict[str, list[PreferenceRow]]:
+    """
+    Splits rows into the parts that the phases train on, validate on, and are tested on.
+
+    All rows of a prompt fall into one part. Each task is split by itself, so that it has its share of every part. Which
+    prompts fall where hangs on the seed and the prompts alone, not on the order of the rows.
+
+    Args:
+        rows (`Sequence[PreferenceRow]`):
+            The rows; within a part they keep their order.
+        test (`float`, *optional*, defaults to 0.2):
+            Share of a task's prompts for `test`.
+        phase1 (`float`, *optional*, defaults to 0.6):
+            Share of the other prompts for phases 1 and 2; what is left is for phase 3 (the paper's 60% and 40%).
+        validation (`float`, *optional*, defaults to 0.1):
+            Share of each phase's prompts that validates it.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of the split.
+
+    Returns:
+        `dict[str, list[PreferenceRow]]`: The parts `phase1_train`, `phase1_validation`, `phase3_train`,
+        `phase3_validation` and `test`. A part's size is its share of the task's prompts, rounded, and at least one prompt
+        unless its share is 0.
+
+    Raises:
+        `ValueError`: If a task has too few prompts to fill each part. Rows without a task and those of `others` may leave
+            parts empty, because no inner model is trained on them alone.
+    """
+    for name, share in (("test", test), ("phase1", phase1), ("validation", validation)):
+        if not 0 <= share < 1 or (name == "phase1" and share == 0):
+            raise ValueError(
+                f"got {name}={share}, need a share below 1, and for phase1 above 0 because it trains the base."
+            )
+
+    ids_of_rows = [row.prompt_id for row in rows]
+    task_of = {}  # a prompt that occurs with several tasks counts once, under the last of them by name ("": no task)
+    for prompt_id, row in zip(ids_of_rows, rows, strict=True):
+        task_of[prompt_id] = max(task_of.get(prompt_id, ""), row.task or "")
+    prompts = defaultdict(list)  # task -> prompt ids
+    for prompt_id, task in task_of.items():
+        prompts[task].append(prompt_id)
+
+    shares = {"phase1_validation": validation, "phase3_validation": validation, "test": test}
+    needed = [part for part in PARTS if shares.get(part, 1)]
+    part_of = {}
+    for task, ids in prompts.items():
+        ids.sort(key=lambda prompt_id: hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest())
+        counts = _counts(len(ids), test, phase1, validation)
+        empty = [part for part in needed if not counts[part]]
+        if empty and task not in ("", OTHERS):
+            raise ValueError(
+                f"task {task!r}: got {len(ids)} prompts, which leaves none for {', '.join(empty)} ({counts}); need at least "
+                f"{len(needed)}, one in each part, because parts share no prompt: add rows of this task, or leave it out."
+            )
+        parts = [part for part in PARTS for _ in range(counts[part])]
+        part_of.update(zip(ids, parts, strict=True))
+
+    split = {part: [] for part in PARTS}
+    for prompt_id, row in zip(ids_of_rows, rows, strict=True):
+        split[part_of[prompt_id]].append(row)
+    return split
+
+
+def split_rows_beside_test(
+    rows: Sequence[PreferenceRow],
+    test_rows: Sequence[PreferenceRow],
+    *,
+    phase1: float = 0.6,
+    validation: float = 0.1,
+    seed: int = 0,
+) -> tuple[dict[str, list[PreferenceRow]], int]:
+    """
+    As [`split_rows`], where the test rows are given apart (a file of their own).
+
+    Returns:
+        The parts, `test` being all of `test_rows`; and how many of `rows` were removed because their prompt is in
+        `test_rows`, to be reported.
+    """
+    tested = {row.prompt_id for row in test_rows}
+    kept = [row for row in rows if row.prompt_id not in tested]
+    split = split_rows(kept, test=0.0, phase1=phase1, validation=validation, seed=seed)
+    return split | {"test": list(test_rows)}, len(rows) - len(kept)
+
+
+def _counts(prompts: int, test: float, phase1: float, validation: float) -> dict[str, int]:
+    """How many of a task's prompts fall into each part."""
+    tested = _take(prompts, test)
+    phases = {"phase1": _take(prompts - tested, phase1)}
+    phases["phase3"] = prompts - tested - phases["phase1"]
+    counts = {"test": tested}
+    for name, count in phases.items():
+        counts[f"{name}_validation"] = _take(count, validation)
+        counts[f"{name}_train"] = count - counts[f"{name}_validation"]
+    return {part: counts[part] for part in PARTS}
+
+
+def _take(count: int, share: float) -> int:
+    """The share of so many prompts, rounded, but at least one to either side; none if the share is 0."""
+    return min(max(1, round(count * share)), count - 1) if share and count else 0

@@ -1,0 +1,165 @@
+"""Consistency with the labels: the share of non-tied pairs that the rewards order as the labels do (section 6.2)."""
+
+from collections.abc import Sequence
+
+import datasets
+import evaluate
+import numpy as np
+
+_DESCRIPTION = """
+Consistency is the share of non-tied pairs that the rewards order as the labels do. The pairs are all pairs of
+responses to one prompt whose ranks differ; a pair whose two rewards are equal counts as half.
+"""
+
+_INPUTS = """
+Args:
+    predictions (`list[list[float]]`): The rewards of each prompt's responses. Their number may differ between prompts.
+    references (`list[list[int]]`): The ranks of the same responses, 1 is best, ties allowed.
+    confidence (`float`, defaults to 0.95): Coverage of the interval, between 0 and 1.
+    resamples (`int`, defaults to 1000): Number of bootstrap resamples.
+    seed (`int`, defaults to 0): Seed of the bootstrap.
+
+Returns:
+    `dict` with `consistency`, the bounds `low` and `high` of its percentile bootstrap interval over prompts, and the
+    numbers of non-tied `pairs` and of `prompts` that have one.
+"""
+
+_CITATION = """
+@inproceedings{quan2024dmoerm,
+  title = {{DMoERM}: Recipes of Mixture-of-Experts for Effective Reward Modeling},
+  author = {Quan, Shanghaoran},
+  booktitle = {Findings of the Association for Computational Linguistics: ACL 2024},
+  year = {2024},
+}
+"""
+
+
+def pair_agreement(rewards: Sequence[float], ranks: Sequence[int]) -> tuple[float, int]:
+    """
+    Counts the pairs of one prompt's K responses that the rewards order as the ranks do.
+
+    Args:
+        rewards (`Sequence[float]`): K finite rewards, higher is better.
+        ranks (`Sequence[int]`): K finite ranks, 1 is best. Pairs of equal ranks are left out.
+
+    Returns:
+        `tuple[float, int]`: The pairs in agreement, where a pair of equal rewards counts as half, and all pairs whose
+        ranks differ, at most K (K - 1) / 2.
+
+    Raises:
+        ValueError: The lengths differ, or a reward or a rank is NaN or infinite.
+    """
+    rewards, ranks = np.asarray(rewards, dtype=np.float64), np.asarray(ranks, dtype=np.float64)
+    if rewards.ndim != 1 or rewards.shape != ranks.shape:
+        raise ValueError(
+            f"got rewards of shape {rewards.shape} and ranks of shape {ranks.shape}, need one reward and one rank a "
+            "response: score exactly the responses that were ranked."
+        )
+    if not np.isfinite(rewards).all():
+        raise ValueError(
+            f"got rewards {rewards.tolist()}, need finite numbers because NaN and inf have no order: look for NaN in "
+            "the weights or an overflow in half precision."
+        )
+    if not np.isfinite(ranks).all():
+        raise ValueError(f"got ranks {ranks.tolist()}, need finite numbers: leave out the responses without a rank.")
+    first, second = np.triu_indices(len(ranks), k=1)
+    labelled = _order(ranks[second], ranks[first])  # +1: the first of the pair is the better one (its rank is lower)
+    scored = _order(rewards[first], rewards[second])  # +1: the first of the pair has the higher reward
+    agreed = (1 + labelled * scored)[labelled != 0].sum() / 2
+    return float(agreed), int(np.count_nonzero(labelled))
+
+
+def _order(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """1 where left > right, -1 where left < right, 0 where they are equal; unlike a difference it cannot overflow."""
+    return (left > right).astype(int) - (left < right).astype(int)
+
+
+class Consistency(evaluate.Metric):
+    """
+    The consistency of rewards with labels, as an [`evaluate.Metric`] that needs no download and no network.
+
+    Predictions stay in memory, so no cache file is written. Where several processes share the work, pass
+    `keep_in_memory=False` with `num_process`, `process_id` and `experiment_id`, as for any metric of `evaluate`.
+
+    Example:
+
+    ```python
+    >>> Consistency().compute(predictions=[[0.9, 0.1, 0.4]], references=[[1, 2, 3]])
+    {'consistency': 0.666..., 'low': 0.666..., 'high': 0.666..., 'pairs': 3, 'prompts': 1}
+    ```
+    """
+
+    def __init__(self, *args, keep_in_memory: bool = True, **kwargs):
+        super().__init__(*args, keep_in_memory=keep_in_memory, **kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float64")),
+                    "references": datasets.Sequence(datasets.Value("float64")),  # int64 would cut 1.5 to 1
+                }
+            ),
+        )
+
+    def _compute(
+        self,
+        predictions: list[list[float]],
+        references: list[list[int]],
+        confidence: float = 0.95,
+        resamples: int = 1000,
+        seed: int = 0,
+    ) -> dict[str, float | int]:
+        if not 0 < confidence < 1:
+            raise ValueError(f"got confidence {confidence}, need a number between 0 and 1, such as 0.95.")
+        if resamples < 1:
+            raise ValueError(f"got resamples {resamples}, need at least 1.")
+        agreed, pairs = [], []
+        for prompt, (rewards, ranks) in enumerate(zip(predictions, references, strict=True)):
+            try:
+                prompt_agreed, prompt_pairs = pair_agreement(rewards, ranks)
+            except ValueError as error:
+                raise ValueError(f"prompt {prompt}: {error}") from error
+            if prompt_pairs > 0:
+                agreed.append(prompt_agreed)
+                pairs.append(prompt_pairs)
+        if not pairs:
+            raise ValueError(
+                f"got {len(references)} prompts without one non-tied pair, need at least one prompt with two distinct "
+                "ranks because consistency is a share of such pairs."
+            )
+        low, high = _bootstrap_interval(np.array(agreed), np.array(pairs), confidence, resamples, seed)
+        return {
+            "consistency": sum(agreed) / sum(pairs),
+            "low": low,
+            "high": high,
+            "pairs": sum(pairs),
+            "prompts": len(pairs),
+        }
+
+
+def _bootstrap_interval(
+    agreed: np.ndarray, pairs: np.ndarray, confidence: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    """
+    The percentile bootstrap interval of `agreed.sum() / pairs.sum()`. Prompts are drawn with replacement, the pairs of
+    one prompt always together, because pairs that share responses are not independent.
+
+    A prompt matters only through its (agreed, pairs), of which few are distinct, so a resample is one draw of how
+    often each distinct outcome occurs: the same distribution as drawing prompts, at a cost that does not grow with
+    their number.
+
+    Args:
+        agreed (`np.ndarray` of shape `(prompts,)`): Pairs in agreement.
+        pairs (`np.ndarray` of shape `(prompts,)`): Non-tied pairs, at least 1 each.
+    """
+    outcomes, prompts = np.unique(np.stack([agreed, pairs]), axis=1, return_counts=True)  # (2, O), (O,)
+    random = np.random.default_rng(seed)
+    draws = random.multinomial(prompts.sum(), prompts / prompts.sum(), size=resamples)  # (resamples, O)
+    resampled_agreed, resampled_pairs = outcomes @ draws.T  # (resamples,) each
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(resampled_agreed / resampled_pairs, [tail, 1 - tail])
+    return float(low), float(high)

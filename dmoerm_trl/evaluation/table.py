@@ -1,0 +1,193 @@
+"""The consistency table (the paper's table 3): a row a method, a column a task, then the others and all of them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.rows import PreferenceRow
+from ..tasks import OTHERS, OVERALL
+from .consistency import Consistency
+from .explain import display_width, pad
+
+CEILING = "ceiling"
+"""The row of the gold reward's own consistency with the noisy labels: no reward model can be expected above it."""
+
+LENGTH_ONLY = "length only"
+"""The row of [`length_scores`]."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method's consistency on one column: a share between 0 and 1 with its bootstrap interval over prompts."""
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """
+    The consistency of each method on each column.
+
+    Args:
+        columns (`tuple[str, ...]`): The tasks, `"others"` if there are such rows, `"overall"`.
+        cells (`dict[str, dict[str, Cell]]`): Method -> column -> cell. A task without rows has no cell.
+        confidence (`float`): Coverage of the intervals.
+    """
+
+    columns: tuple[str, ...]
+    cells: dict[str, dict[str, Cell]]
+    confidence: float
+
+    @property
+    def pairs(self) -> dict[str, int]:
+        """Column -> the number of its non-tied pairs, the same for all methods."""
+        return {column: cell.pairs for row in self.cells.values() for column, cell in row.items()}
+
+    def to_dict(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Method -> column -> `{"mean": , "low": , "high": }`, shares between 0 and 1."""
+        return {
+            method: {column: {"mean": c.mean, "low": c.low, "high": c.high} for column, c in row.items()}
+            for method, row in self.cells.items()
+        }
+
+    def to_markdown(self) -> str:
+        """
+        The table in Markdown, in percent: the best of each column in bold and the second best underlined, both by the
+        number as printed, and an interval for the overall column. The rows `"ceiling"` and `"length only"` are no
+        reward models: they stand apart below and take no part in the contest. So does the number of pairs.
+        """
+        methods = [method for method in self.cells if method not in (CEILING, LENGTH_ONLY)]
+        printed = {
+            column: [
+                f"{100 * self.cells[method][column].mean:.1f}" for method in methods if column in self.cells[method]
+            ]
+            for column in self.columns
+        }
+        places = {column: sorted(set(values), key=float, reverse=True)[:2] for column, values in printed.items()}
+        contest = [["method", *self.columns]]
+        contest += [[method, *(self._text(method, c, places[c]) for c in self.columns)] for method in methods]
+        apart = [["for comparison", *self.columns]]
+        apart += [[m, *(self._text(m, c, []) for c in self.columns)] for m in self.cells if m not in methods]
+        apart += [["pairs", *(str(self.pairs.get(column, "–")) for column in self.columns)]]
+
+        widths = [max(display_width(text) for text in column) for column in zip(*contest, *apart, strict=True)]
+        caption = (
+            f"Consistency with the labels, in percent; the brackets hold the {100 * self.confidence:g}% bootstrap "
+            "interval over prompts. Best in bold, second best underlined."
+        )
+        # A table of the ceiling alone has no contest to print.
+        return "\n".join([*(_lines(contest, widths) if methods else []), *_lines(apart, widths), caption]) + "\n"
+
+    def save(self, path_prefix: str | Path) -> tuple[Path, Path]:
+        """
+        Writes `<path_prefix>.md`, the output of [`Table.to_markdown`], and `<path_prefix>.json`, with `consistency`
+        (the output of [`Table.to_dict`]), `pairs` (column -> number) and `confidence`. Returns both paths.
+        """
+        markdown, content = Path(f"{path_prefix}.md"), Path(f"{path_prefix}.json")
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        markdown.write_text(self.to_markdown(), encoding="utf-8")
+        report = {"consistency": self.to_dict(), "pairs": self.pairs, "confidence": self.confidence}
+        content.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        return markdown, content
+
+    def _text(self, method: str, column: str, places: list[str]) -> str:
+        """The cell as printed: `**70.7** [68.1, 73.2]`, the interval for the overall column only."""
+        cell = self.cells[method].get(column)
+        if cell is None:
+            return "–"
+        text = f"{100 * cell.mean:.1f}"
+        if text in places:
+            text = (f"**{text}**", f"<u>{text}</u>")[places.index(text)]
+        return f"{text} [{100 * cell.low:.1f}, {100 * cell.high:.1f}]" if column == OVERALL else text
+
+
+def consistency_table(
+    scores: dict[str, list[list[float]]],
+    rows: Sequence[PreferenceRow],
+    columns: Sequence[str],
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Table:
+    """
+    Compares methods on labelled rows.
+
+    Args:
+        scores (`dict[str, list[list[float]]]`):
+            Method -> the rewards of each row's responses, rows and responses in the order of `rows`.
+        rows (`Sequence[PreferenceRow]`):
+            The labelled rows. Those of task `"others"`, or of none, make the column `"others"`.
+        columns (`Sequence[str]`):
+            The tasks, in the order in which to show them. A task without rows is shown as a dash.
+        confidence (`float`, *optional*, defaults to `0.95`):
+            Coverage of the bootstrap intervals over prompts.
+        resamples (`int`, *optional*, defaults to `1000`):
+            Number of bootstrap resamples.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the bootstrap.
+
+    Returns:
+        [`Table`]: Its `"overall"` column takes all pairs of all rows together, so large tasks weigh more; it is not
+        the mean of the other columns.
+
+    Raises:
+        ValueError: A row's task is not among `columns`, or a method's scores do not fit the rows or are not finite.
+    """
+    if not scores:
+        raise ValueError("got no scores, need those of at least one method.")
+    if {OTHERS, OVERALL} & set(columns) or len(set(columns)) != len(columns):
+        raise ValueError(
+            f"got columns {list(columns)}, need distinct tasks: {OTHERS!r} and {OVERALL!r} add themselves."
+        )
+    indices: dict[str, list[int]] = {column: [] for column in (*columns, OTHERS)}
+    for index, row in enumerate(rows):
+        task = OTHERS if row.task is None else row.task
+        if task not in indices:
+            raise ValueError(f"row {index}: got task {task!r}, need {OTHERS!r} or one of {list(columns)}.")
+        indices[task].append(index)
+    indices[OVERALL] = list(range(len(rows)))
+
+    metric = Consistency()
+    cells: dict[str, dict[str, Cell]] = {}
+    for method, rewards in scores.items():
+        if len(rewards) != len(rows):
+            raise ValueError(f"method {method!r}: got scores of {len(rewards)} rows, need those of all {len(rows)}.")
+        cells[method] = {}
+        for column in (OVERALL, *columns, OTHERS):  # overall first: its errors count the prompts as `rows` does
+            if column != OVERALL and not indices[column]:
+                continue
+            try:
+                result = metric.compute(
+                    predictions=[rewards[index] for index in indices[column]],
+                    references=[rows[index].ranks for index in indices[column]],
+                    confidence=confidence,
+                    resamples=resamples,
+                    seed=seed,
+                )
+            except ValueError as error:
+                raise ValueError(f"method {method!r}, column {column!r}: {error}") from error
+            cells[method][column] = Cell(result["consistency"], result["low"], result["high"], result["pairs"])
+    shown = (*columns, *([OTHERS] if indices[OTHERS] else []), OVERALL)
+    return Table(shown, {method: {c: row[c] for c in shown if c in row} for method, row in cells.items()}, confidence)
+
+
+def length_scores(rows: Sequence[PreferenceRow]) -> list[list[float]]:
+    """
+    The length-only baseline: a response's reward is its number of characters, whatever it says.
+
+    A consistency far from 50% on either side shows that the labels can be guessed from length alone, and a reward
+    model must be well above it before it can be said to have read the text. Characters and not tokens, so that the row
+    is the same for every base model.
+    """
+    return [[float(len(response)) for response in row.responses] for row in rows]
+
+
+def _lines(table: list[list[str]], widths: list[int]) -> list[str]:
+    """A Markdown table of padded cells, the first row its header, with an empty line after it."""
+    header, *body = [[pad(text, width) for text, width in zip(row, widths, strict=True)] for row in table]
+    rule = ["-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
+    return [f"| {' | '.join(row)} |" for row in (header, rule, *body)] + [""]

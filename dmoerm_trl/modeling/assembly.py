@@ -1,0 +1,165 @@
+"""A DMoERM put together from what the phases leave behind, and taken apart again."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import Tensor
+
+from ..tasks import slug
+from .configuration import DMoERMConfig
+from .experts import adapter_name, check_target_modules, lora_config
+from .modeling import DMoERMForSequenceClassification
+from .router import Router
+
+
+def expert_on(base: DMoERMForSequenceClassification) -> PeftModel:
+    """
+    An untrained expert on a base, for phase 2: an ordinary PEFT model whose LoRA starts at zero and whose head starts as
+    the base's head. Everything else is frozen.
+
+    Raises:
+        ValueError: if the base has no linear module of a LoRA target's name.
+    """
+    (task,) = base.config.tasks
+    check_target_modules(base.model.backbones[base.model.backbone_key(task)], base.config.lora_target_modules)
+    return get_peft_model(base, _peft_config(base.config), autocast_adapter_dtype=False)
+
+
+def add_experts_to(
+    base: DMoERMForSequenceClassification, adapters: Mapping[str, str | Path]
+) -> DMoERMForSequenceClassification:
+    """
+    A task's inner model: its base, its experts, and an aggregator that is still to be trained (phase 3).
+
+    Args:
+        base (`DMoERMForSequenceClassification`): a model with one task and no capability points; it is taken over.
+        adapters (`dict`): capability point -> folder of the expert, an ordinary PEFT adapter of `base`.
+
+    Raises:
+        ValueError: if a folder does not hold exactly the weights of such an expert.
+    """
+    (task,) = base.config.tasks
+    config = copy.deepcopy(base.config)
+    config.tasks = {task: list(adapters)}
+    model = DMoERMForSequenceClassification(config, dict(base.model.backbones))
+    model.model.inner_models[slug(task)].load_state_dict(base.model.inner_models[slug(task)].state_dict(), strict=False)
+    for point, folder in adapters.items():
+        names = _expert_names(model, task, point)
+        weights = load_peft_weights(str(folder), device="cpu")
+        if set(weights) != set(names.values()):
+            odd = sorted(set(weights) ^ set(names.values()))
+            raise ValueError(
+                f"{folder}: got an adapter whose weights are not those of the expert {point!r} of {task!r} (such as "
+                f"{odd[0]!r}), need one trained on this base with the same LoRA settings: train phase 2 again."
+            )
+        model.load_state_dict({own: weights[name] for own, name in names.items()}, strict=False)
+    return model.eval()
+
+
+def assemble(inner_models: Mapping[str, DMoERMForSequenceClassification], router: Router) -> DMoERMForSequenceClassification:
+    """
+    The whole model from its parts, which it takes over.
+
+    Args:
+        inner_models (`dict`): task -> a model with that one task. With `share_base` all hold the same base.
+        router (`Router`): trained on the same tasks; its order of the tasks is kept.
+
+    Raises:
+        ValueError: if the router's tasks are not those of `inner_models`.
+    """
+    tasks = list(router.config.tasks)
+    if set(tasks) != set(inner_models):
+        raise ValueError(f"got a router over {tasks} and inner models of {list(inner_models)}, need the same tasks.")
+    config = copy.deepcopy(inner_models[tasks[0]].config)
+    config.tasks = {task: inner_models[task].config.tasks[task] for task in tasks}
+    config.router_config = router.config.router_config
+    backbones, state = {}, {f"model.router.{key}": value for key, value in router.state_dict().items()}
+    for task in tasks:
+        backbones = {**inner_models[task].model.backbones, **backbones}
+        state |= inner_models[task].state_dict()
+    model = DMoERMForSequenceClassification(config, backbones)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def inner_model(model: DMoERMForSequenceClassification, task: str) -> DMoERMForSequenceClassification:
+    """One task's inner model as a model of its own, with copies of the weights."""
+    return _part(model, task, model.config.tasks[_known(model, task)])
+
+
+def base_reward_model(model: DMoERMForSequenceClassification, task: str) -> DMoERMForSequenceClassification:
+    """One task's base as a model of its own, as it left phase 1, with copies of the weights."""
+    return _part(model, _known(model, task), [])
+
+
+def export_expert(model: DMoERMForSequenceClassification, task: str, point: str, folder: str | Path) -> None:
+    """
+    Saves one expert as an ordinary PEFT adapter of [`base_reward_model`], which `PeftModel.from_pretrained` loads.
+
+    The rewards of that PEFT model are the expert's capability scores.
+
+    Raises:
+        ValueError: if the model does not have the task or the task not the point.
+    """
+    if point not in model.config.tasks[_known(model, task)]:
+        raise ValueError(f"got capability point {point!r}, need one of {model.config.tasks[task]} of task {task!r}.")
+    peft_model = expert_on(base_reward_model(model, task))
+    state = model.state_dict()
+    set_peft_model_state_dict(peft_model, {k: state[own] for own, k in _expert_names(model, task, point).items()})
+    peft_model.save_pretrained(str(folder))
+
+
+def with_task(base: DMoERMForSequenceClassification, task: str) -> DMoERMForSequenceClassification:
+    """The same base, taken over, under the name of another task: with `share_base` all tasks start from one base."""
+    (before,) = base.config.tasks
+    if before == task:
+        return base
+    config = copy.deepcopy(base.config)
+    config.tasks = {task: []}
+    model = DMoERMForSequenceClassification(config, {base.model.backbone_key(task): base.model.backbones[base.model.backbone_key(before)]})
+    model.model.inner_models[slug(task)].load_state_dict(base.model.inner_models[slug(before)].state_dict())
+    return model.eval()
+
+
+def _peft_config(config: DMoERMConfig) -> LoraConfig:
+    peft_config = lora_config(config)
+    peft_config.modules_to_save = ["base_head"]
+    return peft_config
+
+
+def _expert_names(model: DMoERMForSequenceClassification, task: str, point: str) -> dict[str, str]:
+    """Names of an expert's weights in a DMoERM -> their names in an ordinary PEFT adapter of the base."""
+    adapter, inner = adapter_name(task, point), f"model.inner_models.{slug(task)}."
+    head = f"{inner}expert_heads.{slug(point)}."
+    names = {}
+    for name in model.state_dict():
+        if f".{adapter}." in name:
+            names[name] = "base_model.model." + name.replace(f".{adapter}.", ".")
+        elif name.startswith(head):
+            names[name] = f"base_model.model.{inner}base_head.{name.removeprefix(head)}"
+    return names
+
+
+def _part(model: DMoERMForSequenceClassification, task: str, points: list[str]) -> DMoERMForSequenceClassification:
+    config = copy.deepcopy(model.config)
+    config.tasks, config.router_config = {task: list(points)}, None
+    with torch.device("cpu"):
+        part = DMoERMForSequenceClassification(config)
+    state: dict[str, Tensor] = model.state_dict()
+    wanted = part.state_dict()
+    if not points:  # the base's weights stand inside PEFT's layers
+        state = {name.replace(".base_layer.", "."): value for name, value in state.items()}
+        # the aggregator's normalisation is not the base's
+        state |= {name: wanted[name] for name in wanted if name.endswith(("reward_mean", "reward_std"))}
+    part.load_state_dict({name: state[name] for name in wanted})
+    return part.to(dtype=model.dtype).eval() if model.dtype != torch.float32 else part.eval()
+
+
+def _known(model: DMoERMForSequenceClassification, task: str) -> str:
+    if task not in model.config.tasks:
+        raise ValueError(f"got task {task!r}, need one of {list(model.config.tasks)}.")
+    return task

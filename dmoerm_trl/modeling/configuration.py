@@ -1,0 +1,98 @@
+"""The configuration of a DMoERM: one task and no router is the paper's DMoERM-w/o-Outer, no points is a single RM."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..tasks import slug
+
+
+ACTIVATIONS = ("sigmoid", "none")
+
+
+class DMoERMConfig(PreTrainedConfig):
+    """
+    Configuration of [`DMoERMForSequenceClassification`].
+
+    Args:
+        backbone_config (`PreTrainedConfig` or `dict`):
+            Configuration of the base's backbone: any model that `AutoModel` loads, decoder or encoder.
+        tasks (`dict[str, list[str]]`):
+            Task name -> names of its capability points, one LoRA expert each. A task without points is an ordinary
+            single reward model: the base and its head.
+        router_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the router's backbone. Needed for two tasks or more, absent for one.
+        lora_rank (`int`), lora_alpha (`int`), lora_dropout (`float`), lora_target_modules (`list[str]`):
+            The LoRA experts; the defaults are the paper's table 5.
+        aggregator_hidden_size (`int`, *optional*):
+            Width of the aggregator's hidden layer; the backbone's hidden size if not given.
+        activation (`str`):
+            The sigma of equations 4 and 6: `"sigmoid"` as in the paper, or `"none"`.
+        share_base (`bool`):
+            Whether all tasks share one base instead of each having its own (the paper).
+        response_marker (`list[int]`):
+            Token ids with which the chat template opens an assistant turn. With it the prompt's end is known.
+        end_of_turn (`list[int]`):
+            Token ids any one of which ends an assistant turn.
+        pad_token_id (`int`, *optional*):
+            The padding token; it may be an end of turn.
+    """
+
+    model_type = "dmoerm"
+    sub_configs = {"backbone_config": AutoConfig, "router_config": AutoConfig}
+
+    def __init__(
+        self,
+        backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
+        tasks: dict[str, list[str]] | None = None,
+        router_config: PreTrainedConfig | dict[str, Any] | None = None,
+        lora_rank: int = 32,
+        lora_alpha: int = 32,
+        lora_dropout: float = 0.05,
+        lora_target_modules: list[str] | tuple[str, ...] = ("q_proj", "v_proj"),
+        aggregator_hidden_size: int | None = None,
+        activation: str = "sigmoid",
+        share_base: bool = False,
+        response_marker: list[int] | tuple[int, ...] = (),
+        end_of_turn: list[int] | tuple[int, ...] = (),
+        pad_token_id: int | None = None,
+        **kwargs: Any,
+    ):
+        tasks = {task: list(points) for task, points in (tasks or {}).items()}
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"got activation={activation!r}, need one of {list(ACTIVATIONS)}.")
+        if len(tasks) > 1 and router_config is None:
+            raise ValueError(
+                f"got {len(tasks)} tasks and no `router_config`, need a router to choose among {list(tasks)}: train one "
+                "on task labels, or keep a single task (DMoERM-w/o-Outer)."
+            )
+        for names in [list(tasks), *tasks.values()]:
+            if len({slug(name) for name in names} - {""}) != len(names):
+                raise ValueError(f"got the names {names}, need names that are distinct words: they name modules.")
+        self.tasks = tasks
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.lora_target_modules = list(lora_target_modules)
+        self.aggregator_hidden_size = aggregator_hidden_size
+        self.activation = activation
+        self.share_base = share_base
+        self.response_marker = list(response_marker)
+        self.end_of_turn = list(end_of_turn)
+        self.pad_token_id = pad_token_id
+        kwargs.setdefault("problem_type", "regression")  # so that `pipeline` returns the reward as it is
+        kwargs.setdefault("num_labels", 1)
+        super().__init__(**kwargs)
+        self.backbone_config = _as_config(backbone_config)  # last: the line above would reset their attention
+        self.router_config = _as_config(router_config)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        return self
+
+
+def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
+    if not isinstance(config, dict):
+        return config
+    config = dict(config)
+    return CONFIG_MAPPING[config.pop("model_type")](**config)

@@ -1,0 +1,81 @@
+"""The inner layer of one task: the heads of the base and of its experts, the aggregator, the normalisation."""
+
+import torch
+from torch import Tensor, nn
+
+from ..tasks import slug
+from .configuration import DMoERMConfig
+from .experts import adapter_name
+from .heads import Aggregator, Float32Linear, activate
+
+
+class InnerModel(nn.Module):
+    """
+    Everything of a task's inner model that stands on the backbone's embeddings. Without capability points it is the head
+    of a single reward model.
+
+    Args:
+        config (`DMoERMConfig`): the whole model's configuration.
+        task (`str`): one of `config.tasks`.
+    """
+
+    def __init__(self, config: DMoERMConfig, task: str):
+        super().__init__()
+        size = config.backbone_config.hidden_size
+        self.points = config.tasks[task]
+        self.adapters = [adapter_name(task, point) for point in self.points]
+        self.activation = config.activation
+        self.base_head = Float32Linear(size, 1)
+        self.expert_heads = nn.ModuleDict({slug(point): Float32Linear(size, 1) for point in self.points})
+        self.aggregator = None
+        if self.points:
+            self.aggregator = Aggregator(len(self.points), size, config.aggregator_hidden_size or size)
+        self.register_buffer("reward_mean", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("reward_std", torch.ones((), dtype=torch.float32))
+
+    def capability_scores(self, z: Tensor) -> Tensor:
+        """
+        Equation 4: `r_i = sigma(w_i z_i + b_i)`.
+
+        Args:
+            z (`Tensor` of shape (B, k, H)): the experts' embeddings.
+
+        Returns:
+            `Tensor` of shape (B, k).
+        """
+        scores = [head(z[:, i]) for i, head in enumerate(self.expert_heads.values())]
+        return activate(torch.cat(scores, 1), self.activation) if scores else z.new_zeros(len(z), 0, dtype=torch.float32)
+
+    def reward(self, z: Tensor) -> Tensor:
+        """
+        Equations 5 and 6, normalised: `(sigma(MLP(z)) - mean) / std`; `sigma(w z + b)` of the base without experts.
+
+        Args:
+            z (`Tensor` of shape (B, max(k, 1), H)): the embeddings.
+
+        Returns:
+            `Tensor` of shape (B, 1), fp32.
+        """
+        logits = self.base_head(z[:, 0]) if self.aggregator is None else self.aggregator(z)
+        return (activate(logits, self.activation) - self.reward_mean) / self.reward_std
+
+    def set_normalisation(self, rewards: Tensor, unit_variance: bool = False) -> None:
+        """
+        Stores the numbers that bring the rewards of a reference set to zero mean and, if asked, to unit variance.
+
+        Args:
+            rewards (`Tensor` of shape (N,)): the rewards that this model gives the reference set now.
+            unit_variance (`bool`): whether the rewards are divided by their standard deviation too.
+
+        Raises:
+            ValueError: if there are none, they are not finite, or all the same and unit variance is asked for.
+        """
+        rewards = rewards.double() * self.reward_std.double() + self.reward_mean.double()
+        std = rewards.std(correction=0) if len(rewards) else rewards.new_zeros(())
+        if not len(rewards) or not rewards.isfinite().all() or (unit_variance and std == 0):
+            raise ValueError(
+                f"got {len(rewards)} reference rewards with a standard deviation of {float(std)}, need finite rewards "
+                "that differ: give a reference set of more than one text, or leave `unit_variance` off."
+            )
+        self.reward_mean.copy_(rewards.mean())
+        self.reward_std.copy_(std if unit_variance else torch.ones_like(std))

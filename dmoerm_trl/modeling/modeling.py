@@ -1,0 +1,242 @@
+"""DMoERM: the router, the tasks' inner models, and the contract that TRL's trainers expect of a reward model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..tasks import slug
+from .configuration import DMoERMConfig
+from .experts import add_experts, embeddings
+from .inner import InnerModel
+from .pretrained import DMoERMPreTrainedModel
+from .router import Router
+from .spans import Spans, find_spans, span_mask
+
+
+@dataclass
+class DMoERMOutput(ModelOutput):
+    """
+    Attributes:
+        logits (`Tensor` of shape (B, 1)): the rewards, normalised.
+        route (`Tensor` of shape (B,)): index of the chosen task in `config.tasks` (equation 1).
+        route_probabilities (`Tensor` of shape (B, tasks)): the router's E(t | x).
+        capability_scores (`dict[str, Tensor]`): capability point -> scores of shape (B,) (equation 4); NaN where the
+            text's task does not have the point.
+        hidden_states (`tuple[Tensor]`): one tensor of shape (B, T, 1) with the reward at every position, from which
+            TRL's PPO reads its reward.
+    """
+
+    logits: Tensor | None = None
+    route: Tensor | None = None
+    route_probabilities: Tensor | None = None
+    capability_scores: dict[str, Tensor] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class DMoERMModel(DMoERMPreTrainedModel):
+    """Both layers; see [`DMoERMForSequenceClassification`]."""
+
+    def __init__(self, config: DMoERMConfig, backbones: Mapping[str, PreTrainedModel] | None = None):
+        super().__init__(config)
+        if not config.tasks or config.backbone_config is None:
+            raise ValueError("got a configuration without `tasks` or `backbone_config`, need both.")
+        backbones = dict(backbones or {})
+        self.router = Router(config) if config.router_config is not None else None
+        self.backbones = nn.ModuleDict()
+        self.inner_models = nn.ModuleDict({slug(task): InnerModel(config, task) for task in config.tasks})
+        for task in config.tasks:
+            key = self.backbone_key(task)
+            if key not in self.backbones:
+                self.backbones[key] = backbones.get(key) or AutoModel.from_config(config.backbone_config)
+            add_experts(self.backbones[key], config, self.inner_models[slug(task)].adapters)
+        self.post_init()
+        self.train(self.training)
+        if self.router is not None:
+            self.router.requires_grad_(False)
+
+    def backbone_key(self, task: str) -> str:
+        return "shared" if self.config.share_base else slug(task)
+
+    def train(self, mode: bool = True) -> "DMoERMModel":
+        super().train(mode)
+        if self.router is not None:
+            self.router.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return next(iter(self.backbones.values())).get_input_embeddings()
+
+    def find_spans(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt_lengths: Tensor | None = None
+    ) -> Spans:
+        """See [`~dmoerm_trl.modeling.spans.find_spans`]."""
+        return find_spans(
+            input_ids,
+            attention_mask,
+            prompt_lengths,
+            response_marker=self.config.response_marker,
+            end_of_turn=self.config.end_of_turn,
+            pad_token_id=self.config.pad_token_id,
+        )
+
+    def route(self, spans: Spans) -> Tensor:
+        """`E(t | x)` of equation 1 for the prompts of `spans`, shape (B, tasks)."""
+        if self.router is None:
+            return torch.ones(len(spans.lengths), 1, device=spans.lengths.device)
+        width = int(spans.prompt_lengths.max())
+        return self.router.probabilities(spans.input_ids[:, :width], span_mask(spans.prompt_lengths, width))
+
+    def embed(self, task: str, spans: Spans) -> Tensor:
+        """The embeddings z of all texts of `spans` under one task's experts, shape (B, max(k, 1), H)."""
+        return embeddings(
+            self.backbones[self.backbone_key(task)],
+            self.inner_models[slug(task)].adapters,
+            spans.input_ids,
+            spans.attention_mask,
+            spans.lengths,
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DMoERMOutput:
+        """
+        Args:
+            input_ids (`Tensor` of shape (B, T)): prompts with their responses, padded on either side.
+            attention_mask (`Tensor` of shape (B, T), *optional*): nonzero for tokens.
+            prompt_lengths (`Tensor` of shape (B,), *optional*): number of tokens of each prompt, padding not counted.
+                Not needed where the chat template marks the prompt's end.
+            position_ids, token_type_ids, use_cache, output_hidden_states, return_dict: taken because TRL, tokenizers and
+                pipelines pass them. Positions are made anew when the padding is removed, texts are of one segment.
+        """
+        spans = self.find_spans(input_ids, attention_mask, prompt_lengths)
+        probabilities = self.route(spans)
+        route = probabilities.argmax(-1)
+        names = dict.fromkeys(point for points in self.config.tasks.values() for point in points)
+        rewards = probabilities.new_zeros(len(route), 1, dtype=torch.float32)
+        scores = {name: rewards.new_full((len(route),), torch.nan) for name in names}
+        for index, (task, points) in enumerate(self.config.tasks.items()):
+            rows = (route == index).nonzero().squeeze(1)
+            if not len(rows):
+                continue
+            width = int(spans.lengths[rows].max())
+            z = self.embed(
+                task, Spans(spans.input_ids[rows, :width], spans.lengths[rows], spans.prompt_lengths[rows])
+            )
+            inner = self.inner_models[slug(task)]
+            rewards = rewards.index_put((rows,), inner.reward(z))
+            for name, score in zip(points, inner.capability_scores(z).unbind(1), strict=True):
+                scores[name] = scores[name].index_put((rows,), score)
+        return DMoERMOutput(
+            logits=rewards,
+            route=route,
+            route_probabilities=probabilities,
+            capability_scores=scores,
+            hidden_states=(rewards.unsqueeze(1).expand(-1, input_ids.shape[1], -1),),
+        )
+
+
+class DMoERMForSequenceClassification(DMoERMPreTrainedModel):
+    """
+    A double-layer mixture-of-experts reward model (Quan, ACL 2024 Findings).
+
+    The frozen router chooses the task of a text from its prompt (equations 1 and 2). In the task's inner model each LoRA
+    expert embeds the text (equation 3), its head scores one capability point (equation 4), and the aggregator turns the
+    concatenated embeddings into the reward (equations 5 and 6), which is normalised with numbers stored in the model.
+
+    It is a reward model for TRL: `RewardTrainer(model=...)`, `PPOTrainer(reward_model=...)`,
+    `GRPOTrainer(reward_funcs=[...])`, `RLOOTrainer(reward_funcs=[...])`, and for `pipeline("text-classification")`.
+    """
+
+    def __init__(self, config: DMoERMConfig, backbones: Mapping[str, PreTrainedModel] | None = None):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        if self.num_labels != 1:
+            raise ValueError(f"got num_labels={self.num_labels}, need 1: a reward model gives one reward a text.")
+        self.model = DMoERMModel(config, backbones)
+        self.score = nn.Identity()  # PPO applies it to `hidden_states[-1]`, which holds the reward already
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> DMoERMOutput:
+        """Takes what [`DMoERMModel`] takes."""
+        return self.model(input_ids, attention_mask, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    @classmethod
+    def from_base(
+        cls, base: str | PreTrainedModel, *, task: str, trust_remote_code: bool = False, **config: Any
+    ) -> "DMoERMForSequenceClassification":
+        """
+        A single reward model, to be trained in phase 1: a pretrained backbone, a new head, no experts yet.
+
+        Args:
+            base (`str` or `PreTrainedModel`): anything `AutoModel.from_pretrained` takes, or a loaded backbone.
+            task (`str`): the one task that it serves.
+            config: further arguments of [`DMoERMConfig`].
+
+        Raises:
+            ValueError: if a weight of the base is not finite.
+        """
+        if isinstance(base, str):
+            base = AutoModel.from_pretrained(base, trust_remote_code=trust_remote_code, dtype=config.pop("dtype", "float32"))
+        check_finite(base)
+        config = DMoERMConfig(backbone_config=base.config, tasks={task: []}, **config)
+        model = cls(config, {"shared" if config.share_base else slug(task): base})
+        model.model.inner_models[slug(task)].float()
+        return model
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "DMoERMForSequenceClassification":
+        """
+        `PreTrainedModel.from_pretrained`, safetensors only.
+
+        Raises:
+            ValueError: if the checkpoint lacks a weight (a head, an expert, the router), has one too many, one of another
+                shape, or one that is not finite.
+        """
+        report = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if keys := sorted(str(key) for key in info[problem]):
+                raise ValueError(
+                    f"{args[0] if args else ''}: got {len(keys)} {problem.replace('_', ' ')} (such as {keys[0]!r}), need "
+                    "a checkpoint that has exactly the weights of its config.json, because a head or an expert drawn at "
+                    "random gives wrong rewards: save it again with `save_pretrained`, or correct `tasks` in the config."
+                )
+        check_finite(model)
+        if model.model.router is not None:
+            model.model.router.requires_grad_(False)
+        return (model, info) if report else model
+
+
+def check_finite(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: if a weight of the model is NaN or infinite.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.is_meta and not weight.detach().float().sum().isfinite():
+            raise ValueError(
+                f"got a weight {name!r} that is not finite, need numbers, because every reward would be NaN: the "
+                "checkpoint is broken or its training diverged. Take an earlier one, or lower the learning rate."
+            )
+
+
+AutoConfig.register("dmoerm", DMoERMConfig)
+AutoModel.register(DMoERMConfig, DMoERMModel)
+AutoModelForSequenceClassification.register(DMoERMConfig, DMoERMForSequenceClassification)

@@ -1,0 +1,143 @@
+"""
+Where a text's prompt and response end, whatever way its tokens were padded.
+
+TRL pads queries on the left and responses on the right, may use the end-of-turn token as padding, and never says how long
+the prompt is; a collator pads on the right and attends to every end of turn. All of them are brought into one form here, so
+that one text has one reward wherever it comes from.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Spans(NamedTuple):
+    """
+    A batch in its one form: no padding on the left, nothing after the response's end.
+
+    Attributes:
+        input_ids (`Tensor` of shape (B, L)): token ids, each row starting with its first token.
+        lengths (`Tensor` of shape (B,)): number of tokens; the last one is the pooled one.
+        prompt_lengths (`Tensor` of shape (B,)): number of tokens that the router reads. It is the length of the whole
+            text where the prompt's end is not known.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+
+    @property
+    def attention_mask(self) -> Tensor:
+        return span_mask(self.lengths, self.input_ids.shape[1])
+
+
+def span_mask(lengths: Tensor, width: int) -> Tensor:
+    """Attention mask of shape (B, width) with `lengths` (shape (B,)) ones from the left."""
+    return (torch.arange(width, device=lengths.device) < lengths.unsqueeze(1)).long()
+
+
+def find_spans(
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    *,
+    response_marker: list[int] | tuple[int, ...] = (),
+    end_of_turn: list[int] | tuple[int, ...] = (),
+    pad_token_id: int | None = None,
+) -> Spans:
+    """
+    Finds the prompt and the response of each row.
+
+    - The prompt ends at the response marker that opens the last assistant turn. A marker inside an assistant turn that
+      no end-of-turn token has closed was written by the response and does not count. Where `prompt_lengths` is given,
+      only markers within that length count.
+    - The response ends with its first end-of-turn token, or at the first unattended token after the prompt (a policy
+      may sample the pad token), or with the last attended token.
+    - Where padding is the end-of-turn token, a mask made from it hides the ends of turns: they are restored, and a
+      response without an end is read as ended, because padding and end cannot be told apart.
+
+    Args:
+        input_ids (`Tensor` of shape (B, T)): token ids, padded on either side or both. Ids under a zero of the mask are
+            not read.
+        attention_mask (`Tensor` of shape (B, T), *optional*): nonzero for tokens. Without it all but the pad tokens.
+        prompt_lengths (`Tensor` of shape (B,), *optional*): number of prompt tokens of each row, padding not counted.
+        response_marker, end_of_turn, pad_token_id: see [`DMoERMConfig`].
+
+    Raises:
+        ValueError: for a row without tokens, a prompt length out of range, or a gap in a prompt's attention.
+    """
+    batch, width = input_ids.shape
+    device = input_ids.device
+    columns = torch.arange(width, device=device).expand(batch, width)
+    pad_ends = pad_token_id is not None and pad_token_id in end_of_turn
+    if attention_mask is None:
+        attended = torch.ones_like(input_ids, dtype=torch.bool) if pad_token_id is None else input_ids != pad_token_id
+    else:
+        attended = attention_mask.bool()
+    if not attended.any(1).all():
+        raise ValueError(f"got row {int(attended.any(1).long().argmin())} of the batch without an attended token.")
+
+    # Move every row to the left: `first` is its first token's column, `lengths` reaches to its last attended token.
+    first = attended.long().argmax(1)
+    lengths = width - attended.flip(1).long().argmax(1) - first
+    source = (columns + first.unsqueeze(1)).clamp(max=width - 1)
+    ids, attended = input_ids.gather(1, source), attended.gather(1, source)
+    inside = columns < lengths.unsqueeze(1)
+    if pad_ends:
+        ids = torch.where(inside & ~attended, pad_token_id, ids)
+        attended = attended | inside
+    if prompt_lengths is not None:
+        prompt_lengths = prompt_lengths.to(device)
+        if ((prompt_lengths < 1) | (prompt_lengths > lengths)).any():
+            raise ValueError(
+                f"got prompt_lengths={prompt_lengths.tolist()} for texts of {lengths.tolist()} tokens, need 1 to the "
+                "text's length: count the prompt's tokens without padding."
+            )
+
+    end_ids = torch.tensor(end_of_turn, device=device, dtype=ids.dtype)
+    ends_turn = torch.isin(ids, end_ids) & inside
+    limit = lengths if prompt_lengths is None else prompt_lengths
+    found, marker_end = _last_response_marker(ids, ends_turn, limit, response_marker)
+    known = found if prompt_lengths is None else torch.ones_like(found)
+    routed = torch.where(found, marker_end, limit)
+    starts = routed if prompt_lengths is None else prompt_lengths  # the response's first column, where it is known
+
+    gap = inside & ~attended
+    if (gap & (columns < starts.unsqueeze(1)) & known.unsqueeze(1)).any():
+        raise ValueError("got an attention mask with a gap inside a prompt, need one run of tokens: mask padding only.")
+    stops = _first_column(gap)
+    ends = _first_column(ends_turn & known.unsqueeze(1) & (columns >= starts.unsqueeze(1)))
+    lengths = torch.minimum(torch.minimum(lengths, stops), ends + 1)
+    if pad_ends:
+        last = ids.gather(1, lengths.unsqueeze(1) - 1).squeeze(1)
+        ended = torch.isin(last, end_ids) & ((lengths > starts) | ~known)
+        ids = torch.cat([ids, ids.new_full((batch, 1), pad_token_id)], 1)
+        ids[torch.arange(batch, device=device)[~ended], lengths[~ended]] = pad_token_id
+        lengths = torch.where(ended, lengths, lengths + 1)
+    return Spans(ids[:, : int(lengths.max())], lengths, torch.minimum(routed, lengths))
+
+
+def _first_column(mask: Tensor) -> Tensor:
+    """Column of the first True of each row of `mask` (shape (B, T)), T where there is none."""
+    return torch.where(mask.any(1), mask.long().argmax(1), mask.shape[1])
+
+
+def _last_response_marker(
+    ids: Tensor, ends_turn: Tensor, limit: Tensor, marker: list[int] | tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """
+    Whether a row has a response marker within its first `limit` (shape (B,)) tokens, and where that marker ends.
+
+    Of several markers the one counts that opened the last turn: the first after the latest end of turn that stands before
+    any marker.
+    """
+    batch, width = ids.shape
+    if not marker or width < len(marker):
+        return torch.zeros_like(limit, dtype=torch.bool), limit
+    hits = (ids.unfold(1, len(marker), 1) == torch.tensor(marker, device=ids.device)).all(2)  # (B, T - m + 1)
+    starts = torch.arange(hits.shape[1], device=ids.device).expand_as(hits)
+    hits &= starts + len(marker) <= limit.unsqueeze(1)
+    turns = ends_turn.long().cumsum(1)[:, : hits.shape[1]]  # turns closed before each column
+    order = torch.where(hits, turns * width + (width - 1 - starts), -1)
+    return hits.any(1), order.argmax(1) + len(marker)

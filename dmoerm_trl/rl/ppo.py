@@ -1,0 +1,52 @@
+"""What PPO needs before it starts: a TRL that has it, and a reward model that reads the policy's token ids."""
+
+from importlib.metadata import version
+
+from transformers import PreTrainedTokenizerBase
+
+
+def ppo_classes() -> tuple[type, type]:
+    """
+    TRL's `(PPOConfig, PPOTrainer)`.
+
+    Raises:
+        ImportError: if this TRL has no PPO.
+    """
+    try:
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("trl"):
+            raise
+        raise ImportError(
+            f"got TRL {version('trl')}, which has no PPO, need TRL 1.12.0, because PPO was removed in 1.13 and 1.12.0 is "
+            'the last release with it: run `pip install "dmoerm-trl[ppo]"`, or use GRPO or RLOO, which every TRL has.'
+        ) from error
+    return PPOConfig, PPOTrainer
+
+
+def check_tokenizers(policy_tokenizer: PreTrainedTokenizerBase, reward_tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    PPO passes the policy's token ids to the reward model as they are, so the two tokenizers must agree.
+
+    Raises:
+        ValueError: if their vocabularies, special tokens or chat templates differ; the message says in what.
+    """
+    differences = []
+    policy, reward = policy_tokenizer.get_vocab(), reward_tokenizer.get_vocab()
+    if odd := sorted(token for token in policy.keys() | reward.keys() if policy.get(token) != reward.get(token)):
+        differences.append(
+            f"{len(odd)} tokens of their vocabularies differ (such as {odd[0]!r}, which is {policy.get(odd[0])} to the "
+            f"policy and {reward.get(odd[0])} to the reward model)"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(policy_tokenizer, name), getattr(reward_tokenizer, name)
+        if ids[0] != ids[1]:
+            differences.append(f"{name} is {ids[0]} to the policy and {ids[1]} to the reward model")
+    if policy_tokenizer.chat_template != reward_tokenizer.chat_template:
+        differences.append("their chat templates differ")
+    if differences:
+        raise ValueError(
+            f"got tokenizers that do not agree: {'; '.join(differences)}. Need one tokenizer for both, because PPO passes "
+            "token ids to the reward model: train the reward model on a base with the policy's tokenizer, or use GRPO or "
+            "RLOO, which pass text."
+        )

@@ -1,0 +1,312 @@
+"""The whole training as a list of stages, each done once: a run that was killed goes on where it was."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ..data.formatting import Formatter
+from ..data.rows import PreferenceRow, check_capability_labels, load_rows, write_rows
+from ..data.splits import split_rows, split_rows_beside_test
+from ..modeling.assembly import assemble, with_task
+from ..modeling.experts import check_target_modules
+from ..modeling.modeling import DMoERMForSequenceClassification
+from ..modeling.router import Router
+from ..tasks import OVERALL, slug
+from .phases import History, normalise, phase1, phase2, phase3, train_router
+from .recipe import Recipe
+
+
+class Stage(NamedTuple):
+    """A step of the training: it writes the folder `output_dir/<name>`, after those that it needs."""
+
+    run: Callable[[Path], History]
+    needs: tuple[str, ...] = ()
+
+
+class Pipeline:
+    """
+    The stages of a recipe and the folder in which they leave their results:
+
+    ```
+    manifest.json               the recipe's settings, and of each finished stage the seconds it took
+    data/                       the rows of each part, test.jsonl among them; report.txt
+    router/                     the outer layer
+    <task>/phase1/              the task's base
+    <task>/experts/<point>/     its experts, ordinary PEFT adapters of the base
+    <task>/phase3/              the task's inner model; overall/phase3 is DMoERM-w/o-Outer
+    ensemble/<i>/               the baselines; 0 is the single reward model
+    model/                      the DMoERM
+    ```
+
+    A stage's folder appears when the stage is done, by a rename. While it trains, its checkpoints are in `work/`.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.root = Path(recipe.output_dir)
+        self.tasks = recipe.task_table
+        self.stages = self._stages()
+
+    def _stages(self) -> dict[str, Stage]:
+        recipe, table = self.recipe, self.tasks
+        points = dict(table.tasks)
+        if recipe.without_outer:
+            points[OVERALL] = table.overall
+        stages = {"data": Stage(self._data), "router": Stage(self._router, ("data",))}
+        bases = {task: OVERALL if recipe.share_base else task for task in points}
+        for base in dict.fromkeys(bases.values()):
+            stages[f"{slug(base)}/phase1"] = Stage(partial(self._phase1, base), ("data",))
+        for task, task_points in points.items():
+            base, experts = f"{slug(bases[task])}/phase1", []
+            for point in task_points:
+                experts.append(f"{slug(task)}/experts/{slug(point)}")
+                stages[experts[-1]] = Stage(partial(self._expert, task, base, point), (base,))
+            stages[f"{slug(task)}/phase3"] = Stage(partial(self._phase3, task, base), (base, *experts))
+        for member in range(recipe.ensemble_size):
+            stages[f"ensemble/{member}"] = Stage(partial(self._member, member), ("data",))
+        inner = tuple(f"{slug(task)}/phase3" for task in table.tasks)
+        stages["model"] = Stage(self._assemble, ("router", *inner))
+        return stages
+
+    # What a run is made of
+
+    @cached_property
+    def formatter(self) -> Formatter:
+        tokenizer = AutoTokenizer.from_pretrained(
+            self.recipe.base_model, trust_remote_code=self.recipe.trust_remote_code
+        )
+        return Formatter(tokenizer, self.recipe.max_length)
+
+    def rows(self, *parts: str, task: str = OVERALL) -> list[PreferenceRow]:
+        """The rows of some parts of the data, of one task or of all."""
+        rows = []
+        for part in parts:
+            rows += load_rows(str(self.root / "data" / f"{part}.jsonl"), tasks=self.tasks)[0]
+        return [row for row in rows if task in (OVERALL, row.task)]
+
+    def load(self, stage: str) -> DMoERMForSequenceClassification:
+        """The model that a stage left."""
+        return DMoERMForSequenceClassification.from_pretrained(str(self.root / stage))
+
+    def history(self, stage: str) -> History:
+        """The log history of a stage's training."""
+        return json.loads((self.root / stage / "history.json").read_text())
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        path = self.root / "manifest.json"
+        return json.loads(path.read_text()) if path.exists() else {"recipe": self.recipe.fingerprint(), "seconds": {}}
+
+    # The stages
+
+    def _data(self, folder: Path) -> History:
+        recipe = self.recipe
+        rows, report = load_rows(recipe.train_data, tasks=self.tasks, on_error=recipe.on_error)
+        lines = [str(report)]
+        shares = {"phase1": recipe.phase1_share, "validation": recipe.validation_share, "seed": recipe.seed}
+        if recipe.test_data is None:
+            parts = split_rows(rows, test=recipe.test_share, **shares)
+        else:
+            test_rows, report = load_rows(recipe.test_data, tasks=self.tasks, on_error=recipe.on_error)
+            parts, removed = split_rows_beside_test(rows, test_rows, **shares)
+            lines += [str(report), f"{removed} training rows removed because their prompt is in the test rows"]
+        training = parts["phase1_train"] + parts["phase3_train"]
+        check_capability_labels(training, self.tasks, overall=recipe.without_outer)
+        check_capability_labels(parts["phase1_validation"], self.tasks, overall=recipe.without_outer)
+        for name, part in parts.items():
+            lines += [f"{name}: {len(part)} rows; {self.formatter.encode_rows(part)[1]}"]
+            write_rows(part, folder / f"{name}.jsonl")
+        (folder / "report.txt").write_text("\n".join(lines) + "\n")
+        return []
+
+    def _router(self, folder: Path) -> History:
+        router, history = train_router(
+            self.recipe.router_model or self.recipe.base_model,
+            list(self.tasks.tasks),
+            self.rows("phase1_train", "phase3_train"),
+            self.rows("phase1_validation", "phase3_validation"),
+            self.formatter,
+            self._arguments("router", folder),
+            num_layers=self.recipe.router_layers,
+            trust_remote_code=self.recipe.trust_remote_code,
+        )
+        router.save_pretrained(folder)
+        return history
+
+    def _phase1(self, task: str, folder: Path) -> History:
+        rows = self.rows("phase1_train", task=task), self.rows("phase1_validation", task=task)
+        return self._full_fine_tuning(task, *rows, folder, self._arguments("phase1", folder), unit_variance=False)
+
+    def _member(self, member: int, folder: Path) -> History:
+        rows = self.rows("phase1_train", "phase3_train"), self.rows("phase1_validation", "phase3_validation")
+        args = self._arguments("baselines", folder, seed=self.recipe.seed + member)
+        return self._full_fine_tuning(OVERALL, *rows, folder, args, unit_variance=True)
+
+    def _full_fine_tuning(self, task, train_rows, eval_rows, folder, args, unit_variance) -> History:
+        model, history = phase1(
+            self.recipe.base_model,
+            task,
+            train_rows,
+            eval_rows,
+            self.formatter,
+            args,
+            trust_remote_code=self.recipe.trust_remote_code,
+            **self.recipe.model_settings,
+        )
+        normalise(model, train_rows + eval_rows, self.formatter, unit_variance=unit_variance)
+        self._save(model, folder)
+        return history
+
+    def _expert(self, task: str, base: str, point: str, folder: Path) -> History:
+        expert, history = phase2(
+            with_task(self.load(base), task),
+            point,
+            self.rows("phase1_train", "phase3_train", task=task),
+            self.rows("phase1_validation", task=task),
+            self.formatter,
+            self._arguments("phase2", folder),
+        )
+        expert.save_pretrained(str(folder))
+        return history
+
+    def _phase3(self, task: str, base: str, folder: Path) -> History:
+        points = self.tasks.overall if task == OVERALL else self.tasks.tasks[task]
+        train_rows = self.rows("phase3_train", task=task)
+        model, history = phase3(
+            with_task(self.load(base), task),
+            {point: self.root / slug(task) / "experts" / slug(point) for point in points},
+            train_rows,
+            self.rows("phase3_validation", task=task),
+            self.formatter,
+            self._arguments("phase3", folder),
+        )
+        normalise(model, train_rows, self.formatter, unit_variance=self.recipe.unit_variance)
+        self._save(model, folder)
+        return history
+
+    def _assemble(self, folder: Path) -> History:
+        inner_models = {task: self.load(f"{slug(task)}/phase3") for task in self.tasks.tasks}
+        router = Router.from_pretrained(str(self.root / "router"))
+        self._save(assemble(inner_models, router), folder)
+        return []
+
+    def _arguments(self, stage: str, folder: Path, **options: Any) -> Any:
+        return self.recipe.phase(
+            stage, str(self._work(folder)), disable_tqdm=self.recipe.workers > 1, **options
+        )
+
+    def _save(self, model: DMoERMForSequenceClassification, folder: Path) -> None:
+        model.save_pretrained(folder)
+        self.formatter.tokenizer.save_pretrained(folder)
+
+    # Running them
+
+    def check(self) -> None:
+        """
+        Finds what can be found wrong before any training: rows, labels, tokenizer, LoRA targets, the base's weights.
+
+        Raises:
+            ValueError: naming what is wrong and the way out.
+        """
+        if (self.root / "manifest.json").exists() and self.manifest["recipe"] != self.recipe.fingerprint():
+            before, now = self.manifest["recipe"], self.recipe.fingerprint()
+            changed = sorted(key for key in now if before.get(key) != now[key])
+            raise ValueError(
+                f"{self.root}: got a run whose recipe differs in {changed}, need the same recipe to go on: choose another "
+                "`output_dir`, or delete this one."
+            )
+        base = DMoERMForSequenceClassification.from_base(
+            self.recipe.base_model, task=OVERALL, trust_remote_code=self.recipe.trust_remote_code
+        )
+        check_target_modules(base.model.backbones[OVERALL], self.recipe.lora_target_modules)
+        self.formatter  # noqa: B018  (reads the tokenizer, which may lack a pad token)
+
+    def run(self) -> None:
+        """Runs every stage that is not done, in an order in which each finds what it needs."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        if not all(self._done(name) for name in self.stages):
+            self.check()
+        done = {name for name in self.stages if self._done(name)}
+        with tqdm(total=len(self.stages), initial=len(done), desc="training", unit=" stages") as progress:
+            if not self._done("data"):
+                self._finished("data", self.run_stage("data"), done, progress)
+            if self.recipe.workers == 1:
+                for name in self.stages:
+                    if name not in done:
+                        progress.set_postfix_str(name)
+                        self._finished(name, self.run_stage(name), done, progress)
+                return
+            context = multiprocessing.get_context("spawn")
+            arguments = {"max_workers": self.recipe.workers, "mp_context": context, "initializer": _start_worker}
+            with ProcessPoolExecutor(**arguments, initargs=(os.getpid(),)) as pool:
+                running = {}
+                while len(done) < len(self.stages):
+                    for name, stage in self.stages.items():
+                        ready = name not in done and name not in running.values() and done.issuperset(stage.needs)
+                        if ready and len(running) < self.recipe.workers:
+                            running[pool.submit(_run_stage, self.recipe, name)] = name
+                    progress.set_postfix_str(", ".join(sorted(running.values())))
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        self._finished(running.pop(future), future.result(), done, progress)
+
+    def run_stage(self, name: str) -> float:
+        """Runs one stage, whose needs must be there, and returns the seconds that it took."""
+        start = time.perf_counter()
+        folder = self.root / "work" / name / "result"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        history = self.stages[name].run(folder)
+        (folder / "history.json").write_text(json.dumps(history))
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(self.root / name)
+        shutil.rmtree(self.root / "work" / name, ignore_errors=True)
+        return time.perf_counter() - start
+
+    def _done(self, name: str) -> bool:
+        return (self.root / name / "history.json").exists()
+
+    def _work(self, result: Path) -> Path:
+        return result.parent / "checkpoints"
+
+    def _finished(self, name: str, seconds: float, done: set[str], progress: tqdm) -> None:
+        done.add(name)
+        progress.update()
+        manifest = self.manifest
+        manifest["seconds"][name] = manifest["seconds"].get(name, 0) + seconds
+        temporary = self.root / "manifest.json.tmp"
+        temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
+        temporary.replace(self.root / "manifest.json")
+
+
+def _start_worker(parent: int) -> None:
+    """One thread, no bars, and no life after the parent's: an orphan would write into a resumed run's folders."""
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+_pipelines: dict[str, Pipeline] = {}
+
+
+def _run_stage(recipe: Recipe, name: str) -> float:
+    pipeline = _pipelines.setdefault(recipe.output_dir, Pipeline(recipe))
+    return pipeline.run_stage(name)

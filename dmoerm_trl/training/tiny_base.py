@@ -1,0 +1,149 @@
+"""A tiny Qwen2-style language model with a chat template, trained from nothing: the base of the demo and of the tests."""
+
+from pathlib import Path
+
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    DataCollatorForLanguageModeling,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+
+MAX_LENGTH = 1024
+"""Tokens that the model has positions for."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Qwen's ChatML, without its default system prompt."""
+
+
+def train_tiny_base(
+    texts: list[list[dict]],
+    output_dir: str | Path,
+    *,
+    seed: int = 0,
+    hidden_size: int = 128,
+    num_layers: int = 4,
+    num_heads: int = 4,
+    vocab_size: int = 2048,
+    max_steps: int = 600,
+    batch_size: int = 16,
+    learning_rate: float = 4e-3,
+) -> Path:
+    """
+    Trains a byte-level BPE tokenizer and a `Qwen2ForCausalLM` on conversations and saves both to one folder.
+
+    With the default sizes the model has about a million parameters. Every token of a conversation is trained on. The same
+    arguments give the same weights on one machine.
+
+    Args:
+        texts (`list[list[dict]]`):
+            Conversations: turns with `role` and `content`.
+        output_dir (`str` or `Path`):
+            Where the model (safetensors) and the tokenizer go.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the weights and of the order of the texts.
+        hidden_size (`int`, *optional*, defaults to `128`):
+            Width of the model; the feed-forward layers are three times as wide.
+        num_layers (`int`, *optional*, defaults to `4`):
+            Number of decoder layers.
+        num_heads (`int`, *optional*, defaults to `4`):
+            Number of attention heads, each pair of which shares its keys and values.
+        vocab_size (`int`, *optional*, defaults to `2048`):
+            Size of the vocabulary, special tokens and the 256 bytes included.
+        max_steps (`int`, *optional*, defaults to `600`):
+            Number of optimiser steps.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Conversations a step.
+        learning_rate (`float`, *optional*, defaults to `4e-3`):
+            Peak of a cosine schedule.
+
+    Returns:
+        `Path`: `output_dir`.
+
+    Raises:
+        `ValueError`: When there is no text, or one is longer than [`MAX_LENGTH`] tokens.
+    """
+    if not texts:
+        raise ValueError("got no texts, need at least one conversation: there is nothing to train the base on.")
+    set_seed(seed)
+    tokenizer = train_tokenizer(texts, vocab_size)
+    encoded = [tokenizer(tokenizer.apply_chat_template(text, tokenize=False))["input_ids"] for text in texts]
+    for index, ids in enumerate(encoded):
+        if len(ids) > MAX_LENGTH:
+            raise ValueError(
+                f"texts[{index}]: got {len(ids)} tokens, need at most {MAX_LENGTH}, the positions of the tiny base: "
+                "shorten the conversation or leave it out."
+            )
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden_size,
+            intermediate_size=3 * hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            num_key_value_heads=max(1, num_heads // 2),
+            max_position_embeddings=MAX_LENGTH,
+            tie_word_embeddings=True,
+            attention_dropout=0.0,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    output_dir = Path(output_dir)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(output_dir),
+            seed=seed,
+            max_steps=max_steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=min(50, max_steps // 10),
+            adam_beta2=0.98,
+            logging_steps=max(1, max_steps // 10),
+            save_strategy="no",
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_dict({"input_ids": encoded}),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model(output_dir)
+    return output_dir
+
+
+def train_tokenizer(texts: list[list[dict]], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `vocab_size` tokens for conversations, with Qwen's special tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    turns = (f"{turn['role']}\n{turn['content']}\n" for text in texts for turn in text)
+    tokenizer.train_from_iterator(turns, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[START],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MAX_LENGTH,
+    )

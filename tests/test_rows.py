@@ -1,0 +1,289 @@
+"""Preference rows: the accepted formats, every kind of bad row with its message, duplicates, the round trip."""
+
+import json
+import re
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmoerm_trl.data.rows import PreferenceRow, check_capability_labels, load_rows, rows_from_dataset, write_rows
+from dmoerm_trl.tasks import TaskTable
+
+TASKS = TaskTable.paper()
+GOOD = {"prompt": "Who are you?", "responses": ["A pirate.", "No idea."], "ranks": [1, 2], "task": "roleplay"}
+
+
+def write(path, *rows) -> str:
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return str(path)
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+def load_one(tmp_path, row: dict, tasks: TaskTable = TASKS) -> PreferenceRow:
+    """The same row from a JSONL file and from a dataset in memory."""
+    [from_file], _ = load_rows(write(tmp_path / "rows.jsonl", row), tasks=tasks)
+    [from_dataset], _ = rows_from_dataset(Dataset.from_list([row]), tasks=tasks)
+    assert from_file == from_dataset
+    return from_file
+
+
+# --------------------------------------------------------------------------------------------------- formats
+
+
+def test_our_format_with_text_and_with_turns(tmp_path):
+    labels = {"logic": [2, 1], "readability": [1, 1]}
+    turns = [{"role": "system", "content": "Be brief."}, *user("Hi"), *assistant("Hello."), *user("Who are you?")]
+    row = {"messages": turns, "responses": ["A", "B"], "ranks": [2, 1], "task": "chitchat", "capability_ranks": labels}
+    assert load_one(tmp_path, row) == PreferenceRow(turns, ["A", "B"], [2, 1], "chitchat", labels)
+    assert load_one(tmp_path, {k: v for k, v in GOOD.items() if k != "task"}) == PreferenceRow(
+        user("Who are you?"), GOOD["responses"], [1, 2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "responses"),
+    [
+        ({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}, "The sky is", [" blue.", " green."]),
+        ({"chosen": "The sky is blue.", "rejected": "The sky is black."}, "The sky is", [" blue.", " black."]),
+        ({"chosen": "Why so?\nBut", "rejected": "Why so?\nBut no."}, "Why so?\n", ["But", "But no."]),
+        (
+            {"prompt": user("Sky?"), "chosen": assistant("Blue."), "rejected": assistant("No.")},
+            "Sky?",
+            ["Blue.", "No."],
+        ),
+        (
+            {"chosen": user("Sky?") + assistant("Blue."), "rejected": user("Sky?") + assistant("No.")},
+            "Sky?",
+            ["Blue.", "No."],
+        ),
+    ],
+    ids=[
+        "standard",
+        "standard, implicit prompt",
+        "standard, one the beginning of the other",
+        "conversational",
+        "conversational, implicit prompt",
+    ],
+)
+def test_trl_preference_format(tmp_path, row, prompt, responses):
+    assert load_one(tmp_path, row) == PreferenceRow(user(prompt), responses, [1, 2])
+
+
+def test_the_papers_published_rows(tmp_path):
+    row = {
+        "src": ["你好", "讲个笑话"],
+        "tgt": ["你好！"],
+        "response": ["甲", "乙", "丙"],
+        "rank": [3, 1, 1],
+        "label": "闲聊",
+    }
+    turns = user("你好") + assistant("你好！") + user("讲个笑话")
+    assert load_one(tmp_path, row) == PreferenceRow(turns, ["甲", "乙", "丙"], [3, 1, 1], "chitchat")
+    assert load_one(tmp_path, row, TaskTable.paper("zh")).task == "闲聊"
+    path = write(tmp_path / "rows.jsonl", row | {"label": "翻译"}, row | {"src": ["a", "b"], "label": ""})
+    [other, unlabelled], report = load_rows(path, tasks=TASKS)
+    assert (other.task, unlabelled.task) == ("others", None)
+    assert "1 with a label that was read as others (翻译: 1)" in str(report)
+    with pytest.raises(ValueError, match="line 1: fields `src` and `tgt`.*one more in `src`"):
+        load_rows(write(tmp_path / "rows.jsonl", row | {"tgt": []}), tasks=TASKS)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json", "folder", "saved"])
+def test_what_datasets_loads(tmp_path, kind):
+    labelled = GOOD | {
+        "capability_ranks": {"logic": None, "empathy ability": [1, 2]}
+    }  # None: how arrow writes absence
+    dataset, path = Dataset.from_list([labelled]), tmp_path / "source"
+    if kind == "saved":
+        dataset.save_to_disk(path)
+    else:
+        path.mkdir()
+        file = path / ("train.parquet" if kind != "json" else "train.json")
+        dataset.to_parquet(file) if kind != "json" else dataset.to_json(file)
+        path = path if kind == "folder" else file
+    [row], report = load_rows(path, tasks=TASKS)
+    assert row == PreferenceRow(
+        user(GOOD["prompt"]), GOOD["responses"], [1, 2], "roleplay", {"empathy ability": [1, 2]}
+    )
+    assert str(report) == f"{path}: 1 rows"
+
+
+def test_a_source_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing.jsonl', which does not exist: need a file ending in .jsonl"):
+        load_rows(tmp_path / "missing.jsonl", tasks=TASKS)
+    with pytest.raises(FileNotFoundError, match="a kind that is not read"):
+        load_rows(write(tmp_path / "rows.txt", GOOD), tasks=TASKS)
+
+
+# -------------------------------------------------------------------------------------------------- bad rows
+
+BAD = {  # reason -> what differs from GOOD (or the line), what the message says
+    "no two distinct ranks": ({"ranks": [1, 1]}, r"field `ranks`: got \[1, 1\], need two distinct ranks because"),
+    "empty response": ({"responses": ["A", " \n"]}, "field `responses`: got .* as response 2, need text because"),
+    "unknown task": ({"task": "poetry"}, r"field `task`: got 'poetry', need one of \['text_creation', .*'others'\]"),
+    "ranks and responses of different lengths": ({"ranks": [1, 2, 3]}, "field `ranks`: got 3 ranks for 2 responses"),
+    "fewer than two responses": ({"responses": ["A"], "ranks": [1]}, "field `responses`: got .* two or more"),
+    "ranks that are not integers": ({"ranks": [0.9, 0.1]}, r"field `ranks`: got \[0.9, 0.1\], need integers"),
+    "empty prompt": ({"prompt": " "}, "field `prompt`: got an empty one"),
+    "last turn not the user's": (
+        {"prompt": user("a") + assistant("b")},
+        "got a last turn of 'assistant', need one of 'user'",
+    ),
+    "unknown capability point": (
+        {"capability_ranks": {"expressiveness": [1, 2]}},
+        r"got the point 'expressiveness', which task 'roleplay' does not have, need some of .*'empathy ability'",
+    ),
+    "broken JSON": ('{"prompt": ', r"got broken JSON \(Expecting value.*need one JSON object"),
+    "unknown format": ({"responses": None, "ranks": None}, r"got the fields \['prompt', 'task'\], need `prompt` or"),
+    "missing field": ({"ranks": None}, "got no field `ranks`"),
+    "bad prompt": ({"prompt": [{"role": "user"}]}, "field `prompt`: got the turn {'role': 'user'}, need `role` and"),
+}
+MORE_BAD = [
+    ("unknown format", "[1, 2]", "need an object with"),
+    ("broken JSON", '{"prompt": NaN', "broken JSON"),
+    ("ranks that are not integers", {"ranks": [True, 2]}, "need integers"),
+    ("ranks that are not integers", {"ranks": ["1", "2"]}, "need integers"),
+    ("ranks and responses of different lengths", {"ranks": 1}, "field `ranks`: got 1 for 2 responses"),
+    ("fewer than two responses", {"responses": "text"}, "got 'text', need a list"),
+    ("empty prompt", {"prompt": []}, "field `prompt`: got an empty one"),
+    ("bad prompt", {"messages": user("a")}, "exactly one of `prompt` and `messages`"),
+    ("bad prompt", {"prompt": 3}, "field `prompt`: got 3, need text or a list of turns"),
+    (
+        "ranks and responses of different lengths",
+        {"capability_ranks": {"content richness": [1]}},
+        "field `capability_ranks.content richness`: got 1 ranks for 2 responses",
+    ),
+    ("ranks that are not integers", {"capability_ranks": {"logic": [0.5, 1]}}, "field `capability_ranks.logic`"),
+    ("bad capability_ranks", {"capability_ranks": [1, 2]}, "need point -> ranks"),
+    ("unknown capability point", {"task": "others", "capability_ranks": {"empathy ability": [1, 2]}}, "does not have"),
+]
+
+
+@pytest.mark.parametrize(("reason", "change", "message"), [(reason, *case) for reason, case in BAD.items()] + MORE_BAD)
+def test_a_bad_row_is_an_error_or_skipped_on_request(tmp_path, reason, change, message):
+    bad = change if isinstance(change, str) else GOOD | change
+    path = write(tmp_path / "rows.jsonl", GOOD, "", bad)
+    with pytest.raises(ValueError, match=message) as error:
+        load_rows(path, tasks=TASKS)
+    assert str(error.value).startswith(f"{path}, line 3: ")
+    assert "on_error='skip'" in str(error.value)
+
+    rows, report = load_rows(path, tasks=TASKS, on_error="skip")
+    assert len(rows) == report.rows == 1
+    assert report.skipped == {reason: 1}
+    assert f"1 rows; 1 skipped ({reason}: 1)" in str(report)
+
+
+def test_a_bad_row_of_a_dataset_is_named_by_its_number():
+    dataset = Dataset.from_list([GOOD, GOOD | {"ranks": [2, 2]}])
+    with pytest.raises(ValueError, match="^train set, row 2: field `ranks`"):
+        rows_from_dataset(dataset, tasks=TASKS, name="train set")
+    with pytest.raises(ValueError, match="got on_error='ignore'"):
+        rows_from_dataset(dataset, tasks=TASKS, on_error="ignore")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "chosen": "", "rejected": "b"}, "as response 1, need text because an empty response"),
+        ({"chosen": "same", "rejected": assistant("b")}, "both as text or both as turns"),
+        ({"chosen": "one", "rejected": "two"}, "no beginning in common with `rejected`.*add `prompt`"),
+        (
+            {"chosen": user("a"), "rejected": user("a") + assistant("b")},
+            r"field `chosen`: got turns of \[\] after the",
+        ),
+        (
+            {"prompt": user("a"), "chosen": assistant("b") + user("c") + assistant("d"), "rejected": assistant("e")},
+            r"field `chosen`: got turns of \['assistant', 'user', 'assistant'\] after the prompt, need one turn",
+        ),
+    ],
+)
+def test_bad_rows_in_trl_format(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message):
+        load_rows(write(tmp_path / "rows.jsonl", row), tasks=TASKS)
+
+
+def test_fields_that_are_not_read_are_said(tmp_path):
+    row = GOOD | {"capability_rank": {}, "prompt": [{"role": "user", "content": "Hi", "name": "Ann", "weight": None}]}
+    _, report = load_rows(write(tmp_path / "rows.jsonl", row), tasks=TASKS)
+    assert report.ignored_fields == {"capability_rank": 1, "prompt.name": 1}
+    assert "2 fields not read" in str(report) and "capability_rank: 1" in str(report)
+
+
+# ---------------------------------------------------------------------------------------- duplicates, files
+
+
+def test_duplicates_are_removed_and_counted(tmp_path):
+    turned = GOOD | {"prompt": "  who ARE\nyou?", "responses": GOOD["responses"][::-1], "ranks": [2, 1]}
+    contradiction = GOOD | {"ranks": [2, 1]}
+    other = GOOD | {"responses": ["A pirate.", "A king."]}
+    rows, report = load_rows(write(tmp_path / "rows.jsonl", GOOD, GOOD, turned, contradiction, other), tasks=TASKS)
+    assert [row.responses for row in rows] == [GOOD["responses"], other["responses"]]
+    assert rows[0].ranks == [1, 2]
+    assert (report.duplicates, report.contradictions) == (3, 1)
+    assert "2 rows; 3 duplicates removed (1 of them with other labels)" in str(report)
+
+
+text = st.text(alphabet='aé你😀 \n\u2028"\\', max_size=12).map(lambda t: t + ".")
+
+
+@st.composite
+def preference_rows(draw) -> PreferenceRow:
+    count = draw(st.integers(2, 4))
+    ranks = st.lists(st.integers(1, 4), min_size=count, max_size=count)
+    distinct = st.permutations([1, 2, *draw(ranks)[2:]])
+    task = draw(st.sampled_from([None, "others", *TASKS.tasks]))
+    return PreferenceRow(
+        prompt=[{"role": "system", "content": draw(text)}, *user(draw(text))],
+        responses=draw(st.lists(text, min_size=count, max_size=count)),
+        ranks=draw(distinct),
+        task=task,
+        capability_ranks=draw(st.dictionaries(st.sampled_from([*TASKS.tasks.get(task, ()), *TASKS.overall]), ranks)),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(preference_rows(), max_size=4, unique_by=lambda row: row.prompt_id))
+def test_written_rows_are_read_back(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_rows(rows, path)
+    assert load_rows(path, tasks=TASKS)[0] == rows
+    assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_the_prompt_id_is_stable():
+    row = PreferenceRow(user("Who are you?"), ["a", "b"], [1, 2])
+    assert row.prompt_id == PreferenceRow(user(" WHO are\n\nyou? "), ["c", "d"], [2, 1]).prompt_id
+    assert row.prompt_id != PreferenceRow(user("Who is he?"), ["a", "b"], [1, 2]).prompt_id
+    assert row.prompt_id != PreferenceRow(assistant("x") + user("Who are you?"), ["a", "b"], [1, 2]).prompt_id
+    assert re.fullmatch("[0-9a-f]{16}", row.prompt_id)
+
+
+# ----------------------------------------------------------------------------------------- capability labels
+
+
+def test_every_capability_point_needs_labels():
+    table = TaskTable({"poetry": ("rhyme", "wit"), "prose": ("wit",)}, overall=("wit",))
+
+    def row(task: str, **labels) -> PreferenceRow:
+        return PreferenceRow(user("a"), ["b", "c"], [1, 2], task, labels)
+
+    check_capability_labels([row("poetry", rhyme=[1, 2], wit=[2, 1]), row("prose", wit=[1, 2])], table)
+    tied = [row("poetry", rhyme=[1, 1], wit=[2, 1])]
+    with pytest.raises(ValueError, match=r"task 'poetry': 'rhyme'; task 'prose': 'wit'\. Need `capability_ranks`"):
+        check_capability_labels(tied, table)
+    with pytest.raises(ValueError, match="task 'overall': 'wit'"):
+        check_capability_labels([], table)
+    only_poetry = TaskTable({"poetry": ("rhyme",)}, overall=("wit",))
+    check_capability_labels([row("poetry", rhyme=[1, 2])], only_poetry, overall=False)
