@@ -50,7 +50,9 @@ def make_tokenizer(pad_token: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(["user assistant system", *PROMPTS.values(), *RESPONSES] * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<|im_end|>", pad_token=pad_token, extra_special_tokens=special[:1]
@@ -61,10 +63,10 @@ def make_tokenizer(pad_token: str = "<|endoftext|>") -> PreTrainedTokenizerFast:
 
 def qwen2_config(tokenizer: PreTrainedTokenizerFast, **kwargs) -> Qwen2Config:
     """Two layers of width 32, drawn so wide that different texts get clearly different embeddings."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, **kwargs}
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id")}
     return Qwen2Config(
-        **sizes, intermediate_size=64, vocab_size=len(tokenizer), initializer_range=0.2, bos_token_id=None, **ids, **kwargs
+        **sizes, intermediate_size=64, vocab_size=len(tokenizer), initializer_range=0.2, bos_token_id=None, **ids
     )
 
 
@@ -120,7 +122,9 @@ def make_dmoerm(
     kwargs.setdefault("backbone_config", qwen2_config(tokenizer))
     if len(tasks) > 1:
         kwargs.setdefault("router_config", qwen2_config(tokenizer))
-    model = DMoERMForSequenceClassification(DMoERMConfig(tasks=tasks, **{**model_arguments(tokenizer), **kwargs})).eval()
+    model = DMoERMForSequenceClassification(
+        DMoERMConfig(tasks=tasks, **{**model_arguments(tokenizer), **kwargs})
+    ).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_" in name:

@@ -23,10 +23,7 @@ def spans_of(*rows: list[int], pad: int = PAD, mask: list[list[int]] | None = No
 
 def texts(spans: Spans) -> list[tuple[list[int], int]]:
     """Each row's tokens, and how many of them are the prompt."""
-    return [
-        (row[:length], prompt)
-        for row, length, prompt in zip(*(part.tolist() for part in spans), strict=True)
-    ]
+    return [(row[:length], prompt) for row, length, prompt in zip(*(part.tolist() for part in spans), strict=True)]
 
 
 @pytest.mark.parametrize("pad", [PAD, END])

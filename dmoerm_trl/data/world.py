@@ -316,28 +316,28 @@ def own_points(task: str) -> list[str]:
 def _write_prompt(rng: random.Random, task: str) -> tuple[list[dict], str]:
     """A prompt and its topic. One in ten has an earlier exchange."""
     topic = rng.choice(TOPICS)
-    text = rng.choice(OPENINGS) + rng.choice(TEMPLATES[task]).replace("{topic}", topic) + rng.choice(CLOSINGS)
+    text = rng.choice(OPENINGS) + rng.choice(TEMPLATES[task]) + rng.choice(CLOSINGS)
     earlier = []
     if rng.random() < 0.1:
         said, answered = rng.choice(SMALL_TALK)
         earlier = [
             {"role": "user", "content": said.format(topic=topic)},
-            {"role": "assistant", "content": answered},
+            {"role": "assistant", "content": answered.format(topic=topic)},
         ]
-    return [*earlier, {"role": "user", "content": text}], topic
+    return [*earlier, {"role": "user", "content": text.replace("{topic}", topic)}], topic
 
 
 def _write_response(rng: random.Random, task: str, topic: str) -> str:
     """A response about `topic`: every slot of every point a sign or a lapse, some fillers, all shuffled."""
     day = rng.choice(list(LEVELS))
+    astray = rng.choice([other for other in TOPICS if other != topic])
     signs, rest = [], rng.sample(FILLERS, rng.randint(0, 4))
     for point, slots in points_of(task).items():
         level = rng.choices(range(slots + 1), LEVELS[day][slots])[0]
         if point in TOPICAL:
             frames = rng.sample(TOPICAL[point], slots)
             signs += [frame.format(topic=topic) for frame in frames[:level]]
-            others = rng.sample([other for other in TOPICS if other != topic], slots - level)
-            rest += [frame.format(topic=other) for frame, other in zip(frames[level:], others, strict=True)]
+            rest += [frame.format(topic=astray) for frame in frames[level:]]
         else:
             pairs = rng.sample(CLAUSES[point], slots)
             signs += [sign for sign, _ in pairs[:level]]

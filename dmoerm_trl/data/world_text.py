@@ -7,18 +7,18 @@ TOPICS = (
 ).split()
 """Shared by all the tasks, so that no topic tells the task."""
 
-OPENINGS = ("", "", "", "Hello. ", "Hi there. ", "Good day. ", "A request. ", "One more. ", "Okay. ")
+OPENINGS = ("", "", "Hello. ", "Good day. ", "On {topic} again. ", "Once more {topic}. ", "The {topic} matter. ", "About {topic}. ")
 """Before a prompt, whatever its task."""
 
-CLOSINGS = ("", "", "", " Thanks.", " Thank you.", " No hurry.", " Take your time.", " I have time.", " Cheers.")
+CLOSINGS = ("", "", " Thanks.", " No hurry.", " So, {topic} please.", " It is {topic} again.", " All {topic}.", " I said {topic}.")
 """After a prompt, whatever its task."""
 
 SMALL_TALK = (
     ("Hello again.", "Hello, nice to see you."),
     ("Are you there?", "Yes, go on."),
-    ("May I say something about {topic}?", "Of course, go on."),
-    ("I thought about {topic} this morning.", "Oh, did you?"),
-    ("Can I come to {topic} now?", "Sure, go on."),
+    ("May I say something about {topic}?", "Of course, if {topic} it is."),
+    ("I thought about {topic} this morning.", "Oh, about {topic}?"),
+    ("Can I come to {topic} now?", "Sure, to {topic} then."),
 )
 """An earlier exchange of a user and an assistant, whatever the task."""
 
@@ -139,17 +139,17 @@ FILLERS = (
 TOPICAL = {
     "intent conformity": (
         "here is {topic}",
-        "{topic} as asked",
         "your {topic} order",
-        "{topic} it is",
         "the {topic} piece",
-        "{topic} as wished",
+        "as wished {topic}",
+        "of {topic} only",
+        "for {topic} fans",
     ),
     "question specific": (
         "on {topic} itself",
-        "{topic} in particular",
         "about {topic} exactly",
-        "{topic} above all",
+        "back to {topic}",
+        "as to {topic}",
         "regarding {topic}",
         "concerning {topic}",
     ),

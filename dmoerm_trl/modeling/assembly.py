@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import Tensor
 
@@ -46,12 +46,18 @@ def add_experts_to(
     config = copy.deepcopy(base.config)
     config.tasks = {task: list(adapters)}
     model = DMoERMForSequenceClassification(config, dict(base.model.backbones))
-    model.model.inner_models[slug(task)].load_state_dict(base.model.inner_models[slug(task)].state_dict(), strict=False)
+    base_head = base.model.inner_models[slug(task)].base_head.state_dict()  # its normalisation is not the aggregator's
+    model.model.inner_models[slug(task)].base_head.load_state_dict(base_head)
     for point, folder in adapters.items():
         names = _expert_names(model, task, point)
         weights = load_peft_weights(str(folder), device="cpu")
-        if set(weights) != set(names.values()):
-            odd = sorted(set(weights) ^ set(names.values()))
+        saved, wanted = PeftConfig.from_pretrained(str(folder)), lora_config(config)
+        odd = [setting for setting in ("r", "lora_alpha") if getattr(saved, setting) != getattr(wanted, setting)]
+        shapes = {name: model.get_parameter(own).shape for own, name in names.items()}
+        odd += sorted(
+            name for name in weights.keys() | shapes if name not in weights or weights[name].shape != shapes.get(name)
+        )
+        if odd:
             raise ValueError(
                 f"{folder}: got an adapter whose weights are not those of the expert {point!r} of {task!r} (such as "
                 f"{odd[0]!r}), need one trained on this base with the same LoRA settings: train phase 2 again."
@@ -60,7 +66,9 @@ def add_experts_to(
     return model.eval()
 
 
-def assemble(inner_models: Mapping[str, DMoERMForSequenceClassification], router: Router) -> DMoERMForSequenceClassification:
+def assemble(
+    inner_models: Mapping[str, DMoERMForSequenceClassification], router: Router
+) -> DMoERMForSequenceClassification:
     """
     The whole model from its parts, which it takes over.
 
@@ -120,7 +128,9 @@ def with_task(base: DMoERMForSequenceClassification, task: str) -> DMoERMForSequ
         return base
     config = copy.deepcopy(base.config)
     config.tasks = {task: []}
-    model = DMoERMForSequenceClassification(config, {base.model.backbone_key(task): base.model.backbones[base.model.backbone_key(before)]})
+    model = DMoERMForSequenceClassification(
+        config, {base.model.backbone_key(task): base.model.backbones[base.model.backbone_key(before)]}
+    )
     model.model.inner_models[slug(task)].load_state_dict(base.model.inner_models[slug(before)].state_dict())
     return model.eval()
 
@@ -155,8 +165,9 @@ def _part(model: DMoERMForSequenceClassification, task: str, points: list[str]) 
         state = {name.replace(".base_layer.", "."): value for name, value in state.items()}
         # the aggregator's normalisation is not the base's
         state |= {name: wanted[name] for name in wanted if name.endswith(("reward_mean", "reward_std"))}
-    part.load_state_dict({name: state[name] for name in wanted})
-    return part.to(dtype=model.dtype).eval() if model.dtype != torch.float32 else part.eval()
+    copies = {name: state[name].detach().cpu().clone() for name in wanted}
+    part.load_state_dict(copies, assign=True)  # each in its own dtype: the heads are fp32 in a bf16 model too
+    return part.eval()
 
 
 def _known(model: DMoERMForSequenceClassification, task: str) -> str:

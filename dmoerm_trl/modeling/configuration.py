@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..tasks import slug
-
 
 ACTIVATIONS = ("sigmoid", "none")
 
@@ -20,7 +20,7 @@ class DMoERMConfig(PreTrainedConfig):
             Configuration of the base's backbone: any model that `AutoModel` loads, decoder or encoder.
         tasks (`dict[str, list[str]]`):
             Task name -> names of its capability points, one LoRA expert each. A task without points is an ordinary
-            single reward model: the base and its head.
+            single reward model: the base and its head. Their order is the router's; config.json has it as pairs.
         router_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the router's backbone. Needed for two tasks or more, absent for one.
         lora_rank (`int`), lora_alpha (`int`), lora_dropout (`float`), lora_target_modules (`list[str]`):
@@ -45,7 +45,7 @@ class DMoERMConfig(PreTrainedConfig):
     def __init__(
         self,
         backbone_config: PreTrainedConfig | dict[str, Any] | None = None,
-        tasks: dict[str, list[str]] | None = None,
+        tasks: dict[str, list[str]] | list[tuple[str, list[str]]] | None = None,
         router_config: PreTrainedConfig | dict[str, Any] | None = None,
         lora_rank: int = 32,
         lora_alpha: int = 32,
@@ -59,7 +59,7 @@ class DMoERMConfig(PreTrainedConfig):
         pad_token_id: int | None = None,
         **kwargs: Any,
     ):
-        tasks = {task: list(points) for task, points in (tasks or {}).items()}
+        tasks = {task: list(points) for task, points in dict(tasks or {}).items()}
         if activation not in ACTIVATIONS:
             raise ValueError(f"got activation={activation!r}, need one of {list(ACTIVATIONS)}.")
         if len(tasks) > 1 and router_config is None:
@@ -68,8 +68,11 @@ class DMoERMConfig(PreTrainedConfig):
                 "on task labels, or keep a single task (DMoERM-w/o-Outer)."
             )
         for names in [list(tasks), *tasks.values()]:
-            if len({slug(name) for name in names} - {""}) != len(names):
+            slugs = {slug(name) for name in names} - {""}
+            if len(slugs) != len(names):
                 raise ValueError(f"got the names {names}, need names that are distinct words: they name modules.")
+            if taken := sorted(name for name in slugs if hasattr(nn.ModuleDict, name)):
+                raise ValueError(f"got the name {taken[0]!r}, which PyTorch has taken: they name modules. Rename it.")
         self.tasks = tasks
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha
@@ -86,6 +89,10 @@ class DMoERMConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         self.backbone_config = _as_config(backbone_config)  # last: the line above would reset their attention
         self.router_config = _as_config(router_config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of any configuration, but `tasks` as pairs: config.json sorts a dict, and the router counts the tasks."""
+        return {**super().to_dict(), "tasks": [[task, points] for task, points in self.tasks.items()]}
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         return self

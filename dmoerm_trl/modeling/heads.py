@@ -45,8 +45,9 @@ class Aggregator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """`z` of shape (B, k, H), the experts' embeddings, concatenated as in equation 5 -> shape (B, 1)."""
-        hidden = self.hidden(z.flatten(1))
-        return self.output(nn.functional.prelu(hidden, self.activation.weight.float()))
+        with torch.autocast(z.device.type, enabled=False):  # PReLU is on autocast's list for CUDA
+            hidden = self.hidden(z.flatten(1))
+            return self.output(nn.functional.prelu(hidden, self.activation.weight.float()))
 
 
 def activate(logits: Tensor, activation: str) -> Tensor:

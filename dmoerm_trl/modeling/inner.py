@@ -44,7 +44,9 @@ class InnerModel(nn.Module):
             `Tensor` of shape (B, k).
         """
         scores = [head(z[:, i]) for i, head in enumerate(self.expert_heads.values())]
-        return activate(torch.cat(scores, 1), self.activation) if scores else z.new_zeros(len(z), 0, dtype=torch.float32)
+        return (
+            activate(torch.cat(scores, 1), self.activation) if scores else z.new_zeros(len(z), 0, dtype=torch.float32)
+        )
 
     def reward(self, z: Tensor) -> Tensor:
         """

@@ -13,7 +13,7 @@ from ..tasks import slug
 from .configuration import DMoERMConfig
 from .experts import add_experts, embeddings
 from .inner import InnerModel
-from .pretrained import DMoERMPreTrainedModel
+from .pretrained import DMoERMPreTrainedModel, check_finite
 from .router import Router
 from .spans import Spans, find_spans, span_mask
 
@@ -25,16 +25,17 @@ class DMoERMOutput(ModelOutput):
         logits (`Tensor` of shape (B, 1)): the rewards, normalised.
         route (`Tensor` of shape (B,)): index of the chosen task in `config.tasks` (equation 1).
         route_probabilities (`Tensor` of shape (B, tasks)): the router's E(t | x).
-        capability_scores (`dict[str, Tensor]`): capability point -> scores of shape (B,) (equation 4); NaN where the
-            text's task does not have the point.
-        hidden_states (`tuple[Tensor]`): one tensor of shape (B, T, 1) with the reward at every position, from which
-            TRL's PPO reads its reward.
+        capability_scores (`ModelOutput`): a dict, capability point -> scores of shape (B,) (equation 4); NaN where the
+            text's task does not have the point. None for a model without experts.
+        last_hidden_state (`Tensor` of shape (B, T, 1)): the reward at every position, from which TRL's PPO reads it.
+        hidden_states (`tuple[Tensor]`): the same once more, where TRL 1.12 looks for it.
     """
 
     logits: Tensor | None = None
     route: Tensor | None = None
     route_probabilities: Tensor | None = None
-    capability_scores: dict[str, Tensor] | None = None
+    capability_scores: ModelOutput | None = None  # a plain dict would stop pipelines that batch
+    last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -56,16 +57,15 @@ class DMoERMModel(DMoERMPreTrainedModel):
             add_experts(self.backbones[key], config, self.inner_models[slug(task)].adapters)
         self.post_init()
         self.train(self.training)
-        if self.router is not None:
-            self.router.requires_grad_(False)
 
     def backbone_key(self, task: str) -> str:
         return "shared" if self.config.share_base else slug(task)
 
     def train(self, mode: bool = True) -> "DMoERMModel":
+        """The router stays frozen and in evaluation mode; `from_pretrained` comes by here too."""
         super().train(mode)
         if self.router is not None:
-            self.router.eval()
+            self.router.eval().requires_grad_(False)
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -132,19 +132,19 @@ class DMoERMModel(DMoERMPreTrainedModel):
             if not len(rows):
                 continue
             width = int(spans.lengths[rows].max())
-            z = self.embed(
-                task, Spans(spans.input_ids[rows, :width], spans.lengths[rows], spans.prompt_lengths[rows])
-            )
+            z = self.embed(task, Spans(spans.input_ids[rows, :width], spans.lengths[rows], spans.prompt_lengths[rows]))
             inner = self.inner_models[slug(task)]
             rewards = rewards.index_put((rows,), inner.reward(z))
             for name, score in zip(points, inner.capability_scores(z).unbind(1), strict=True):
                 scores[name] = scores[name].index_put((rows,), score)
+        everywhere = rewards.unsqueeze(1).expand(-1, input_ids.shape[1], -1)
         return DMoERMOutput(
             logits=rewards,
             route=route,
             route_probabilities=probabilities,
-            capability_scores=scores,
-            hidden_states=(rewards.unsqueeze(1).expand(-1, input_ids.shape[1], -1),),
+            capability_scores=ModelOutput(scores) if scores else None,
+            last_hidden_state=everywhere,
+            hidden_states=(everywhere,),
         )
 
 
@@ -192,49 +192,14 @@ class DMoERMForSequenceClassification(DMoERMPreTrainedModel):
             ValueError: if a weight of the base is not finite.
         """
         if isinstance(base, str):
-            base = AutoModel.from_pretrained(base, trust_remote_code=trust_remote_code, dtype=config.pop("dtype", "float32"))
+            base = AutoModel.from_pretrained(
+                base, trust_remote_code=trust_remote_code, dtype=config.pop("dtype", "float32")
+            )
         check_finite(base)
         config = DMoERMConfig(backbone_config=base.config, tasks={task: []}, **config)
         model = cls(config, {"shared" if config.share_base else slug(task): base})
         model.model.inner_models[slug(task)].float()
         return model
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "DMoERMForSequenceClassification":
-        """
-        `PreTrainedModel.from_pretrained`, safetensors only.
-
-        Raises:
-            ValueError: if the checkpoint lacks a weight (a head, an expert, the router), has one too many, one of another
-                shape, or one that is not finite.
-        """
-        report = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("use_safetensors", True)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if keys := sorted(str(key) for key in info[problem]):
-                raise ValueError(
-                    f"{args[0] if args else ''}: got {len(keys)} {problem.replace('_', ' ')} (such as {keys[0]!r}), need "
-                    "a checkpoint that has exactly the weights of its config.json, because a head or an expert drawn at "
-                    "random gives wrong rewards: save it again with `save_pretrained`, or correct `tasks` in the config."
-                )
-        check_finite(model)
-        if model.model.router is not None:
-            model.model.router.requires_grad_(False)
-        return (model, info) if report else model
-
-
-def check_finite(model: nn.Module) -> None:
-    """
-    Raises:
-        ValueError: if a weight of the model is NaN or infinite.
-    """
-    for name, weight in model.named_parameters():
-        if not weight.is_meta and not weight.detach().float().sum().isfinite():
-            raise ValueError(
-                f"got a weight {name!r} that is not finite, need numbers, because every reward would be NaN: the "
-                "checkpoint is broken or its training diverged. Take an earlier one, or lower the learning rate."
-            )
 
 
 AutoConfig.register("dmoerm", DMoERMConfig)

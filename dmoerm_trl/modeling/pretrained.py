@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration import DMoERMConfig
@@ -24,3 +25,38 @@ class DMoERMPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if getattr(module, "gradient_checkpointing", False):
                 checkpoint_under_expert(module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """
+        `PreTrainedModel.from_pretrained`, safetensors only.
+
+        Raises:
+            ValueError: if the checkpoint lacks a weight (a head, an expert, the router), has one too many, one of another
+                shape, or one that is not finite.
+        """
+        report = kwargs.pop("output_loading_info", False)
+        kwargs = {"use_safetensors": True, **kwargs, "ignore_mismatched_sizes": True}  # the error for these is below
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if keys := sorted(str(key) for key in info[problem]):
+                raise ValueError(
+                    f"{model.name_or_path}: got {len(keys)} {problem.replace('_', ' ')} (such as {keys[0]!r}), need a "
+                    "checkpoint that has exactly the weights of its config.json, because a head or an expert drawn at "
+                    "random gives wrong rewards: save it again with `save_pretrained`, or correct `tasks` in the config."
+                )
+        check_finite(model)
+        return (model, info) if report else model
+
+
+def check_finite(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: if a weight of the model, or its normalisation, is NaN or infinite.
+    """
+    for name, weight in model.state_dict().items():
+        if not weight.is_meta and not weight.float().sum().isfinite():
+            raise ValueError(
+                f"got a weight {name!r} that is not finite, need numbers, because every reward would be NaN: the "
+                "checkpoint is broken or its training diverged. Take an earlier one, or lower the learning rate."
+            )

@@ -17,7 +17,7 @@ class Spans(NamedTuple):
     A batch in its one form: no padding on the left, nothing after the response's end.
 
     Attributes:
-        input_ids (`Tensor` of shape (B, L)): token ids, each row starting with its first token.
+        input_ids (`Tensor` of shape (B, L)): token ids, each row starting with its first token, then zeros.
         lengths (`Tensor` of shape (B,)): number of tokens; the last one is the pooled one.
         prompt_lengths (`Tensor` of shape (B,)): number of tokens that the router reads. It is the length of the whole
             text where the prompt's end is not known.
@@ -105,7 +105,9 @@ def find_spans(
 
     gap = inside & ~attended
     if (gap & (columns < starts.unsqueeze(1)) & known.unsqueeze(1)).any():
-        raise ValueError("got an attention mask with a gap inside a prompt, need one run of tokens: mask padding only.")
+        raise ValueError(
+            "got an attention mask with a gap inside a prompt, need one run of tokens: mask padding only."
+        )
     stops = _first_column(gap)
     ends = _first_column(ends_turn & known.unsqueeze(1) & (columns >= starts.unsqueeze(1)))
     lengths = torch.minimum(torch.minimum(lengths, stops), ends + 1)
@@ -115,7 +117,9 @@ def find_spans(
         ids = torch.cat([ids, ids.new_full((batch, 1), pad_token_id)], 1)
         ids[torch.arange(batch, device=device)[~ended], lengths[~ended]] = pad_token_id
         lengths = torch.where(ended, lengths, lengths + 1)
-    return Spans(ids[:, : int(lengths.max())], lengths, torch.minimum(routed, lengths))
+    mask = span_mask(lengths, int(lengths.max()))
+    ids = ids[:, : mask.shape[1]].masked_fill(mask == 0, 0)  # padding need not be an id that the embeddings have
+    return Spans(ids, lengths, torch.minimum(routed, lengths))
 
 
 def _first_column(mask: Tensor) -> Tensor:

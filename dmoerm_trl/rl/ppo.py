@@ -26,11 +26,19 @@ def ppo_classes() -> tuple[type, type]:
 
 def check_tokenizers(policy_tokenizer: PreTrainedTokenizerBase, reward_tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    PPO passes the policy's token ids to the reward model as they are, so the two tokenizers must agree.
+    PPO passes the policy's token ids to the reward model as they are, so the two tokenizers must agree; and it has the
+    policy write right after the padded prompts, so the policy's tokenizer must pad on the left.
 
     Raises:
-        ValueError: if their vocabularies, special tokens or chat templates differ; the message says in what.
+        ValueError: if their vocabularies, special tokens or chat templates differ; the message says in what. If the
+            policy's tokenizer pads on the right.
     """
+    if policy_tokenizer.padding_side != "left":
+        raise ValueError(
+            f"got a policy tokenizer with padding_side={policy_tokenizer.padding_side!r}, need 'left', because PPO has the "
+            "policy write after the padding, and a response after padding cannot be told from text after the response's "
+            'end: set policy_tokenizer.padding_side = "left".'
+        )
     differences = []
     policy, reward = policy_tokenizer.get_vocab(), reward_tokenizer.get_vocab()
     if odd := sorted(token for token in policy.keys() | reward.keys() if policy.get(token) != reward.get(token)):

@@ -97,6 +97,7 @@ def train_tiny_base(
             max_position_embeddings=MAX_LENGTH,
             tie_word_embeddings=True,
             attention_dropout=0.0,
+            initializer_range=0.08,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -116,13 +117,15 @@ def train_tiny_base(
             logging_steps=max(1, max_steps // 10),
             save_strategy="no",
             report_to="none",
+            dataloader_pin_memory=False,
         ),
         train_dataset=Dataset.from_dict({"input_ids": encoded}),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         processing_class=tokenizer,
     )
     trainer.train()
-    trainer.save_model(output_dir)
+    model.save_pretrained(output_dir)
+    tokenizer.save_pretrained(output_dir)
     return output_dir
 
 
