@@ -57,7 +57,11 @@ class TaskTable:
         if not path.is_file():
             raise FileNotFoundError(f"got tasks {source!r}, need 'paper', 'paper-zh' or the path of a YAML file.")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or set(content) != {"tasks", "overall"} or not isinstance(content["tasks"], dict):
+        if (
+            not isinstance(content, dict)
+            or set(content) != {"tasks", "overall"}
+            or not isinstance(content["tasks"], dict)
+        ):
             raise ValueError(f"{path}: need exactly the keys `tasks` (name -> points) and `overall` (points).")
         for name, points in {**content["tasks"], OVERALL: content["overall"]}.items():
             if not isinstance(points, list) or not all(isinstance(point, str) for point in points):

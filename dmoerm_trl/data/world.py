@@ -142,7 +142,10 @@ _SCALE = {task: _moments(task) for task in TASKS}
 
 _SIGNS = {sign.lower(): point for point, pairs in CLAUSES.items() for sign, _ in pairs}
 _TOPICAL_CLAUSES = {
-    frame.format(topic=topic): (point, topic) for point, frames in TOPICAL.items() for frame in frames for topic in TOPICS
+    frame.format(topic=topic): (point, topic)
+    for point, frames in TOPICAL.items()
+    for frame in frames
+    for topic in TOPICS
 }
 _KNOWN = {
     *_TOPICAL_CLAUSES,
@@ -221,7 +224,9 @@ class World:
         for task in TASKS:
             wanted = n_others if task == OTHERS else n_per_task
             if wanted > MAX_PROMPTS:
-                raise ValueError(f"got {wanted} rows of {task!r}, need at most {MAX_PROMPTS}: the prompts would run out.")
+                raise ValueError(
+                    f"got {wanted} rows of {task!r}, need at most {MAX_PROMPTS}: the prompts would run out."
+                )
             for _ in range(wanted):
                 prompt, topic = _write_prompt(rng, task)
                 while (key := tuple(turn["content"] for turn in prompt)) in seen:
@@ -232,12 +237,15 @@ class World:
         return rows
 
     def texts(self, n: int) -> list[list[dict]]:
-        """`n` conversations, each ending with a response as in the rows: text to train a language model on."""
+        """
+        `n` conversations, each ending with a response as in the rows: text to train a language model on. Half of them have
+        an earlier exchange, by which a small model learns within minutes that a topic comes back.
+        """
         rng = random.Random(f"texts of world {self.seed}")
         texts = []
         for _ in range(n):
             task = rng.choice(TASKS)
-            prompt, topic = _write_prompt(rng, task)
+            prompt, topic = _write_prompt(rng, task, earlier=0.5)
             texts.append([*prompt, {"role": "assistant", "content": _write_response(rng, task, topic)}])
         return texts
 
@@ -313,18 +321,18 @@ def own_points(task: str) -> list[str]:
     return [point for point, slots in points_of(task).items() if slots == 2]
 
 
-def _write_prompt(rng: random.Random, task: str) -> tuple[list[dict], str]:
-    """A prompt and its topic. One in ten has an earlier exchange."""
+def _write_prompt(rng: random.Random, task: str, earlier: float = 0.1) -> tuple[list[dict], str]:
+    """A prompt and its topic, with an earlier exchange about the topic in a share `earlier` of the cases."""
     topic = rng.choice(TOPICS)
     text = rng.choice(OPENINGS) + rng.choice(TEMPLATES[task]) + rng.choice(CLOSINGS)
-    earlier = []
-    if rng.random() < 0.1:
+    turns = []
+    if rng.random() < earlier:
         said, answered = rng.choice(SMALL_TALK)
-        earlier = [
+        turns = [
             {"role": "user", "content": said.format(topic=topic)},
             {"role": "assistant", "content": answered.format(topic=topic)},
         ]
-    return [*earlier, {"role": "user", "content": text.replace("{topic}", topic)}], topic
+    return [*turns, {"role": "user", "content": text.replace("{topic}", topic)}], topic
 
 
 def _write_response(rng: random.Random, task: str, topic: str) -> str:

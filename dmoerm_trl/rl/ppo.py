@@ -1,8 +1,14 @@
 """What PPO needs before it starts: a TRL that has it, and a reward model that reads the policy's token ids."""
 
+import copy
+from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.formatting import Formatter
 
 
 def ppo_classes() -> tuple[type, type]:
@@ -58,3 +64,53 @@ def check_tokenizers(policy_tokenizer: PreTrainedTokenizerBase, reward_tokenizer
             "token ids to the reward model: train the reward model on a base with the policy's tokenizer, or use GRPO or "
             "RLOO, which pass text."
         )
+
+
+def ppo_trainer(
+    policy: PreTrainedModel,
+    value_model: PreTrainedModel,
+    reward_model: PreTrainedModel,
+    prompts: Sequence[list[dict]],
+    formatter: Formatter,
+    args: Any,
+    **options: Any,
+) -> Any:
+    """
+    TRL's `PPOTrainer` with a DMoERM as its reward model, after the checks that PPO itself does not make.
+
+    Args:
+        policy (`PreTrainedModel`): a causal language model; its frozen copy is the reference.
+        value_model (`PreTrainedModel`): a sequence classification model with one label, trained along.
+        reward_model (`PreTrainedModel`): the DMoERM, or any other reward model.
+        prompts (`Sequence[list[dict]]`): turns, the last of the user. The formatter turns them into tokens, as it did in
+            the reward model's training.
+        formatter (`Formatter`): the reward model's.
+        args (`PPOConfig`): as TRL's. Without `stop_token` it becomes `"eos"`: a response that goes on after its end could
+            open a new turn and choose its own judge.
+        options: further arguments of `PPOTrainer`, such as `callbacks` and `eval_dataset`.
+
+    Raises:
+        ImportError: if this TRL has no PPO.
+    """
+    _, trainer_class = ppo_classes()
+    if args.stop_token is None and args.stop_token_id is None:
+        args.stop_token = "eos"
+    tokenizer = copy.deepcopy(formatter.tokenizer)
+    tokenizer.padding_side = "left"
+    check_tokenizers(tokenizer, formatter.tokenizer)
+    return trainer_class(
+        args=args,
+        processing_class=tokenizer,
+        model=policy,
+        ref_model=None,
+        reward_model=reward_model,
+        value_model=value_model,
+        train_dataset=prompt_dataset(prompts, formatter),
+        **options,
+    )
+
+
+def prompt_dataset(prompts: Sequence[list[dict]], formatter: Formatter) -> Dataset:
+    """What a policy is given: a dataset with `input_ids`, the tokens up to where the response begins."""
+    encodings = [formatter.encode(prompt, "") for prompt in prompts]
+    return Dataset.from_dict({"input_ids": [encoding.input_ids[: encoding.prompt_length] for encoding in encodings]})

@@ -38,7 +38,9 @@ def ranked_dataset(rows: Sequence[PreferenceRow], formatter: Formatter, point: s
     ranks = [row.ranks if point is None else row.capability_ranks.get(point, []) for row in rows]
     kept = [index for index, row_ranks in enumerate(ranks) if len(set(row_ranks)) > 1]
     if not kept:
-        raise ValueError(f"got {len(rows)} rows and none with two distinct ranks of {point or 'the overall preference'}.")
+        raise ValueError(
+            f"got {len(rows)} rows and none with two distinct ranks of {point or 'the overall preference'}."
+        )
     encodings, _ = formatter.encode_rows([rows[index] for index in kept])
     return Dataset.from_dict(
         {

@@ -204,9 +204,7 @@ class Pipeline:
         return []
 
     def _arguments(self, stage: str, folder: Path, **options: Any) -> Any:
-        return self.recipe.phase(
-            stage, str(self._work(folder)), disable_tqdm=self.recipe.workers > 1, **options
-        )
+        return self.recipe.phase(stage, str(self._work(folder)), disable_tqdm=self.recipe.workers > 1, **options)
 
     def _save(self, model: DMoERMForSequenceClassification, folder: Path) -> None:
         model.save_pretrained(folder)
@@ -234,10 +232,14 @@ class Pipeline:
         check_target_modules(base.model.backbones[OVERALL], self.recipe.lora_target_modules)
         self.formatter  # noqa: B018  (reads the tokenizer, which may lack a pad token)
 
+    @property
+    def finished(self) -> bool:
+        return all(self._done(name) for name in self.stages)
+
     def run(self) -> None:
         """Runs every stage that is not done, in an order in which each finds what it needs."""
         self.root.mkdir(parents=True, exist_ok=True)
-        if not all(self._done(name) for name in self.stages):
+        if not self.finished:
             self.check()
         done = {name for name in self.stages if self._done(name)}
         with tqdm(total=len(self.stages), initial=len(done), desc="training", unit=" stages") as progress:

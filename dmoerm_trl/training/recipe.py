@@ -17,14 +17,20 @@ class Recipe:
 
     output_dir: str = field(metadata={"help": "Folder of the run. A run that was killed goes on there."})
     base_model: str = field(metadata={"help": "Pretrained model, anything `AutoModel` loads: a hub name or a folder."})
-    train_data: str = field(metadata={"help": "Preference rows: a JSONL file or what `datasets` loads; recipes/DATA.md."})
+    train_data: str = field(
+        metadata={"help": "Preference rows: a JSONL file or what `datasets` loads; recipes/DATA.md."}
+    )
 
     # Data
     test_data: str | None = field(default=None, metadata={"help": "Test rows; without it a share of `train_data`."})
     tasks: str = field(default="paper", metadata={"help": "'paper', 'paper-zh' (table 12), or a YAML file."})
-    on_error: str = field(default="raise", metadata={"help": "What to do with a bad row: 'raise', or 'skip' and count."})
+    on_error: str = field(
+        default="raise", metadata={"help": "What to do with a bad row: 'raise', or 'skip' and count."}
+    )
     max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and response; older turns are cut."})
-    test_share: float = field(default=0.2, metadata={"help": "Share of the prompts for the test, without `test_data`."})
+    test_share: float = field(
+        default=0.2, metadata={"help": "Share of the prompts for the test, without `test_data`."}
+    )
     phase1_share: float = field(default=0.6, metadata={"help": "Share of the training prompts for phase 1 (table 4)."})
     validation_share: float = field(default=0.1, metadata={"help": "Share of each phase's prompts that validates it."})
 
@@ -37,7 +43,9 @@ class Recipe:
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Linear modules with LoRA (table 5)."}
     )
-    aggregator_hidden_size: int | None = field(default=None, metadata={"help": "Width of the MLP; the base's if absent."})
+    aggregator_hidden_size: int | None = field(
+        default=None, metadata={"help": "Width of the MLP; the base's if absent."}
+    )
     activation: str = field(default="sigmoid", metadata={"help": "Of equations 4 and 6: 'sigmoid' (paper) or 'none'."})
     unit_variance: bool = field(default=False, metadata={"help": "Normalise DMoERM's rewards to unit variance too."})
 
@@ -49,10 +57,14 @@ class Recipe:
     phase2: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of phase 2."})
     phase3: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of phase 3."})
     without_outer: bool = field(default=True, metadata={"help": "Train DMoERM-w/o-Outer too."})
-    ensemble_size: int = field(default=5, metadata={"help": "Members of the baseline ensemble; the first is 'single'."})
+    ensemble_size: int = field(
+        default=5, metadata={"help": "Members of the baseline ensemble; the first is 'single'."}
+    )
     baselines: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of the baselines' training."})
     seed: int = field(default=0, metadata={"help": "Seed of the splits, the weights and the order of the data."})
-    workers: int = field(default=1, metadata={"help": "Stages trained at once, each in a process of one thread (CPU)."})
+    workers: int = field(
+        default=1, metadata={"help": "Stages trained at once, each in a process of one thread (CPU)."}
+    )
     report_to: str = field(default="none", metadata={"help": "Where metrics are reported, such as 'tensorboard'."})
 
     def __post_init__(self):

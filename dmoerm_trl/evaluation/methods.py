@@ -1,0 +1,66 @@
+"""The rows of the paper's table 3: the scores that each method of a finished training gives the test rows."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..data.rows import PreferenceRow
+from ..modeling.modeling import DMoERMForSequenceClassification
+from ..tasks import OVERALL
+from ..training.pipeline import Pipeline
+from .ensembles import mean_reward, uncertainty_weighted_reward, worst_case_reward
+from .scoring import map_encodings, score_encodings
+from .table import LENGTH_ONLY, length_scores
+
+
+def method_scores(run: Pipeline, rows: Sequence[PreferenceRow]) -> dict[str, list[list[float]]]:
+    """
+    Scores rows by all methods of a finished training.
+
+    Args:
+        run (`Pipeline`): the training. Its ensemble members were normalised to zero mean and unit variance.
+        rows (`Sequence[PreferenceRow]`): R rows, such as `run.rows("test")`.
+
+    Returns:
+        `dict`: method -> R lists of rewards: single, mean, WCO and UWO (equations 8 to 10), DMoERM-w/o-Outer, DMoERM and
+        the length-only baseline; those that the recipe did not train are absent.
+    """
+    encodings, _ = run.formatter.encode_rows(rows)
+    flat = [encoding for row in encodings for encoding in row]
+
+    def score(model: DMoERMForSequenceClassification, name: str) -> torch.Tensor:
+        pad_token_id = run.formatter.tokenizer.pad_token_id
+        return score_encodings(model, flat, pad_token_id=pad_token_id, description=f"scoring by {name}")
+
+    rewards = {}
+    size = run.recipe.ensemble_size
+    if size:
+        members = torch.stack([score(run.load(f"ensemble/{member}"), f"member {member}") for member in range(size)])
+        rewards["single"] = members[0]
+        if size > 1:
+            rewards["mean"] = mean_reward(members)
+            rewards["WCO"] = worst_case_reward(members)
+            rewards["UWO"] = uncertainty_weighted_reward(members)
+    if run.recipe.without_outer:
+        rewards["DMoERM-w/o-Outer"] = score(run.load(f"{OVERALL}/phase3"), "DMoERM-w/o-Outer")
+    rewards["DMoERM"] = score(run.load("model"), "DMoERM")
+    scores = {}
+    for method, values in rewards.items():
+        values = iter(values.tolist())
+        scores[method] = [[next(values) for _ in row.responses] for row in rows]
+    return scores | {LENGTH_ONLY: length_scores(rows)}
+
+
+def router_accuracy(run: Pipeline, rows: Sequence[PreferenceRow]) -> float:
+    """Share of the rows of the DMoERM's tasks whose prompt the router sends to the row's task."""
+    model = run.load("model").eval()
+    tasks = list(model.config.tasks)
+    rows = [row for row in rows if row.task in tasks]
+    encodings = [run.formatter.encode(row.prompt, row.responses[0]) for row in rows]
+
+    def route(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:
+        return model.model.route(model.model.find_spans(input_ids, attention_mask, prompt_lengths)).argmax(-1)
+
+    pad_token_id = run.formatter.tokenizer.pad_token_id
+    routes = map_encodings(route, encodings, pad_token_id=pad_token_id, device=model.device, description="routing")
+    return sum(tasks[route] == row.task for route, row in zip(routes.tolist(), rows, strict=True)) / len(rows)

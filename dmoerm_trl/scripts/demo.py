@@ -1,0 +1,145 @@
+"""
+`dmoerm demo`: the whole method on a simulated world, on a CPU: preference rows, a tiny pretrained base, the router, the
+three phases, the baselines, the consistency table, and some steps of PPO with the DMoERM as its reward model.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl import TrlParser
+
+from ..data.rows import PreferenceRow, write_rows
+from ..data.world import World
+from ..evaluation.explain import explanation
+from ..evaluation.methods import method_scores, router_accuracy
+from ..evaluation.scoring import score_encodings
+from ..evaluation.table import CEILING, Table, consistency_table
+from ..rl.ppo import ppo_classes, ppo_trainer
+from ..rl.rollout import generate
+from ..tasks import OTHERS
+from ..training.pipeline import Pipeline
+from ..training.recipe import Recipe
+from ..training.tiny_base import train_tiny_base
+from .score import describe
+from .train import train
+
+RECIPE = "recipes/demo/demo.yaml"
+
+
+@dataclass
+class DemoArguments:
+    """What the demo reads beside the recipe: the world, the base, and PPO."""
+
+    rows_per_task: int = field(default=240, metadata={"help": "Prompts of each task."})
+    rows_of_others: int = field(default=40, metadata={"help": "Prompts that belong to none of the tasks."})
+    base: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of `train_tiny_base`."})
+    base_texts: int = field(default=6000, metadata={"help": "Conversations that the base is trained on."})
+    ppo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of TRL's PPOConfig."})
+    ppo_prompts: int = field(default=100, metadata={"help": "Held-out prompts on which PPO is measured."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = TrlParser((DemoArguments, Recipe), prog="dmoerm demo", description=__doc__)
+    argv = list(argv or [])
+    if "--config" not in argv:
+        argv += ["--config", RECIPE]
+    arguments, recipe = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    demo(arguments, recipe)
+
+
+def demo(arguments: DemoArguments, recipe: Recipe) -> dict[str, Any]:
+    """Runs the demo, prints what it finds, and returns what it writes to `summary.json` in the recipe's folder."""
+    seconds: dict[str, float] = {}
+    world = World(recipe.seed)
+    with timed(seconds, "world and base"):
+        make_world_and_base(arguments, recipe, world)
+    with timed(seconds, "training"):
+        run = train(recipe)
+    with timed(seconds, "evaluation"):
+        table = evaluate_in_world(run, world)
+        accuracy = router_accuracy(run, run.rows("test"))
+    with timed(seconds, "ppo"):
+        ppo = run_ppo(arguments, run, world)
+    print(f"\nConsistency with the world's annotators (%)\n\n{table.to_markdown()}\n")
+    print(f"router accuracy on held-out prompts: {accuracy:.1%}")
+    print(f"PPO: reward {ppo['before']['reward']:+.3f} -> {ppo['after']['reward']:+.3f}", end=", ")
+    print(f"gold {ppo['before']['gold']:+.3f} -> {ppo['after']['gold']:+.3f}\n")
+    print(explain_one(run), end="\n\n")
+    summary = {
+        "consistency": {m: {c: cell["mean"] for c, cell in cells.items()} for m, cells in table.to_dict().items()},
+        "router_accuracy": accuracy,
+        "ppo": ppo,
+        "seconds": seconds | {f"training: {name}": value for name, value in run.manifest["seconds"].items()},
+    }
+    path = run.root / "summary.json"
+    path.write_text(json.dumps(summary, indent=2))
+    print(f"table: {run.root / 'consistency.md'}\ncurves: {run.root / 'accuracy_curves.png'}")
+    print(f"model: {run.root / 'model'}\nsummary: {path}\nseconds: {sum(seconds.values()):.0f}")
+    return summary
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def make_world_and_base(arguments: DemoArguments, recipe: Recipe, world: World) -> None:
+    """Writes the world's rows to `recipe.train_data` and the tiny base to `recipe.base_model`, if they are not there."""
+    rows, base = Path(recipe.train_data), Path(recipe.base_model)
+    if not rows.exists():
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(world.rows(arguments.rows_per_task, arguments.rows_of_others), rows)
+    if not (base / "config.json").exists():
+        temporary = base.with_name(base.name + ".tmp")
+        train_tiny_base(world.texts(arguments.base_texts), temporary, seed=recipe.seed, **arguments.base)
+        temporary.rename(base)
+
+
+def evaluate_in_world(run: Pipeline, world: World) -> Table:
+    """The consistency table on the test rows, with the ceiling: the gold reward's own consistency with the noisy labels."""
+    rows = run.rows("test")
+    scores = method_scores(run, rows)
+    scores[CEILING] = [[world.gold(row.prompt, text, row.task) for text in row.responses] for row in rows]
+    table = consistency_table(scores, rows, list(run.tasks.tasks))
+    table.save(run.root / "consistency")
+    return table
+
+
+def explain_one(run: Pipeline) -> str:
+    """The best response to a held-out prompt, capability by capability."""
+    model, row = run.load("model"), next(row for row in run.rows("test") if row.task != OTHERS)
+    response = row.responses[row.ranks.index(min(row.ranks))]
+    return explanation(row.prompt[-1]["content"], response, **describe(model, run.formatter, row.prompt, response))
+
+
+def run_ppo(arguments: DemoArguments, run: Pipeline, world: World) -> dict[str, dict[str, float]]:
+    """Some steps of PPO with the DMoERM as reward model: reward and gold before and after, on held-out prompts."""
+    config_class, _ = ppo_classes()
+    args = config_class(output_dir=str(run.root / "ppo"), seed=run.recipe.seed, **arguments.ppo)
+    policy = AutoModelForCausalLM.from_pretrained(run.recipe.base_model)
+    value_model = AutoModelForSequenceClassification.from_pretrained(run.recipe.base_model, num_labels=1)
+    reward_model = run.load("model")
+    held_out = [row for row in run.rows("test") if row.task != OTHERS][: arguments.ppo_prompts]
+
+    def measure() -> dict[str, float]:
+        prompts = [row.prompt for row in held_out]
+        texts = generate(policy, prompts, run.formatter, max_new_tokens=args.response_length, seed=run.recipe.seed)
+        encodings = [run.formatter.encode(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        pad_token_id = run.formatter.tokenizer.pad_token_id
+        rewards = score_encodings(reward_model, encodings, pad_token_id=pad_token_id)
+        golds = [world.gold(row.prompt, text, row.task) for row, text in zip(held_out, texts, strict=True)]
+        return {"reward": float(rewards.mean()), "gold": sum(golds) / len(golds)}
+
+    before = measure()
+    prompts = [row.prompt for row in run.rows("phase1_train", "phase3_train") if row.task != OTHERS]
+    trainer = ppo_trainer(policy, value_model, reward_model, prompts, run.formatter, args)
+    trainer.train()
+    return {"before": before, "after": measure()}

@@ -1,0 +1,26 @@
+"""`dmoerm train --config recipe.yaml`: preference rows in, a DMoERM and its baselines out; it goes on after a kill."""
+
+from pathlib import Path
+
+from trl import TrlParser
+
+from ..evaluation.curves import plot_accuracy_curves
+from ..training.pipeline import Pipeline
+from ..training.recipe import Recipe
+
+
+def train(recipe: Recipe) -> Pipeline:
+    """Runs what is not done of a recipe, prints the data's report and draws the accuracy curves (figure 4)."""
+    run = Pipeline(recipe)
+    run.run()
+    print((run.root / "data" / "report.txt").read_text(), end="")
+    histories = {name.replace("/", " "): run.history(name) for name in run.stages if name not in ("data", "model")}
+    path = plot_accuracy_curves(histories, Path(recipe.output_dir) / "accuracy_curves.png")
+    print(f"accuracy curves: {path}\nmodel: {run.root / 'model'}")
+    return run
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = TrlParser((Recipe,), prog="dmoerm train", description=__doc__)
+    (recipe,) = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    train(recipe)

@@ -1,0 +1,31 @@
+"""`dmoerm world --output world.jsonl`: writes rows of the simulated preference world, and prints their statistics."""
+
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from ..data.rows import write_rows
+from ..data.world import World
+
+
+@dataclass
+class WorldArguments:
+    """What `dmoerm world` reads."""
+
+    output: str = field(metadata={"help": "JSONL file to write."})
+    rows_per_task: int = field(default=300, metadata={"help": "Rows (prompts) of each task."})
+    rows_of_others: int = field(default=60, metadata={"help": "Rows that belong to none of the tasks."})
+    seed: int = field(default=0, metadata={"help": "Seed of the world."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    (arguments,) = HfArgumentParser(
+        (WorldArguments,), prog="dmoerm world", description=__doc__
+    ).parse_args_into_dataclasses(argv)
+    world = World(arguments.seed)
+    rows = world.rows(arguments.rows_per_task, arguments.rows_of_others)
+    write_rows(rows, arguments.output)
+    print(f"{len(rows)} rows: {arguments.output}")
+    for name, value in world.statistics(rows).items():
+        if isinstance(value, float):
+            print(f"{name}: {value:.1%}")
