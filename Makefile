@@ -4,8 +4,7 @@
 #   VENV=DIR             use the environment DIR as it is, with nothing installed into it
 #   PYTEST_ARGS=...      passed on to pytest
 #
-# PyPI's torch for Linux brings several GB of CUDA. For the CPU build, set in the shell
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# PyPI's torch for Linux brings several GB of CUDA: where there is no GPU, have pip find PyTorch's CPU build first.
 
 PYTHON ?= python3
 VENV ?= .venv

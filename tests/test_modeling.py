@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, BertModel
 
+from dmoerm_trl.modeling.card import write_model_card
 from dmoerm_trl.modeling.configuration import DMoERMConfig
 from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
 from dmoerm_trl.modeling.router import Router
@@ -546,3 +547,24 @@ def test_lora_dropout_is_at_work_in_training_mode_alone(inner, batch):
     assert torch.equal(inner(**batch).logits, inner(**batch).logits)
     inner.train()
     assert not torch.equal(inner(**batch).logits, inner(**batch).logits)
+
+
+def test_the_aggregator_starts_as_the_mean_of_the_experts_own_standardised_scores(inner):
+    (model,) = inner.model.inner_models.values()
+    heads = list(model.expert_heads.values())
+    z = torch.randn(50, len(heads), inner.config.backbone_config.hidden_size)
+    model.aggregator.start_from(heads, z)
+    scores = torch.cat([head(z[:, i]) for i, head in enumerate(heads)], 1)
+    standardised = (scores - scores.mean(0)) / scores.std(0)
+    slope = model.aggregator.activation.weight
+    expected = torch.where(standardised > 0, standardised, slope * standardised).mean(1)
+    torch.testing.assert_close(model.aggregator(z)[:, 0], expected, atol=1e-4, rtol=1e-4)
+    (model.aggregator(z) ** 2).mean().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.aggregator.parameters())
+
+
+def test_the_model_card_names_what_is_in_the_model(dmoerm, tmp_path):
+    write_model_card(dmoerm, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\n") and "pipeline_tag: text-classification" in card
+    assert all(task in card and all(point in card for point in points) for task, points in dmoerm.config.tasks.items())

@@ -13,8 +13,9 @@ import random
 import re
 from collections.abc import Sequence
 
-from dmoerm_trl.data.rows import PreferenceRow
-from dmoerm_trl.data.world_text import (
+from ..tasks import OTHERS, TaskTable
+from .rows import PreferenceRow
+from .world_text import (
     CLAUSES,
     CLOSINGS,
     FILLERS,
@@ -24,7 +25,6 @@ from dmoerm_trl.data.world_text import (
     TOPICAL,
     TOPICS,
 )
-from dmoerm_trl.tasks import OTHERS, TaskTable
 
 TABLE = TaskTable.paper()
 TASKS = (*TABLE.tasks, OTHERS)
@@ -47,7 +47,7 @@ REPEATED = 0.02
 REPETITION_COST = 0.15
 """Cost in gold of each clause said again, in standard deviations of gold."""
 
-STRAY_COST = 3.0
+STRAY_COST = 4.0
 """Cost in gold of text that is no clause of the world, times its share of the clauses."""
 
 FLOOR = -6.0
@@ -238,14 +238,14 @@ class World:
 
     def texts(self, n: int) -> list[list[dict]]:
         """
-        `n` conversations, each ending with a response as in the rows: text to train a language model on. Half of them have
-        an earlier exchange, by which a small model learns within minutes that a topic comes back.
+        `n` conversations, each ending with a response as in the rows: text to train a language model on. Four in
+        five have an earlier exchange: from those a small model learns within a minute that a topic comes back.
         """
         rng = random.Random(f"texts of world {self.seed}")
         texts = []
         for _ in range(n):
             task = rng.choice(TASKS)
-            prompt, topic = _write_prompt(rng, task, earlier=0.5)
+            prompt, topic = _write_prompt(rng, task, earlier=0.8)
             texts.append([*prompt, {"role": "assistant", "content": _write_response(rng, task, topic)}])
         return texts
 
@@ -396,14 +396,20 @@ def _mean(values: Sequence[float]) -> float:
 
 def main(seeds: Sequence[int] = (0, 1, 2), n: int = 500) -> None:
     """Prints the statistics of `n` rows a task (and as many of none) for each seed."""
-    statistics = [World(seed).statistics(World(seed).rows(n, n)) for seed in seeds]
-    print(f"{n} rows a task".ljust(44) + "".join(f"seed {seed}".rjust(9) for seed in seeds))
+    worlds = [World(seed) for seed in seeds]
+    statistics = [world.statistics(world.rows(n, n)) for world in worlds]
+    judges = [values["judge"] for values in statistics]
+
+    def line(name: str, shares: Sequence[float]) -> None:
+        print(name.ljust(56) + "".join(f"{100 * share:8.1f}%" for share in shares))
+
+    print(f"{n} rows a task".ljust(56) + "".join(f"seed {seed}".rjust(9) for seed in seeds))
     for name in ("annotator_agreement", "ceiling", "length_only", "ties", "repeated"):
-        print(name.ljust(44) + "".join(f"{100 * values[name]:8.1f}%" for values in statistics))
-    for name in ("agreement", "labelled", "tied"):
-        for point in _ALL_POINTS:
-            line = f"judge {name}: {point}".ljust(44)
-            print(line + "".join(f"{100 * values['judge'][point][name]:8.1f}%" for values in statistics))
+        line(name, [values[name] for values in statistics])
+    for name in ("labelled", "tied"):
+        line(f"judge, mean of the points: {name}", [_mean([of[name] for of in judge.values()]) for judge in judges])
+    for point in _ALL_POINTS:
+        line(f"judge agreement: {point}", [judge[point]["agreement"] for judge in judges])
 
 
 if __name__ == "__main__":

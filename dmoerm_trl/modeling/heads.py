@@ -1,5 +1,7 @@
 """What stands on the embeddings: pooling, the linear heads (equation 4) and the aggregator (equations 5 and 6)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +44,31 @@ class Aggregator(nn.Module):
         self.hidden = Float32Linear(experts * embedding_size, hidden_size)
         self.activation = nn.PReLU()
         self.output = Float32Linear(hidden_size, 1)
+
+    @torch.no_grad()
+    def start_from(self, heads: Sequence[nn.Linear], z: Tensor) -> None:
+        """
+        Starts the MLP in the space of the experts' own scores, where there is far less to learn than in the space of
+        their embeddings: the first k hidden units are the standardised scores `w_i z_i + b_i`, the others random mixtures
+        of them with random thresholds, and the output is the mean of the first k. All weights are trained from there.
+
+        Args:
+            heads (`Sequence[nn.Linear]`): the k heads of phase 2.
+            z (`Tensor` of shape (N, k, H)): embeddings on which the scores are standardised.
+        """
+        k, size = len(heads), z.shape[2]
+        width = self.hidden.out_features
+        scores = torch.cat([head(z[:, i]) for i, head in enumerate(heads)], 1)
+        mean, std = scores.mean(0), scores.std(0).clamp(min=1e-6)
+        weights, biases = torch.cat([head.weight.float() for head in heads]), torch.cat([head.bias.float() for head in heads])
+        mixture = torch.randn(width, k, device=z.device) / k**0.5
+        mixture[:k] = torch.eye(k, device=z.device)[:width]
+        self.hidden.weight.copy_((mixture.unsqueeze(2) * (weights / std.unsqueeze(1))).view(width, k * size))
+        self.hidden.bias.copy_(mixture @ ((biases - mean) / std))
+        self.hidden.bias[k:] += torch.randn(max(width - k, 0), device=z.device)
+        self.output.weight.zero_()
+        self.output.weight[:, :k] = 1 / k
+        self.output.bias.zero_()
 
     def forward(self, z: Tensor) -> Tensor:
         """`z` of shape (B, k, H), the experts' embeddings, concatenated as in equation 5 -> shape (B, 1)."""

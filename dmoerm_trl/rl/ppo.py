@@ -98,6 +98,8 @@ def ppo_trainer(
     tokenizer = copy.deepcopy(formatter.tokenizer)
     tokenizer.padding_side = "left"
     check_tokenizers(tokenizer, formatter.tokenizer)
+    dataset = prompt_dataset(prompts, formatter)
+    options.setdefault("eval_dataset", dataset)  # PPOTrainer needs one, whether it evaluates or not
     return trainer_class(
         args=args,
         processing_class=tokenizer,
@@ -105,7 +107,7 @@ def ppo_trainer(
         ref_model=None,
         reward_model=reward_model,
         value_model=value_model,
-        train_dataset=prompt_dataset(prompts, formatter),
+        train_dataset=dataset,
         **options,
     )
 

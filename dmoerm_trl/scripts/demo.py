@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import TrlParser
 
-from ..data.rows import PreferenceRow, write_rows
+from ..data.rows import write_rows
 from ..data.world import World
 from ..evaluation.explain import explanation
 from ..evaluation.methods import method_scores, router_accuracy

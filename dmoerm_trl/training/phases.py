@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModel, Trainer, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..data.formatting import Encoding, Formatter
@@ -21,8 +21,7 @@ from ..modeling.modeling import DMoERMForSequenceClassification, check_finite
 from ..modeling.pretrained import DMoERMPreTrainedModel
 from ..modeling.router import Router
 from ..tasks import slug
-from .trainer import PhaseConfig, fit, last_checkpoint
-
+from .trainer import PhaseConfig, fit, train
 
 History = list[dict[str, Any]]
 
@@ -57,7 +56,7 @@ def train_router(
     train_rows: Sequence[PreferenceRow],
     eval_rows: Sequence[PreferenceRow],
     formatter: Formatter,
-    args: TrainingArguments,
+    args: PhaseConfig,
     *,
     num_layers: int | None = None,
     trust_remote_code: bool = False,
@@ -68,10 +67,15 @@ def train_router(
     Args:
         base (`str`): a pretrained backbone with the tokenizer of the reward model.
         num_layers (`int`, *optional*): how many of its layers to keep, from the bottom; all if not given.
+
+    Raises:
+        ValueError: if the backbone has fewer layers, or a weight that is not finite.
     """
     set_seed(args.seed)
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     if num_layers is not None:
+        if not 1 <= num_layers <= config.num_hidden_layers:
+            raise ValueError(f"got num_layers={num_layers}, need 1 to {config.num_hidden_layers}, which {base} has.")
         config.num_hidden_layers = num_layers
         if getattr(config, "layer_types", None) is not None:
             config.layer_types = config.layer_types[:num_layers]
@@ -81,7 +85,7 @@ def train_router(
 
     def dataset(rows: Sequence[PreferenceRow]) -> Dataset:
         rows = [row for row in rows if row.task in tasks]
-        encodings = [formatter.encode(row.prompt, row.responses[0]) for row in rows]
+        encodings = [formatter.encode(row.prompt, response="") for row in rows]
         spans = [_prompt_ids(encoding, formatter) for encoding in encodings]
         return Dataset.from_dict({"input_ids": spans, "labels": [list(tasks).index(row.task) for row in rows]})
 
@@ -105,8 +109,9 @@ def train_router(
         train_dataset=dataset(train_rows),
         eval_dataset=dataset(eval_rows),
         compute_metrics=accuracy,
+        callbacks=args.callbacks,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    train(trainer)
     return router.eval(), trainer.state.log_history
 
 
@@ -174,19 +179,23 @@ def phase3(
     eval_rows: Sequence[PreferenceRow],
     formatter: Formatter,
     args: PhaseConfig,
+    *,
+    unit_variance: bool = False,
 ) -> tuple[DMoERMForSequenceClassification, History]:
     """
-    Trains the aggregator alone. Base and experts are frozen and without dropout, so every text is embedded once.
+    Trains the aggregator alone, and normalises the rewards to zero mean on the phase's own texts. Base and experts are
+    frozen and without dropout, so every text is embedded once.
 
     Args:
         experts (`dict`): capability point -> folder of the expert, as phase 2 saved it.
+        unit_variance (`bool`): whether the rewards are normalised to unit variance too.
 
     Returns:
         The inner model, a model of its own with one task, and the log history.
     """
     (task,) = base.config.tasks
     set_seed(args.seed)
-    model = add_experts_to(base, experts)
+    model = add_experts_to(base, experts).to(args.device)
     train_dataset, eval_dataset = ranked_dataset(train_rows, formatter), ranked_dataset(eval_rows, formatter)
     encodings, datasets = [], []
     for dataset in (train_dataset, eval_dataset):
@@ -203,8 +212,12 @@ def phase3(
     z = map_encodings(
         embed, encodings, pad_token_id=formatter.tokenizer.pad_token_id, device=model.device, description="embedding"
     )
-    head = AggregatorOnEmbeddings(model.config, model.model.inner_models[slug(task)], z)
+    inner = model.model.inner_models[slug(task)]
+    inner.aggregator.start_from(list(inner.expert_heads.values()), z)
+    head = AggregatorOnEmbeddings(model.config, inner, z)
     _, history = fit(head, args, *datasets, formatter.tokenizer)
+    with torch.no_grad():
+        inner.set_normalisation(inner.reward(head.z)[:, 0], unit_variance)
     return model.eval(), history
 
 

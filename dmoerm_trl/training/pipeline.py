@@ -4,11 +4,13 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import cached_property, partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,8 @@ from ..data.formatting import Formatter
 from ..data.rows import PreferenceRow, check_capability_labels, load_rows, write_rows
 from ..data.splits import split_rows, split_rows_beside_test
 from ..modeling.assembly import assemble, with_task
+from ..modeling.card import write_model_card
+from ..modeling.configuration import DMoERMConfig
 from ..modeling.experts import check_target_modules
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..modeling.router import Router
@@ -124,8 +128,11 @@ class Pipeline:
             parts, removed = split_rows_beside_test(rows, test_rows, **shares)
             lines += [str(report), f"{removed} training rows removed because their prompt is in the test rows"]
         training = parts["phase1_train"] + parts["phase3_train"]
-        check_capability_labels(training, self.tasks, overall=recipe.without_outer)
-        check_capability_labels(parts["phase1_validation"], self.tasks, overall=recipe.without_outer)
+        for what, part in (("training rows", training), ("rows that validate phase 2", parts["phase1_validation"])):
+            try:
+                check_capability_labels(part, self.tasks, overall=recipe.without_outer)
+            except ValueError as error:
+                raise ValueError(f"{recipe.train_data}: in the {len(part)} {what}: {error}") from error
         for name, part in parts.items():
             lines += [f"{name}: {len(part)} rows; {self.formatter.encode_rows(part)[1]}"]
             write_rows(part, folder / f"{name}.jsonl")
@@ -166,7 +173,7 @@ class Pipeline:
             trust_remote_code=self.recipe.trust_remote_code,
             **self.recipe.model_settings,
         )
-        normalise(model, train_rows + eval_rows, self.formatter, unit_variance=unit_variance)
+        normalise(model, eval_rows, self.formatter, unit_variance=unit_variance)
         self._save(model, folder)
         return history
 
@@ -184,16 +191,15 @@ class Pipeline:
 
     def _phase3(self, task: str, base: str, folder: Path) -> History:
         points = self.tasks.overall if task == OVERALL else self.tasks.tasks[task]
-        train_rows = self.rows("phase3_train", task=task)
         model, history = phase3(
             with_task(self.load(base), task),
             {point: self.root / slug(task) / "experts" / slug(point) for point in points},
-            train_rows,
+            self.rows("phase3_train", task=task),
             self.rows("phase3_validation", task=task),
             self.formatter,
             self._arguments("phase3", folder),
+            unit_variance=self.recipe.unit_variance,
         )
-        normalise(model, train_rows, self.formatter, unit_variance=self.recipe.unit_variance)
         self._save(model, folder)
         return history
 
@@ -204,11 +210,14 @@ class Pipeline:
         return []
 
     def _arguments(self, stage: str, folder: Path, **options: Any) -> Any:
-        return self.recipe.phase(stage, str(self._work(folder)), disable_tqdm=self.recipe.workers > 1, **options)
+        if self.recipe.workers > 1:
+            options["disable_tqdm"] = True
+        return self.recipe.phase(stage, str(self._work(folder)), **options)
 
     def _save(self, model: DMoERMForSequenceClassification, folder: Path) -> None:
         model.save_pretrained(folder)
         self.formatter.tokenizer.save_pretrained(folder)
+        write_model_card(model, folder)
 
     # Running them
 
@@ -219,18 +228,28 @@ class Pipeline:
         Raises:
             ValueError: naming what is wrong and the way out.
         """
-        if (self.root / "manifest.json").exists() and self.manifest["recipe"] != self.recipe.fingerprint():
-            before, now = self.manifest["recipe"], self.recipe.fingerprint()
-            changed = sorted(key for key in now if before.get(key) != now[key])
+        self._check_recipe()
+        recipe = self.recipe
+        folders = {"data", "router", "ensemble", "model", "work", OVERALL}
+        if taken := [task for task in self.tasks.tasks if slug(task) in folders]:
+            raise ValueError(f"{recipe.tasks}: got the task {taken[0]!r}, whose folder is another's: rename it.")
+        models = [
+            DMoERMForSequenceClassification.from_base(name, task=OVERALL, trust_remote_code=recipe.trust_remote_code)
+            for name in (recipe.base_model, recipe.router_model)
+            if name is not None
+        ]
+        check_target_modules(models[0].model.backbones[OVERALL], recipe.lora_target_modules)
+        for table in (self.tasks.tasks, {OVERALL: self.tasks.overall}):
+            DMoERMConfig(tasks=table, router_config=models[-1].config.backbone_config)
+        self.formatter  # noqa: B018  (reads the tokenizer, which may lack a pad token)
+
+    def _check_recipe(self) -> None:
+        before, now = self.manifest["recipe"], self.recipe.fingerprint()
+        if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
             raise ValueError(
                 f"{self.root}: got a run whose recipe differs in {changed}, need the same recipe to go on: choose another "
                 "`output_dir`, or delete this one."
             )
-        base = DMoERMForSequenceClassification.from_base(
-            self.recipe.base_model, task=OVERALL, trust_remote_code=self.recipe.trust_remote_code
-        )
-        check_target_modules(base.model.backbones[OVERALL], self.recipe.lora_target_modules)
-        self.formatter  # noqa: B018  (reads the tokenizer, which may lack a pad token)
 
     @property
     def finished(self) -> bool:
@@ -238,23 +257,31 @@ class Pipeline:
 
     def run(self) -> None:
         """Runs every stage that is not done, in an order in which each finds what it needs."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        if not self.finished:
+        if self.finished:
+            self._check_recipe()
+        else:
             self.check()
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._write_manifest(self.manifest)
         done = {name for name in self.stages if self._done(name)}
         with tqdm(total=len(self.stages), initial=len(done), desc="training", unit=" stages") as progress:
             if not self._done("data"):
                 self._finished("data", self.run_stage("data"), done, progress)
-            if self.recipe.workers == 1:
-                for name in self.stages:
-                    if name not in done:
-                        progress.set_postfix_str(name)
-                        self._finished(name, self.run_stage(name), done, progress)
-                return
-            context = multiprocessing.get_context("spawn")
-            arguments = {"max_workers": self.recipe.workers, "mp_context": context, "initializer": _start_worker}
-            with ProcessPoolExecutor(**arguments, initargs=(os.getpid(),)) as pool:
-                running = {}
+            if self.recipe.workers > 1:
+                self._run_in_workers(done, progress)
+            for name in self.stages:
+                if name not in done:
+                    progress.set_postfix_str(name)
+                    self._finished(name, self.run_stage(name), done, progress)
+        shutil.rmtree(self.root / "work", ignore_errors=True)
+
+    def _run_in_workers(self, done: set[str], progress: tqdm) -> None:
+        context = multiprocessing.get_context("spawn")
+        stop = context.Event()
+        arguments = {"max_workers": self.recipe.workers, "mp_context": context, "initializer": _start_worker}
+        with ProcessPoolExecutor(**arguments, initargs=(os.getpid(), stop)) as pool:
+            running = {}
+            try:
                 while len(done) < len(self.stages):
                     for name, stage in self.stages.items():
                         ready = name not in done and name not in running.values() and done.issuperset(stage.needs)
@@ -263,6 +290,9 @@ class Pipeline:
                     progress.set_postfix_str(", ".join(sorted(running.values())))
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         self._finished(running.pop(future), future.result(), done, progress)
+            except BaseException:
+                stop.set()  # else the error would wait for the other stages, which may take hours
+                raise
 
     def run_stage(self, name: str) -> float:
         """Runs one stage, whose needs must be there, and returns the seconds that it took."""
@@ -288,18 +318,24 @@ class Pipeline:
         progress.update()
         manifest = self.manifest
         manifest["seconds"][name] = manifest["seconds"].get(name, 0) + seconds
+        self._write_manifest(manifest)
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        if (self.root / "manifest.json").exists() and manifest == self.manifest:
+            return
         temporary = self.root / "manifest.json.tmp"
         temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
         temporary.replace(self.root / "manifest.json")
 
 
-def _start_worker(parent: int) -> None:
+def _start_worker(parent: int, stop: Event) -> None:
     """One thread, no bars, and no life after the parent's: an orphan would write into a resumed run's folders."""
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
+    sys.stdout = open(os.devnull, "w")  # the trainers print their logs
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == parent and not stop.is_set():
             time.sleep(0.2)
         os._exit(1)
 

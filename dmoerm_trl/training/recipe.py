@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..tasks import TaskTable
+from ..tasks import OVERALL, TaskTable
 from .trainer import PhaseConfig
 
 
@@ -94,21 +94,37 @@ class Recipe:
             output_dir (`str`): folder of its checkpoints.
 
         Raises:
-            ValueError: if the recipe sets a key that training arguments do not have.
+            ValueError: if the recipe sets a key that training arguments do not have, or a number is none.
         """
-        seed = self.seed if seed is None else seed
-        settings = {**DEFAULTS[stage], **getattr(self, stage), **more}
-        if unknown := set(settings) - set(PhaseConfig.__dataclass_fields__):
+        fields = PhaseConfig.__dataclass_fields__
+        if unknown := set(getattr(self, stage)) - set(fields) | set(getattr(self, stage)) & set(TOP_LEVEL):
             raise ValueError(
                 f"`{stage}` of the recipe: got the unknown keys {sorted(unknown)}, need arguments of trl.RewardConfig "
-                "(such as learning_rate, num_train_epochs, per_device_train_batch_size) or `patience`."
+                f"(such as learning_rate, num_train_epochs, per_device_train_batch_size) or `patience`; {TOP_LEVEL} are "
+                "keys of the whole recipe."
             )
-        return PhaseConfig(output_dir=output_dir, seed=seed, report_to=self.report_to, **settings)
+        settings = {**DEFAULTS[stage], **getattr(self, stage), **more}
+        for name, value in settings.items():
+            if isinstance(value, str) and isinstance(fields[name].default, float):  # YAML reads 1e-7 as text
+                try:
+                    settings[name] = float(value)
+                except ValueError as error:
+                    raise ValueError(f"`{stage}` of the recipe: got {name}={value!r}, need a number.") from error
+        return PhaseConfig(
+            output_dir=output_dir, seed=self.seed if seed is None else seed, report_to=self.report_to, **settings
+        )
 
     def fingerprint(self) -> dict[str, Any]:
-        """All settings on which the result depends."""
-        return {key: value for key, value in asdict(self).items() if key not in ("output_dir", "workers", "report_to")}
+        """All settings on which the result depends; of the tasks, what stands in their table."""
+        settings = {
+            key: value for key, value in asdict(self).items() if key not in ("output_dir", "workers", "report_to")
+        }
+        table = self.task_table
+        settings["tasks"] = {task: list(points) for task, points in {**table.tasks, OVERALL: table.overall}.items()}
+        return settings
 
+
+TOP_LEVEL = ("output_dir", "report_to", "seed")
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "router": {"learning_rate": 5e-5, "per_device_train_batch_size": 16},

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig, RewardTrainer
 
@@ -27,14 +27,17 @@ class PhaseConfig(RewardConfig):
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: 'steps' or 'epoch'."})
     eval_steps: int = field(default=100, metadata={"help": "Steps between two evaluations."})
     save_strategy: str | None = field(default=None, metadata={"help": "Always as `eval_strategy`."})
-    save_total_limit: int = field(default=1, metadata={"help": "Checkpoints kept beside the best one."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept, the best and the last among them."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best model, not the last."})
     metric_for_best_model: str = field(default="eval_accuracy", metadata={"help": "What 'best' means."})
     restore_callback_states_from_checkpoint: bool = field(
         default=True, metadata={"help": "A resumed run goes on with its count of evaluations without a better one."}
     )
     disable_dropout: bool = field(default=False, metadata={"help": "Whether to turn all dropout off."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Whether to save memory for time."})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Whether to save memory for time."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available, metadata={"help": "Whether batches are pinned, which needs a GPU."}
+    )
     report_to: Any = field(default="none", metadata={"help": "Where metrics are reported, such as 'tensorboard'."})
     patience: int = field(
         default=20, metadata={"help": "Evaluations without a better one after which training stops; 0 for never."}
@@ -44,7 +47,14 @@ class PhaseConfig(RewardConfig):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
         self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps
+        if self.save_total_limit == 1:  # the trainer would delete the last at its end, half of it if it is killed
+            self.save_total_limit = 2
         super().__post_init__()
+
+    @property
+    def callbacks(self) -> list[TrainerCallback]:
+        """What a trainer needs to heed `patience`."""
+        return [EarlyStoppingCallback(self.patience)] if self.patience else []
 
 
 def ranking_loss(rewards: Tensor, ranks: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +127,7 @@ class RankedRewardTrainer(RewardTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[EarlyStoppingCallback(args.patience)] if args.patience else None,
+            callbacks=args.callbacks,
         )
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -137,11 +147,13 @@ class RankedRewardTrainer(RewardTrainer):
         if self.args.center_rewards_coefficient is not None:
             loss = loss + self.args.center_rewards_coefficient * rewards.square().mean()
         metrics = self._metrics["train" if self.model.training else "eval"]
-        margins = self.accelerator.pad_across_processes(margins.detach(), pad_index=torch.nan)
+        margins = margins.detach().nan_to_num(nan=-torch.inf)  # a reward that is NaN is no right order
+        margins = self.accelerator.pad_across_processes(margins, pad_index=torch.nan)
         margins = self.accelerator.gather(margins)
         margins = margins[~margins.isnan()]  # one entry a pair, so that the trainer's mean is that over pairs
-        metrics["accuracy"].extend(((margins > 0).float() + 0.5 * (margins == 0).float()).tolist())
-        metrics["margin"].extend(margins.tolist())
+        if len(margins):
+            metrics["accuracy"].extend(((margins > 0).float() + 0.5 * (margins == 0).float()).tolist())
+            metrics["margin"].extend(margins.tolist())
         return (loss, outputs) if return_outputs else loss
 
 
@@ -158,8 +170,16 @@ def fit(
     A run that was killed goes on from its last whole checkpoint in `args.output_dir` and ends with the same model.
     """
     trainer = RankedRewardTrainer(model, args, train_dataset, eval_dataset, tokenizer)
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+    train(trainer)
     return trainer.model, trainer.state.log_history
+
+
+def train(trainer: Trainer) -> None:
+    """Trains to the end, from the last whole checkpoint if there is one, so that the result is that of an unbroken run."""
+    checkpoint = last_checkpoint(trainer.args.output_dir)
+    if checkpoint is not None and _was_the_end(checkpoint):  # the trainer would go on for another step
+        trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -171,3 +191,9 @@ def last_checkpoint(folder: str | Path) -> str | None:
         except json.JSONDecodeError:
             continue
     return max(whole, default=(0, None))[1]
+
+
+def _was_the_end(checkpoint: str) -> bool:
+    """Whether training stopped with this checkpoint: its steps were done, or its patience was at its end."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    return state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]

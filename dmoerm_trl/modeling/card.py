@@ -1,0 +1,57 @@
+"""The model card that stands beside a saved model."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .modeling import DMoERMForSequenceClassification
+
+
+TEXT = """
+# {title}
+
+{what} It was trained with [dmoerm-trl](https://pypi.org/project/dmoerm-trl).
+
+```python
+from dmoerm_trl import DMoERMForSequenceClassification  # registers the model with AutoModelForSequenceClassification
+
+model = DMoERMForSequenceClassification.from_pretrained("{name}")
+output = model(**tokenizer(text, return_tensors="pt"))
+output.logits, output.route, output.capability_scores
+```
+
+| task | capability points | mean and standard deviation that normalise its reward |
+| --- | --- | --- |
+{tasks}
+
+Base: {base}. LoRA rank {rank}, alpha {alpha}, on {modules}. Activation of equations 4 and 6: {activation}.
+
+The rewards order responses to one prompt; they are not calibrated across prompts or tasks beyond that normalisation.
+
+Paper: Shanghaoran Quan, *DMoERM: Recipes of Mixture-of-Experts for Effective Reward Modeling*, Findings of ACL 2024.
+"""
+
+
+def write_model_card(model: DMoERMForSequenceClassification, folder: str | Path) -> None:
+    """Writes `README.md` into the folder of a saved model: what it is, how it is used, its tasks and normalisation."""
+    config, inner_models = model.config, model.model.inner_models.values()
+    points = any(config.tasks.values())
+    rows = [
+        f"| {task} | {', '.join(names) or 'none'} | {float(inner.reward_mean):.4g}, {float(inner.reward_std):.4g} |"
+        for (task, names), inner in zip(config.tasks.items(), inner_models, strict=True)
+    ]
+    text = TEXT.format(
+        title="DMoERM" if points else "Reward model",
+        what="A double-layer mixture-of-experts reward model." if points else "A single reward model, without experts.",
+        name=Path(folder).name,
+        tasks="\n".join(rows),
+        base=config.backbone_config.model_type,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        modules=", ".join(config.lora_target_modules),
+        activation=config.activation,
+    )
+    data = ModelCardData(
+        library_name="transformers", pipeline_tag="text-classification", tags=["trl", "dmoerm", "reward-model"]
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(folder) / "README.md")

@@ -1,0 +1,96 @@
+"""The commands as a user runs them: the recipes parse, and the demo does all that it says, with very few steps."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from dmoerm_trl.cli import main
+from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
+from dmoerm_trl.scripts.demo import RECIPE, DemoArguments
+from dmoerm_trl.tasks import TaskTable
+from dmoerm_trl.training.recipe import Recipe
+from trl import TrlParser
+
+
+ROOT = Path(__file__).parents[1]
+FEW_STEPS = {"max_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 2}
+
+
+def test_the_demo_recipe_is_read_by_the_demo():
+    arguments, recipe = TrlParser((DemoArguments, Recipe)).parse_args_and_config(
+        ["--config", str(ROOT / RECIPE)], fail_with_unknown_args=True
+    )
+    assert recipe.output_dir == "runs/demo" and arguments.rows_per_task > 0
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, Path]:
+    """A demo of very few steps: its folder and its recipe."""
+    folder = tmp_path_factory.mktemp("demo")
+    settings = yaml.safe_load((ROOT / RECIPE).read_text())
+    settings |= {"rows_per_task": 12, "rows_of_others": 6, "base_texts": 40, "ppo_prompts": 4, "workers": 1}
+    settings |= {"output_dir": str(folder / "run"), "base_model": str(folder / "base"), "ensemble_size": 2}
+    settings |= {"train_data": str(folder / "world.jsonl"), "lora_rank": 2}
+    settings["base"] = {"max_steps": 2, "hidden_size": 16, "num_layers": 1, "vocab_size": 400}
+    settings["ppo"] |= {"per_device_train_batch_size": 4, "total_episodes": 8, "response_length": 8}
+    settings |= {stage: FEW_STEPS for stage in ("router", "phase1", "phase2", "phase3", "baselines")}
+    recipe = folder / "demo.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    assert main(["demo", "--config", str(recipe)]) == 0
+    return folder / "run", recipe
+
+
+@pytest.mark.slow
+def test_the_demo_writes_what_it_promises(demo):
+    run, _ = demo
+    summary = json.loads((run / "summary.json").read_text())
+    columns = {*TaskTable.paper().tasks, "others", "overall"}
+    methods = {"single", "mean", "WCO", "UWO", "DMoERM-w/o-Outer", "DMoERM", "length only", "ceiling"}
+    assert set(summary["consistency"]) == methods
+    assert all(set(cells) == columns for cells in summary["consistency"].values())
+    assert all(0 <= value <= 1 for cells in summary["consistency"].values() for value in cells.values())
+    assert 0 <= summary["router_accuracy"] <= 1
+    assert set(summary["ppo"]) == {"before", "after"}
+    assert summary["seconds"]["training"] > 0 and "training: chitchat/phase3" in summary["seconds"]
+    assert (run / "consistency.md").exists() and (run / "accuracy_curves.png").stat().st_size > 10_000
+    model = DMoERMForSequenceClassification.from_pretrained(run / "model")
+    assert {task: tuple(points) for task, points in model.config.tasks.items()} == TaskTable.paper().tasks
+
+
+@pytest.mark.slow
+def test_eval_and_score_read_the_demos_run(demo, capsys):
+    run, recipe = demo
+    settings = {key: value for key, value in yaml.safe_load(recipe.read_text()).items() if key in Recipe.__dataclass_fields__}
+    train_recipe = recipe.with_name("train.yaml")
+    train_recipe.write_text(yaml.safe_dump(settings))
+    before = json.loads((run / "consistency.json").read_text())["consistency"]
+    main(["eval", "--config", str(train_recipe)])
+    assert "DMoERM-w/o-Outer" in capsys.readouterr().out
+    after = json.loads((run / "consistency.json").read_text())["consistency"]
+    assert after == {method: cells for method, cells in before.items() if method != "ceiling"}
+
+    main(["score", "--model", str(run / "model"), "--prompt", "Tell me of tea.", "--response", "Here is tea."])
+    scores = json.loads(capsys.readouterr().out)
+    assert set(scores["capability_scores"]) == set(TaskTable.paper().tasks[scores["route"]])
+    main(["score", "--model", str(run / "model"), "--rows", str(run / "data" / "test.jsonl"), "--output", str(run / "s.jsonl")])
+    rows = [json.loads(line) for line in (run / "data" / "test.jsonl").read_text().splitlines()]
+    assert len((run / "s.jsonl").read_text().splitlines()) == sum(len(row["responses"]) for row in rows)
+
+
+@pytest.mark.slow
+def test_a_finished_training_is_left_as_it_is(demo):
+    run, recipe = demo
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    train_recipe = recipe.with_name("train.yaml")
+    settings = {key: value for key, value in yaml.safe_load(recipe.read_text()).items() if key in Recipe.__dataclass_fields__}
+    train_recipe.write_text(yaml.safe_dump(settings))
+    main(["train", "--config", str(train_recipe)])
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+
+
+def test_world_writes_rows(tmp_path, capsys):
+    out = tmp_path / "world.jsonl"
+    main(["world", "--output", str(out), "--rows_per_task", "3", "--rows_of_others", "2"])
+    assert len(out.read_text().splitlines()) == 17
+    assert "ceiling" in capsys.readouterr().out
