@@ -9,12 +9,13 @@ Needs TRL's PPO: pip install "dmoerm-trl[ppo]". `--prompts` is a file of prefere
 
 from dataclasses import dataclass, field
 
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import TrlParser
+
 from dmoerm_trl import DMoERMForSequenceClassification, Formatter, ppo_trainer
 from dmoerm_trl.data.rows import load_rows
 from dmoerm_trl.rl.ppo import ppo_classes
 from dmoerm_trl.tasks import TaskTable
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from trl import TrlParser
 
 
 @dataclass

@@ -6,10 +6,10 @@ Loads a DMoERM and scores two responses to a prompt, capability by capability.
 
 import sys
 
-from dmoerm_trl import DMoERMForSequenceClassification, Formatter
-from dmoerm_trl.evaluation.scoring import score_one
 from transformers import AutoTokenizer
 
+from dmoerm_trl import DMoERMForSequenceClassification, Formatter
+from dmoerm_trl.evaluation.scoring import score_one
 
 model = DMoERMForSequenceClassification.from_pretrained(sys.argv[1])
 formatter = Formatter(AutoTokenizer.from_pretrained(sys.argv[1]), max_length=1024)

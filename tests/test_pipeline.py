@@ -349,7 +349,6 @@ def test_an_error_in_a_worker_stops_the_others(recipe, tmp_path):
 # Options.
 
 
-@pytest.mark.slow
 def test_with_share_base_all_tasks_stand_on_one_base(material, tmp_path):
     run = Pipeline(make_recipe(material, tmp_path / "run", share_base=True, ensemble_size=0, without_outer=False))
     run.run()

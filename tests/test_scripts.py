@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from trl import TrlParser
+
 from dmoerm_trl.cli import main
 from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
 from dmoerm_trl.scripts.demo import RECIPE, DemoArguments
 from dmoerm_trl.tasks import TaskTable
 from dmoerm_trl.training.recipe import Recipe
-from trl import TrlParser
-
 
 ROOT = Path(__file__).parents[1]
 FEW_STEPS = {"max_steps": 2, "eval_steps": 1, "per_device_train_batch_size": 2}
@@ -34,7 +34,7 @@ def demo(tmp_path_factory) -> tuple[Path, Path]:
     settings |= {"train_data": str(folder / "world.jsonl"), "lora_rank": 2}
     settings["base"] = {"max_steps": 2, "hidden_size": 16, "num_layers": 1, "vocab_size": 400}
     settings["ppo"] |= {"per_device_train_batch_size": 4, "total_episodes": 8, "response_length": 8}
-    settings |= {stage: FEW_STEPS for stage in ("router", "phase1", "phase2", "phase3", "baselines")}
+    settings |= dict.fromkeys(("router", "phase1", "phase2", "phase3", "baselines"), FEW_STEPS)
     recipe = folder / "demo.yaml"
     recipe.write_text(yaml.safe_dump(settings))
     assert main(["demo", "--config", str(recipe)]) == 0
@@ -61,7 +61,9 @@ def test_the_demo_writes_what_it_promises(demo):
 @pytest.mark.slow
 def test_eval_and_score_read_the_demos_run(demo, capsys):
     run, recipe = demo
-    settings = {key: value for key, value in yaml.safe_load(recipe.read_text()).items() if key in Recipe.__dataclass_fields__}
+    settings = {
+        key: value for key, value in yaml.safe_load(recipe.read_text()).items() if key in Recipe.__dataclass_fields__
+    }
     train_recipe = recipe.with_name("train.yaml")
     train_recipe.write_text(yaml.safe_dump(settings))
     before = json.loads((run / "consistency.json").read_text())["consistency"]
@@ -73,7 +75,17 @@ def test_eval_and_score_read_the_demos_run(demo, capsys):
     main(["score", "--model", str(run / "model"), "--prompt", "Tell me of tea.", "--response", "Here is tea."])
     scores = json.loads(capsys.readouterr().out)
     assert set(scores["capability_scores"]) == set(TaskTable.paper().tasks[scores["route"]])
-    main(["score", "--model", str(run / "model"), "--rows", str(run / "data" / "test.jsonl"), "--output", str(run / "s.jsonl")])
+    main(
+        [
+            "score",
+            "--model",
+            str(run / "model"),
+            "--rows",
+            str(run / "data" / "test.jsonl"),
+            "--output",
+            str(run / "s.jsonl"),
+        ]
+    )
     rows = [json.loads(line) for line in (run / "data" / "test.jsonl").read_text().splitlines()]
     assert len((run / "s.jsonl").read_text().splitlines()) == sum(len(row["responses"]) for row in rows)
 
@@ -83,7 +95,9 @@ def test_a_finished_training_is_left_as_it_is(demo):
     run, recipe = demo
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     train_recipe = recipe.with_name("train.yaml")
-    settings = {key: value for key, value in yaml.safe_load(recipe.read_text()).items() if key in Recipe.__dataclass_fields__}
+    settings = {
+        key: value for key, value in yaml.safe_load(recipe.read_text()).items() if key in Recipe.__dataclass_fields__
+    }
     train_recipe.write_text(yaml.safe_dump(settings))
     main(["train", "--config", str(train_recipe)])
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}

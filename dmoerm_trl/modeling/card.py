@@ -6,7 +6,6 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .modeling import DMoERMForSequenceClassification
 
-
 TEXT = """
 # {title}
 
@@ -42,7 +41,9 @@ def write_model_card(model: DMoERMForSequenceClassification, folder: str | Path)
     ]
     text = TEXT.format(
         title="DMoERM" if points else "Reward model",
-        what="A double-layer mixture-of-experts reward model." if points else "A single reward model, without experts.",
+        what="A double-layer mixture-of-experts reward model."
+        if points
+        else "A single reward model, without experts.",
         name=Path(folder).name,
         tasks="\n".join(rows),
         base=config.backbone_config.model_type,

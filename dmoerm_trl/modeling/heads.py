@@ -60,7 +60,10 @@ class Aggregator(nn.Module):
         width = self.hidden.out_features
         scores = torch.cat([head(z[:, i]) for i, head in enumerate(heads)], 1)
         mean, std = scores.mean(0), scores.std(0).clamp(min=1e-6)
-        weights, biases = torch.cat([head.weight.float() for head in heads]), torch.cat([head.bias.float() for head in heads])
+        weights, biases = (
+            torch.cat([head.weight.float() for head in heads]),
+            torch.cat([head.bias.float() for head in heads]),
+        )
         mixture = torch.randn(width, k, device=z.device) / k**0.5
         mixture[:k] = torch.eye(k, device=z.device)[:width]
         self.hidden.weight.copy_((mixture.unsqueeze(2) * (weights / std.unsqueeze(1))).view(width, k * size))
