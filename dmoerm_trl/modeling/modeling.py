@@ -192,9 +192,13 @@ class DMoERMForSequenceClassification(DMoERMPreTrainedModel):
             ValueError: if a weight of the base is not finite.
         """
         if isinstance(base, str):
-            base = AutoModel.from_pretrained(
-                base, trust_remote_code=trust_remote_code, dtype=config.pop("dtype", "float32")
-            )
+            name, options = base, {"trust_remote_code": trust_remote_code, "dtype": config.pop("dtype", "float32")}
+            base, report = AutoModel.from_pretrained(name, output_loading_info=True, **options)
+            if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):  # not used
+                raise ValueError(
+                    f"{name}: got a checkpoint without {len(missing)} weights of {type(base).__name__} (such as "
+                    f"{missing[0]!r}), need all of them, because the others would be drawn at random."
+                )
         check_finite(base)
         config = DMoERMConfig(backbone_config=base.config, tasks={task: []}, **config)
         model = cls(config, {"shared" if config.share_base else slug(task): base})

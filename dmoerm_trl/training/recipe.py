@@ -1,6 +1,9 @@
 """What `dmoerm train --config recipe.yaml` reads."""
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..tasks import OVERALL, TaskTable
@@ -11,7 +14,7 @@ from .trainer import PhaseConfig
 class Recipe:
     """
     One whole training: data, model, the router, the three phases, the baselines. Each key can stand in a YAML file or on
-    the command line; the keys of `router`, `phase1`, `phase2`, `phase3` and `baselines` are those of
+    the command line (a stage's settings there as JSON); the keys of `router`, `phase1`, `phase2`, `phase3` and `baselines` are those of
     [`~dmoerm_trl.training.trainer.PhaseConfig`], which are those of TRL's `RewardConfig`.
     """
 
@@ -52,15 +55,19 @@ class Recipe:
     # Training
     router_model: str | None = field(default=None, metadata={"help": "Backbone of the router; the base's if absent."})
     router_layers: int | None = field(default=None, metadata={"help": "Layers of it to keep; all if absent."})
-    router: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of the router's training."})
-    phase1: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of phase 1."})
-    phase2: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of phase 2."})
-    phase3: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of phase 3."})
+    router: dict[str, Any] | str | None = field(
+        default_factory=dict, metadata={"help": "Settings of the router's training."}
+    )
+    phase1: dict[str, Any] | str | None = field(default_factory=dict, metadata={"help": "Settings of phase 1."})
+    phase2: dict[str, Any] | str | None = field(default_factory=dict, metadata={"help": "Settings of phase 2."})
+    phase3: dict[str, Any] | str | None = field(default_factory=dict, metadata={"help": "Settings of phase 3."})
     without_outer: bool = field(default=True, metadata={"help": "Train DMoERM-w/o-Outer too."})
     ensemble_size: int = field(
         default=5, metadata={"help": "Members of the baseline ensemble; the first is 'single'."}
     )
-    baselines: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of the baselines' training."})
+    baselines: dict[str, Any] | str | None = field(
+        default_factory=dict, metadata={"help": "Settings of the baselines' training."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the splits, the weights and the order of the data."})
     workers: int = field(
         default=1, metadata={"help": "Stages trained at once, each in a process of one thread (CPU)."}
@@ -73,6 +80,12 @@ class Recipe:
                 f"got ensemble_size={self.ensemble_size} and workers={self.workers}, need at least 0 and 1."
             )
         for stage in DEFAULTS:
+            settings = getattr(self, stage)
+            try:  # on the command line they are JSON
+                settings = json.loads(settings) if isinstance(settings, str) else settings or {}
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`{stage}` of the recipe: got {settings!r}, need JSON: {error}.") from error
+            setattr(self, stage, settings)
             self.phase(stage, output_dir=self.output_dir)
 
     @property
@@ -115,12 +128,15 @@ class Recipe:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """All settings on which the result depends; of the tasks, what stands in their table."""
+        """All settings on which the result depends; of the tasks and of data in files, what stands in them."""
         settings = {
             key: value for key, value in asdict(self).items() if key not in ("output_dir", "workers", "report_to")
         }
         table = self.task_table
         settings["tasks"] = {task: list(points) for task, points in {**table.tasks, OVERALL: table.overall}.items()}
+        for name in ("train_data", "test_data"):
+            if settings[name] is not None and Path(settings[name]).is_file():
+                settings[f"sha256 of {name}"] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()
         return settings
 
 
