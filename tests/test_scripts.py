@@ -1,10 +1,12 @@
 """The commands as a user runs them: the recipes parse, and the demo does all that it says, with very few steps."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 from trl import TrlParser
 
 from dmoerm_trl.cli import main
@@ -29,7 +31,14 @@ def demo(tmp_path_factory) -> tuple[Path, Path]:
     """A demo of very few steps: its folder and its recipe."""
     folder = tmp_path_factory.mktemp("demo")
     settings = yaml.safe_load((ROOT / RECIPE).read_text())
-    settings |= {"rows_per_task": 12, "rows_of_others": 6, "base_texts": 40, "ppo_prompts": 4, "workers": 1}
+    settings |= {
+        "rows_per_task": 40,
+        "rows_of_others": 6,
+        "validation_share": 0.4,
+        "base_texts": 40,
+        "ppo_prompts": 4,
+        "workers": 1,
+    }
     settings |= {"output_dir": str(folder / "run"), "base_model": str(folder / "base"), "ensemble_size": 2}
     settings |= {"train_data": str(folder / "world.jsonl"), "lora_rank": 2}
     settings["base"] = {"max_steps": 2, "hidden_size": 16, "num_layers": 1, "vocab_size": 400}
@@ -108,3 +117,27 @@ def test_world_writes_rows(tmp_path, capsys):
     main(["world", "--output", str(out), "--rows_per_task", "3", "--rows_of_others", "2"])
     assert len(out.read_text().splitlines()) == 17
     assert "ceiling" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_example_scores_with_the_demos_model(demo, capsys, monkeypatch):
+    run, _ = demo
+    monkeypatch.setattr("sys.argv", ["score.py", str(run / "model")])
+    runpy.run_path(str(ROOT / "examples" / "score.py"), run_name="__main__")
+    assert capsys.readouterr().out.count("reward ") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.requires_ppo
+def test_the_ppo_example_trains_a_policy_with_the_demos_model(demo, tmp_path, monkeypatch):
+    run, _ = demo
+    options = {"policy": run.parent / "base", "reward_model": run / "model", "prompts": run / "data" / "test.jsonl"}
+    options |= {"output_dir": tmp_path / "policy", "total_episodes": 4, "per_device_train_batch_size": 4}
+    options |= {"response_length": 4, "num_sample_generations": 0, "bf16": False, "report_to": "none"}
+    monkeypatch.setattr(
+        "sys.argv", ["ppo.py", *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
+    )
+    runpy.run_path(str(ROOT / "examples" / "ppo.py"), run_name="__main__")
+    policy = load_file(tmp_path / "policy" / "model.safetensors")
+    before = load_file(run.parent / "base" / "model.safetensors")
+    assert any(not policy[name].equal(before[name]) for name in before)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from ..data.formatting import Encoding, Formatter
 from ..data.rows import PreferenceRow
@@ -85,9 +84,7 @@ def score_rows(
 
 
 @torch.no_grad()
-def score_one(
-    model: DMoERMForSequenceClassification, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
-) -> DMoERMOutput:
+def score_one(model: DMoERMForSequenceClassification, encoding: Encoding) -> DMoERMOutput:
     """The whole output for one text: reward, route and capability scores."""
     model.eval()
     return model(

@@ -13,7 +13,7 @@ from ..data.rows import load_rows
 from ..evaluation.explain import explanation
 from ..evaluation.scoring import score_one
 from ..modeling.modeling import DMoERMForSequenceClassification
-from ..tasks import OVERALL, TaskTable
+from ..tasks import TaskTable
 
 
 @dataclass
@@ -24,6 +24,7 @@ class ScoreArguments:
     prompt: str | None = field(default=None, metadata={"help": "A prompt, one turn of the user."})
     response: str | None = field(default=None, metadata={"help": "The response to it."})
     rows: str | None = field(default=None, metadata={"help": "Preference rows, see recipes/DATA.md."})
+    tasks: str = field(default="paper", metadata={"help": "The rows' tasks: 'paper', 'paper-zh', or a YAML file."})
     output: str | None = field(default=None, metadata={"help": "JSONL file for the scores; printed if absent."})
     explain: bool = field(default=False, metadata={"help": "Print the explanation instead of JSON."})
     max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and response; older turns are cut."})
@@ -55,9 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     if one:
         texts = [([{"role": "user", "content": arguments.prompt}], arguments.response)]
     else:
-        points = {task: tuple(points) for task, points in model.config.tasks.items() if task != OVERALL}
-        table = TaskTable(points, overall=()) if points else TaskTable.paper()
-        rows, report = load_rows(arguments.rows, tasks=table)
+        rows, report = load_rows(arguments.rows, tasks=TaskTable.load(arguments.tasks))
         print(report, file=sys.stderr)
         texts = [(row.prompt, response) for row in rows for response in row.responses]
     lines = []
