@@ -1,6 +1,7 @@
 """A DMoERM put together from what the phases leave behind, and taken apart again."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def expert_on(base: DMoERMForSequenceClassification) -> PeftModel:
     """
     (task,) = base.config.tasks
     check_target_modules(base.model.backbones[base.model.backbone_key(task)], base.config.lora_target_modules)
-    return get_peft_model(base, _peft_config(base.config), autocast_adapter_dtype=False)
+    with warnings.catch_warnings():  # PEFT asks transformers in a way that is going to be deprecated
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        return get_peft_model(base, _peft_config(base.config), autocast_adapter_dtype=False)
 
 
 def add_experts_to(

@@ -14,7 +14,11 @@ def train(recipe: Recipe) -> Pipeline:
     run = Pipeline(recipe)
     run.run()
     print((run.root / "data" / "report.txt").read_text(), end="")
-    histories = {name.replace("/", " "): run.history(name) for name in run.stages if name not in ("data", "model")}
+    histories = {
+        name.replace("/experts/", ": ").replace("/", " ").replace("_", " "): run.history(name)
+        for name in run.stages
+        if name not in ("data", "model")
+    }
     path = plot_accuracy_curves(histories, Path(recipe.output_dir) / "accuracy_curves.png")
     print(f"accuracy curves: {path}\nmodel: {run.root / 'model'}")
     return run
