@@ -106,22 +106,25 @@ def gain(task: str, **levels: int) -> float:
 
 
 def test_text_creation_is_the_function_worked_out_by_hand():
-    """intent + expressiveness + readability + logic + min(intent, readability) + (0, 1.2, -0.6)[richness], scaled."""
-    unit = gain("text_creation", logic=1)
+    """1.5 min(intent, readability) + (expressiveness - 1)(logic - 1) + (0, 1, 0.4)[richness], scaled."""
+    unit = gain("text_creation", content_richness=1)
     assert unit > 0
-    assert gain("text_creation", content_richness=1) == pytest.approx(1.2 * unit)
-    assert gain("text_creation", content_richness=2) == pytest.approx(-0.6 * unit)
-    assert gain("text_creation", intent_conformity=2) == pytest.approx(2 * unit)
-    assert gain("text_creation", intent_conformity=2, readability=1) == pytest.approx(4 * unit)
-    assert gain("text_creation", intent_conformity=2, readability=2) == pytest.approx(6 * unit)
+    assert gain("text_creation", content_richness=2) == pytest.approx(0.4 * unit)
+    assert gain("text_creation", intent_conformity=2) == pytest.approx(0)
+    assert gain("text_creation", intent_conformity=2, readability=1) == pytest.approx(1.5 * unit)
+    assert gain("text_creation", intent_conformity=2, readability=2) == pytest.approx(3 * unit)
+    assert gain("text_creation", logic=1) == pytest.approx(-1 * unit)
+    assert gain("text_creation", logic=2) == pytest.approx(-2 * unit)
+    assert gain("text_creation", logic=2, expressiveness=2) == pytest.approx(0)
 
 
 def test_a_point_turns_against_the_response_when_another_is_low():
-    """Chitchat: ... + emotion + 0.8 proactivity (emotion - 1), scaled."""
-    unit = gain("chitchat", conversational_sense=1)
-    assert gain("chitchat", proactivity=2) == pytest.approx(-1.6 * unit)
-    assert gain("chitchat", proactivity=2, emotion_expression=1) == pytest.approx(1 * unit)
-    assert gain("chitchat", proactivity=2, emotion_expression=2) == pytest.approx(3.6 * unit)
+    """Chitchat: 1.2 min(conversation, empathy) + ... + 0.6 richness (empathy - 1) - 0.7 richness, scaled."""
+    unit = gain("chitchat", conversational_sense=1, empathy_ability=1) / 1.2
+    assert unit > 0
+    assert gain("chitchat", content_richness=2) == pytest.approx(-2.6 * unit)
+    assert gain("chitchat", content_richness=2, empathy_ability=1) == pytest.approx(-1.4 * unit)
+    assert gain("chitchat", content_richness=2, empathy_ability=2) == pytest.approx(-0.2 * unit)
 
 
 def test_a_shared_point_counts_differently_from_task_to_task():
