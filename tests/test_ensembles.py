@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmoerm_trl.evaluation.ensembles import mean_reward, standardise, uncertainty_weighted_reward, worst_case_reward
+from dmoerm_trl.evaluation.ensembles import mean_reward, uncertainty_weighted_reward, worst_case_reward
 
 REWARDS = torch.tensor([[1.0, 0.0], [2.0, 0.0], [6.0, 3.0]])  # (3 members, 2 responses)
 
@@ -28,29 +28,11 @@ def test_uncertainty_weighted_by_hand():
     torch.testing.assert_close(uncertainty_weighted_reward(REWARDS, coefficient=0.1), torch.tensor([3 - 1.4 / 3, 0.8]))
 
 
-def test_standardise_by_hand():
-    standard = standardise(REWARDS, mean=torch.tensor([1.0, 0.0, 3.0]), std=torch.tensor([1.0, 2.0, 3.0]))
-    torch.testing.assert_close(standard, torch.tensor([[0.0, -1.0], [1.0, 0.0], [1.0, 0.0]]))
-
-
-def test_standardising_first_makes_the_scale_of_a_member_immaterial():
-    reference = torch.randn(5, 100, generator=torch.Generator().manual_seed(0))
-    scale, shift = torch.tensor([1.0, 10.0, 0.1, 3.0, 2.0]), torch.tensor([0.0, 5.0, -3.0, 1.0, 8.0])
-    distorted = reference * scale[:, None] + shift[:, None]
-    for aggregate in (mean_reward, worst_case_reward, uncertainty_weighted_reward):
-        plain, same = (
-            aggregate(standardise(rewards, rewards.mean(dim=1), rewards.std(dim=1)))
-            for rewards in (reference, distorted)
-        )
-        torch.testing.assert_close(plain, same, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("shape", [(5,), (5, 2), (5, 2, 3)])
 def test_only_the_members_are_reduced(shape):
     rewards = torch.randn(shape)
     for aggregate in (mean_reward, worst_case_reward, uncertainty_weighted_reward):
         assert aggregate(rewards).shape == shape[1:]
-    assert standardise(rewards, torch.zeros(5), torch.ones(5)).shape == shape
 
 
 @given(members)
@@ -75,11 +57,3 @@ def test_an_ensemble_without_members_is_an_error(shape):
     for aggregate in (mean_reward, worst_case_reward, uncertainty_weighted_reward):
         with pytest.raises(ValueError, match="need .members, .... with at least one member"):
             aggregate(torch.zeros(shape))
-
-
-def test_standardise_names_what_is_wrong():
-    with pytest.raises(ValueError, match=r"got mean of shape \(2,\) and std of shape \(3,\), need \(3,\)"):
-        standardise(REWARDS, torch.zeros(2), torch.ones(3))
-    for bad in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="need positive numbers"):
-            standardise(REWARDS, torch.zeros(3), torch.tensor([1.0, bad, 1.0]))

@@ -8,42 +8,11 @@ Herding? Reward Model Ensembles Mitigate but do not Eliminate Reward Hacking", a
 
 Letters: k members, r_i(x) the reward that member i gives to x. Every function takes `rewards` of shape `(k, ...)` and
 returns one reward of shape `(...)`. A reward model's zero and scale are arbitrary and differ from member to member, so
-[`standardise`] the members first.
+members are standardised first: each model holds the mean and the standard deviation that do it, see
+[`~dmoerm_trl.training.phases.normalise`].
 """
 
 import torch
-
-
-def standardise(rewards: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """
-    Brings the members to one zero and one scale, `(r_i - mean_i) / std_i`.
-
-    Args:
-        rewards (`torch.Tensor` of shape `(k, ...)`): Rewards of each member.
-        mean (`torch.Tensor` of shape `(k,)`): Each member's mean reward on a reference set.
-        std (`torch.Tensor` of shape `(k,)`): Each member's standard deviation there. It is kept with the mean, so that
-            a response gets the same reward whatever it is scored together with.
-
-    Returns:
-        `torch.Tensor` of shape `(k, ...)`.
-
-    Raises:
-        ValueError: The shapes do not fit, or a standard deviation is not a positive number.
-    """
-    _check_members(rewards)
-    members = rewards.shape[:1]
-    if mean.shape != members or std.shape != members:
-        raise ValueError(
-            f"got mean of shape {tuple(mean.shape)} and std of shape {tuple(std.shape)}, need {tuple(members)}: one "
-            "number a member."
-        )
-    if not (torch.isfinite(std) & (std > 0)).all():
-        raise ValueError(
-            f"got std {std.tolist()}, need positive numbers because a member that gives all of the reference set one "
-            "reward cannot be standardised: check that it was trained and that the reference set is not one response."
-        )
-    shape = (-1,) + (1,) * (rewards.ndim - 1)
-    return (rewards - mean.view(shape)) / std.view(shape)
 
 
 def mean_reward(rewards: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,10 @@ from ..evaluation.scoring import map_encodings, score_encodings
 from ..modeling.assembly import add_experts_to, expert_on
 from ..modeling.configuration import DMoERMConfig
 from ..modeling.inner import InnerModel
-from ..modeling.modeling import DMoERMForSequenceClassification, check_finite
-from ..modeling.pretrained import DMoERMPreTrainedModel
+from ..modeling.modeling import DMoERMForSequenceClassification
+from ..modeling.pretrained import DMoERMPreTrainedModel, check_finite
 from ..modeling.router import Router
+from ..modeling.spans import find_spans
 from ..tasks import slug
 from .trainer import PhaseConfig, fit, train
 
@@ -262,8 +263,6 @@ def normalise(
 
 def _prompt_ids(encoding: Encoding, formatter: Formatter) -> list[int]:
     """The tokens that the router reads of a text, the same in training as in a DMoERM."""
-    from ..modeling.spans import find_spans
-
     spans = find_spans(
         torch.tensor([encoding.input_ids]),
         prompt_lengths=torch.tensor([encoding.prompt_length]),
