@@ -10,6 +10,9 @@ from ..tasks import slug
 
 ACTIVATIONS = ("sigmoid", "none")
 
+LORA_LAYERS = {"all": 1, "top half": 2, "top third": 3}
+"""Value of `lora_layers` -> by how much the number of the backbone's layers is divided."""
+
 
 class DMoERMConfig(PreTrainedConfig):
     """
@@ -25,6 +28,10 @@ class DMoERMConfig(PreTrainedConfig):
             Configuration of the router's backbone. Needed for two tasks or more, absent for one.
         lora_rank (`int`), lora_alpha (`int`), lora_dropout (`float`), lora_target_modules (`list[str]`):
             The LoRA experts; the defaults are the paper's table 5.
+        lora_layers (`str` or `int`):
+            Which of the backbone's layers have LoRA, counted from the top: `"all"` (the paper), `"top half"`,
+            `"top third"`, both rounded up, or a number of layers. Below them the experts are one, so that part of the
+            backbone runs once for all of them.
         aggregator_hidden_size (`int`, *optional*):
             Width of the aggregator's hidden layer; the backbone's hidden size if not given.
         activation (`str`):
@@ -51,6 +58,7 @@ class DMoERMConfig(PreTrainedConfig):
         lora_alpha: int = 32,
         lora_dropout: float = 0.05,
         lora_target_modules: list[str] | tuple[str, ...] = ("q_proj", "v_proj"),
+        lora_layers: str | int = "all",
         aggregator_hidden_size: int | None = None,
         activation: str = "sigmoid",
         share_base: bool = False,
@@ -62,6 +70,10 @@ class DMoERMConfig(PreTrainedConfig):
         tasks = {task: list(points) for task, points in dict(tasks or {}).items()}
         if activation not in ACTIVATIONS:
             raise ValueError(f"got activation={activation!r}, need one of {list(ACTIVATIONS)}.")
+        if not (lora_layers in LORA_LAYERS or (type(lora_layers) is int and lora_layers > 0)):
+            raise ValueError(
+                f"got lora_layers={lora_layers!r}, need one of {list(LORA_LAYERS)} or a number of layers, at least 1."
+            )
         if len(tasks) > 1 and router_config is None:
             raise ValueError(
                 f"got {len(tasks)} tasks and no `router_config`, need a router to choose among {list(tasks)}: train one "
@@ -78,6 +90,7 @@ class DMoERMConfig(PreTrainedConfig):
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
         self.lora_target_modules = list(lora_target_modules)
+        self.lora_layers = lora_layers
         self.aggregator_hidden_size = aggregator_hidden_size
         self.activation = activation
         self.share_base = share_base
@@ -93,6 +106,26 @@ class DMoERMConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As of any configuration, but `tasks` as pairs: config.json sorts a dict, and the router counts the tasks."""
         return {**super().to_dict(), "tasks": [[task, points] for task, points in self.tasks.items()]}
+
+    @property
+    def layers_with_lora(self) -> list[int] | None:
+        """
+        Indices of the backbone's layers that have LoRA; None for all.
+
+        Raises:
+            ValueError: if the backbone has fewer layers than `lora_layers` names, or does not say how many it has.
+        """
+        if self.lora_layers == "all":
+            return None
+        total = getattr(self.backbone_config.get_text_config(), "num_hidden_layers", 0)
+        divisor = LORA_LAYERS.get(self.lora_layers)
+        count = self.lora_layers if divisor is None else -(-total // divisor)
+        if not 0 < count <= total:
+            raise ValueError(
+                f"got lora_layers={self.lora_layers!r} for a base with {total} layers, need at most as many as it has: "
+                'choose a smaller number, or "all".'
+            )
+        return list(range(total - count, total))
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         return self

@@ -28,6 +28,7 @@ def lora_config(config: DMoERMConfig) -> LoraConfig:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=list(config.lora_target_modules),
+        layers_to_transform=config.layers_with_lora,
     )
 
 

@@ -1,6 +1,6 @@
 """DMoERM: the router, the tasks' inner models, and the contract that TRL's trainers expect of a reward model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from ..tasks import slug
 from .configuration import DMoERMConfig
-from .experts import add_experts, embeddings
+from .experts import adapter_name, add_experts, embeddings
 from .inner import InnerModel
 from .pretrained import DMoERMPreTrainedModel, check_finite
 from .router import Router
@@ -91,11 +91,19 @@ class DMoERMModel(DMoERMPreTrainedModel):
         width = int(spans.prompt_lengths.max())
         return self.router.probabilities(spans.input_ids[:, :width], span_mask(spans.prompt_lengths, width))
 
-    def embed(self, task: str, spans: Spans) -> Tensor:
-        """The embeddings z of all texts of `spans` under one task's experts, shape (B, max(k, 1), H)."""
+    def embed(self, task: str, spans: Spans, points: Sequence[str] | None = None) -> Tensor:
+        """
+        The embeddings z of all texts of `spans` under one task's experts (equation 3).
+
+        Args:
+            points (`Sequence[str]`, *optional*): the capability points whose experts embed; all of the task if absent.
+
+        Returns:
+            `Tensor` of shape (B, max(k, 1), H) for k experts.
+        """
         return embeddings(
             self.backbones[self.backbone_key(task)],
-            self.inner_models[slug(task)].adapters,
+            [adapter_name(task, point) for point in (self.config.tasks[task] if points is None else points)],
             spans.input_ids,
             spans.attention_mask,
             spans.lengths,
