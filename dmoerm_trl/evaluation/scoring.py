@@ -1,6 +1,6 @@
-"""Scoring many texts: batches of similar length under a token budget."""
+"""Scoring many texts: batches under a token budget, in which texts with one prompt stand together."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,25 +8,8 @@ from tqdm.auto import tqdm
 
 from ..data.formatting import Encoding, Formatter
 from ..data.rows import PreferenceRow
+from ..modeling.forest import passes
 from ..modeling.modeling import DMoERMForSequenceClassification, DMoERMOutput
-
-
-def batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """
-    Groups texts of similar length, longest first, so that a padded batch has at most `tokens_per_batch` tokens (or one
-    text, if that text alone is longer).
-
-    Args:
-        lengths (`Sequence[int]`): tokens of each text.
-
-    Yields:
-        Indices of the texts of a batch.
-    """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    while order:
-        count = max(1, tokens_per_batch // max(lengths[order[0]], 1))
-        batch, order = order[:count], order[count:]
-        yield batch
 
 
 @torch.no_grad()
@@ -42,10 +25,14 @@ def map_encodings(
     """
     Applies `function(input_ids, attention_mask, prompt_lengths)`, whose result has the batch as its first dimension, to
     all texts and returns the results in the texts' order, on the CPU.
+
+    Args:
+        tokens_per_batch (`int`): tokens of a batch, where a prompt that several texts share counts once; a batch of long
+            texts may have twice its first text's.
     """
     result: Tensor | None = None
     with tqdm(total=len(encodings), desc=description, unit=" texts", delay=3, leave=False) as progress:
-        for batch in batches([len(encoding.input_ids) for encoding in encodings], tokens_per_batch):
+        for batch in passes([encoding.input_ids for encoding in encodings], tokens_per_batch):
             ids = [torch.tensor(encodings[index].input_ids) for index in batch]
             values = function(
                 torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(device),

@@ -1,35 +1,42 @@
 """A DMoERM put together from what the phases leave behind, and taken apart again."""
 
 import copy
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..tasks import slug
-from .configuration import DMoERMConfig
-from .experts import adapter_name, check_target_modules, lora_config
+from .experts import adapter_name, lora_config
 from .modeling import DMoERMForSequenceClassification
 from .router import Router
 
 
-def expert_on(base: DMoERMForSequenceClassification) -> PeftModel:
+def with_experts(base: DMoERMForSequenceClassification, points: Sequence[str]) -> DMoERMForSequenceClassification:
     """
-    An untrained expert on a base, for phase 2: an ordinary PEFT model whose LoRA starts at zero and whose head starts as
-    the base's head. Everything else is frozen.
+    A task's inner model whose experts are untrained, for phase 2: their LoRA changes nothing, and their heads are the
+    base's head. The aggregator is untrained too.
+
+    Args:
+        base (`DMoERMForSequenceClassification`): a model with one task and no capability points; it is taken over.
 
     Raises:
         ValueError: if the base has no linear module of a LoRA target's name.
     """
     (task,) = base.config.tasks
-    check_target_modules(base.model.backbones[base.model.backbone_key(task)], base.config.lora_target_modules)
-    with warnings.catch_warnings():  # PEFT asks transformers in a way that is going to be deprecated
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-        return get_peft_model(base, _peft_config(base.config), autocast_adapter_dtype=False)
+    config = copy.deepcopy(base.config)
+    config.tasks = {task: list(points)}
+    model = DMoERMForSequenceClassification(config, dict(base.model.backbones))
+    head = base.model.inner_models[slug(task)].base_head.state_dict()  # its normalisation is not the aggregator's
+    inner = model.model.inner_models[slug(task)]
+    for copied in (inner.base_head, *inner.expert_heads.values()):
+        copied.load_state_dict(head)
+    return model.eval()
 
 
 def add_experts_to(
@@ -46,16 +53,13 @@ def add_experts_to(
         ValueError: if a folder does not hold exactly the weights of such an expert.
     """
     (task,) = base.config.tasks
-    config = copy.deepcopy(base.config)
-    config.tasks = {task: list(adapters)}
-    model = DMoERMForSequenceClassification(config, dict(base.model.backbones))
-    base_head = base.model.inner_models[slug(task)].base_head.state_dict()  # its normalisation is not the aggregator's
-    model.model.inner_models[slug(task)].base_head.load_state_dict(base_head)
+    model = with_experts(base, list(adapters))
     for point, folder in adapters.items():
-        names = _expert_names(model, task, point)
+        names = expert_names(model, task, point)
         weights = load_peft_weights(str(folder), device="cpu")
-        saved, wanted = PeftConfig.from_pretrained(str(folder)), lora_config(config)
-        odd = [setting for setting in ("r", "lora_alpha") if getattr(saved, setting) != getattr(wanted, setting)]
+        saved = PeftConfig.from_pretrained(str(folder))
+        settings = {"r": model.config.lora_rank, "lora_alpha": model.config.lora_alpha}
+        odd = [name for name, value in settings.items() if getattr(saved, name) != value]
         shapes = {name: model.get_parameter(own).shape for own, name in names.items()}
         odd += sorted(
             name for name in weights.keys() | shapes if name not in weights or weights[name].shape != shapes.get(name)
@@ -118,10 +122,13 @@ def export_expert(model: DMoERMForSequenceClassification, task: str, point: str,
     """
     if point not in model.config.tasks[_known(model, task)]:
         raise ValueError(f"got capability point {point!r}, need one of {model.config.tasks[task]} of task {task!r}.")
-    peft_model = expert_on(base_reward_model(model, task))
+    config = lora_config(model.config, model.model.backbones[model.model.backbone_key(task)])
+    config.modules_to_save, config.inference_mode = ["base_head"], True
     state = model.state_dict()
-    set_peft_model_state_dict(peft_model, {k: state[own] for own, k in _expert_names(model, task, point).items()})
-    peft_model.save_pretrained(str(folder))
+    weights = {name: state[own].detach().cpu().clone() for own, name in expert_names(model, task, point).items()}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(weights, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 def with_task(base: DMoERMForSequenceClassification, task: str) -> DMoERMForSequenceClassification:
@@ -138,13 +145,7 @@ def with_task(base: DMoERMForSequenceClassification, task: str) -> DMoERMForSequ
     return model.eval()
 
 
-def _peft_config(config: DMoERMConfig) -> LoraConfig:
-    peft_config = lora_config(config)
-    peft_config.modules_to_save = ["base_head"]
-    return peft_config
-
-
-def _expert_names(model: DMoERMForSequenceClassification, task: str, point: str) -> dict[str, str]:
+def expert_names(model: PreTrainedModel, task: str, point: str) -> dict[str, str]:
     """Names of an expert's weights in a DMoERM -> their names in an ordinary PEFT adapter of the base."""
     adapter, inner = adapter_name(task, point), f"model.inner_models.{slug(task)}."
     head = f"{inner}expert_heads.{slug(point)}."

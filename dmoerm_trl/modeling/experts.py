@@ -1,19 +1,17 @@
 """k LoRA experts on one backbone, stored as PEFT adapters (equation 3)."""
 
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..tasks import slug
 from .configuration import DMoERMConfig
-from .heads import last_token
 
 
 def adapter_name(task: str, point: str) -> str:
@@ -21,14 +19,39 @@ def adapter_name(task: str, point: str) -> str:
     return f"{slug(task)}__{slug(point)}"
 
 
-def lora_config(config: DMoERMConfig) -> LoraConfig:
-    """PEFT's configuration of one expert; the defaults are the paper's table 5."""
+def lora_config(config: DMoERMConfig, backbone: PreTrainedModel) -> LoraConfig:
+    """
+    PEFT's configuration of one expert on a backbone; the defaults are the paper's table 5.
+
+    Raises:
+        ValueError: if `lora_layers` names layers and the backbone has no list of layers.
+    """
+    targets: list[str] | str = list(config.lora_target_modules)
+    if (indices := config.layers_with_lora) is not None:  # a pattern: PEFT's `layers_to_transform` needs a longer name
+        name = layers_name(backbone).rsplit(".", 1)[-1]
+        targets = rf"(.*\.)?{name}\.({'|'.join(map(str, indices))})\.(.*\.)?({'|'.join(map(re.escape, targets))})"
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_target_modules),
-        layers_to_transform=config.layers_with_lora,
+        target_modules=targets,
+    )
+
+
+def layers_name(backbone: PreTrainedModel) -> str:
+    """
+    Name of the backbone's list of layers, such as `"layers"` or `"encoder.layer"`.
+
+    Raises:
+        ValueError: if no list has as many modules as its configuration says.
+    """
+    count = getattr(backbone.config.get_text_config(), "num_hidden_layers", None)
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name
+    raise ValueError(
+        f"got a {type(backbone).__name__} without a list of {count} layers, need one, because the layers are counted there: "
+        'set lora_layers="all".'
     )
 
 
@@ -61,7 +84,7 @@ def add_experts(backbone: PreTrainedModel, config: DMoERMConfig, names: list[str
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         for name in names:
-            inject_adapter_in_model(lora_config(config), backbone, adapter_name=name)
+            inject_adapter_in_model(lora_config(config, backbone), backbone, adapter_name=name)
     for layer in lora_layers(backbone):
         for module in layer.modules():
             module._is_hf_initialized = True  # or transformers would draw B at random
@@ -88,45 +111,3 @@ def active_expert(backbone: nn.Module, name: str | None) -> Iterator[None]:
     finally:
         for layer, names in zip(layers, before, strict=True):
             layer._active_adapter = names
-
-
-def checkpoint_under_expert(layer: nn.Module) -> None:
-    """Has gradient checkpointing recompute a layer under the expert under which it ran, not the one that ran last."""
-    checkpoint = layer._gradient_checkpointing_func
-
-    def checkpoint_with_expert(function: Callable, *args: Any) -> Any:
-        lora = next(lora_layers(layer), None)
-        expert = lora.active_adapters[0] if lora is not None and lora.active_adapters else None
-
-        def run(*inputs: Any) -> Any:
-            with active_expert(layer, expert):
-                return function(*inputs)
-
-        return checkpoint(run, *args)
-
-    layer._gradient_checkpointing_func = checkpoint_with_expert
-
-
-def embeddings(
-    backbone: PreTrainedModel, names: list[str], input_ids: Tensor, attention_mask: Tensor, lengths: Tensor
-) -> Tensor:
-    """
-    The last-token embeddings `z_i` of equation 3 under each expert; the base's alone where there are no experts.
-
-    Args:
-        names (`list[str]`): k adapters.
-        input_ids, attention_mask (`Tensor` of shape (B, T)): texts padded on the right.
-        lengths (`Tensor` of shape (B,)): number of tokens of each text.
-
-    Returns:
-        `Tensor` of shape (B, max(k, 1), H).
-    """
-    if not names:
-        hidden = backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return last_token(hidden, lengths).unsqueeze(1)
-    z = []
-    for name in names:
-        with active_expert(backbone, name):
-            hidden = backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        z.append(last_token(hidden, lengths))
-    return torch.stack(z, 1)

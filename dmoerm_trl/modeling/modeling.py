@@ -11,7 +11,8 @@ from transformers.utils import ModelOutput
 
 from ..tasks import slug
 from .configuration import DMoERMConfig
-from .experts import adapter_name, add_experts, embeddings
+from .embedding import embeddings
+from .experts import adapter_name, add_experts
 from .inner import InnerModel
 from .pretrained import DMoERMPreTrainedModel, check_finite
 from .router import Router
@@ -105,7 +106,6 @@ class DMoERMModel(DMoERMPreTrainedModel):
             self.backbones[self.backbone_key(task)],
             [adapter_name(task, point) for point in (self.config.tasks[task] if points is None else points)],
             spans.input_ids,
-            spans.attention_mask,
             spans.lengths,
         )
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration import DMoERMConfig
-from .experts import checkpoint_under_expert
+from .embedding import checkpoint_as_now
 
 
 class DMoERMPreTrainedModel(PreTrainedModel):
@@ -24,7 +24,7 @@ class DMoERMPreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(*args, **kwargs)
         for module in self.modules():
             if getattr(module, "gradient_checkpointing", False):
-                checkpoint_under_expert(module)
+                checkpoint_as_now(module)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -6,8 +6,12 @@ from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .configuration import DMoERMConfig
-from .heads import Float32Linear, last_token
+from .embedding import embeddings
+from .heads import Float32Linear
 from .pretrained import DMoERMPreTrainedModel
+
+REMEMBERED = 4096
+"""Prompts whose route a router remembers."""
 
 
 class Router(DMoERMPreTrainedModel):
@@ -27,6 +31,8 @@ class Router(DMoERMPreTrainedModel):
             raise ValueError("got no `router_config`, need the configuration of the router's backbone.")
         self.backbone = backbone if backbone is not None else AutoModel.from_config(config.router_config)
         self.score = Float32Linear(config.router_config.hidden_size, len(config.tasks))
+        self._remembered: dict[tuple[int, ...], Tensor] = {}
+        self._remembered_weights: tuple = ()
         self.post_init()
 
     def forward(
@@ -41,12 +47,32 @@ class Router(DMoERMPreTrainedModel):
         Returns:
             `logits` of shape (B, tasks), fp32, and the cross-entropy with `labels` as `loss`.
         """
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        logits = self.score(last_token(hidden, attention_mask.sum(1)))
+        logits = self.score(embeddings(self.backbone, [], input_ids, attention_mask.sum(1))[:, 0])
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     @torch.no_grad()
     def probabilities(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """`E(t | x)`, shape (B, tasks); the chosen task of equation 1 is its argmax."""
-        return self(input_ids=input_ids, attention_mask=attention_mask).logits.softmax(-1)
+        """
+        `E(t | x)`, shape (B, tasks); the chosen task of equation 1 is its argmax.
+
+        The router runs once for each prompt and remembers the last ones, as long as its weights stay as they are.
+
+        Args:
+            input_ids, attention_mask (`Tensor` of shape (B, T)): as of [`forward`].
+        """
+        lengths = attention_mask.sum(1)
+        weights = tuple((weight.data_ptr(), weight._version) for weight in self.parameters())
+        if weights != self._remembered_weights:
+            self._remembered.clear()
+            self._remembered_weights = weights
+        prompts = [tuple(row[:length]) for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
+        known = self._remembered
+        if new := {prompt: row for row, prompt in enumerate(prompts) if prompt not in known}:
+            rows = list(new.values())
+            z = embeddings(self.backbone, [], input_ids[rows], lengths[rows])[:, 0]
+            known.update(zip(new, self.score(z).softmax(-1), strict=True))
+        result = torch.stack([known[prompt] for prompt in prompts])
+        while len(known) > REMEMBERED:
+            del known[next(iter(known))]
+        return result

@@ -1,0 +1,123 @@
+"""Attention within a forest of packed texts: each token attends to its own text alone."""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from .forest import Forest
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+def forest_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    forest: Forest,
+    *,
+    last_tokens: bool = False,
+    causal: bool = True,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """
+    Scaled dot-product attention of packed texts; the forest's trees do not see each other.
+
+    On the CPU it is one call of PyTorch's attention a node, on a GPU one of FlexAttention, which skips what is masked.
+
+    Args:
+        query (`Tensor` of shape (B, heads, T, D)): of the packed tokens, or (B, heads, N, D) with `last_tokens`.
+        key, value (`Tensor` of shape (B, key heads, T, D)): of the packed tokens.
+        last_tokens (`bool`): the queries are those of each text's last token, in the order of `forest.ends`.
+        causal (`bool`): whether a token sees what stands before it alone; without it, no beginnings may be shared.
+        window (`int`, *optional*): how many positions back a token sees, itself included, in a causal model.
+        softcap (`float`, *optional*): c of `c tanh(scores / c)`, as in Gemma 2.
+
+    Returns:
+        `Tensor` of shape (B, T or N, heads, D).
+    """
+    if query.is_cuda and not dropout:
+        return _flex_attention(query, key, value, forest, last_tokens, causal, scaling, window, softcap)
+    attend = _attend if softcap is None else _attend_softly_capped
+    out = []
+    if last_tokens:
+        for text, node in enumerate(forest.text_nodes):
+            ranges = forest.sees(node)
+            if window is not None and causal:
+                ranges = _last(ranges, window)
+            keys, values = _take(key, ranges), _take(value, ranges)
+            out.append(attend(query[:, :, text : text + 1], keys, values, None, False, scaling, dropout, softcap))
+    else:
+        for index, node in enumerate(forest.nodes):
+            ranges = forest.sees(index)
+            size = sum(stop - start for start, stop in ranges)
+            masked = causal and (len(ranges) > 1 or (window or size) < size)
+            mask = forest.mask(index, window, query.dtype) if masked else None
+            keys, values = _take(key, ranges), _take(value, ranges)
+            queries = query[:, :, node.start : node.stop]
+            out.append(attend(queries, keys, values, mask, causal and not masked, scaling, dropout, softcap))
+    return torch.cat([part.transpose(1, 2) for part in out], 1)
+
+
+def _take(states: Tensor, ranges: Ranges) -> Tensor:
+    parts = [states[:, :, start:stop] for start, stop in ranges]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _last(ranges: Ranges, count: int) -> Ranges:
+    """The last `count` places of the ranges."""
+    kept: Ranges = ()
+    for start, stop in reversed(ranges):
+        start = max(start, stop - count)
+        kept, count = ((start, stop), *kept), count - (stop - start)
+        if not count:
+            break
+    return kept
+
+
+def _attend(query, key, value, mask, is_causal, scaling, dropout, softcap) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, mask, dropout, is_causal, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def _attend_softly_capped(query, key, value, mask, is_causal, scaling, dropout, softcap) -> Tensor:
+    """PyTorch's attention has no place for the cap."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap)
+    if is_causal:
+        scores = scores.masked_fill(scores.new_ones(scores.shape[2:]).tril() == 0, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return nn.functional.dropout(weights, dropout) @ value
+
+
+@cache
+def _compiled_flex_attention():
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _flex_attention(query, key, value, forest, last_tokens, causal, scaling, window, softcap) -> Tensor:
+    reach, positions = forest.reach, forest.position_ids
+    place = forest.ends if last_tokens else torch.arange(len(reach), device=reach.device)
+
+    def sees(batch, head, q, kv):
+        below = (place[q] >= kv) & (place[q] < reach[kv])
+        if not causal:  # no node has nodes below it: the tokens of a text have one reach
+            return reach[place[q]] == reach[kv]
+        return below if window is None else below & (positions[place[q]] - positions[kv] < window)
+
+    def cap(score, batch, head, q, kv):
+        return score if softcap is None else softcap * torch.tanh(score / softcap)
+
+    mask = create_block_mask(sees, None, None, query.shape[2], key.shape[2], device=query.device)
+    function = _compiled_flex_attention() if query.is_cuda else flex_attention
+    gqa = query.shape[1] != key.shape[1]
+    return function(query, key, value, cap, mask, scale=scaling, enable_gqa=gqa).transpose(1, 2)
