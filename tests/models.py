@@ -1,6 +1,7 @@
 """Tiny models and tokenizers, built in memory, that the tests share; `conftest.py` gives a copy of each to a test."""
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
@@ -145,6 +146,19 @@ def make_inner(tokenizer: PreTrainedTokenizerFast) -> DMoERMForSequenceClassific
 
 def make_single(tokenizer: PreTrainedTokenizerFast) -> DMoERMForSequenceClassification:
     return make_dmoerm(tokenizer, {"chitchat": []})
+
+
+def peft_expert(base: DMoERMForSequenceClassification) -> PeftModel:
+    """An untrained expert on a base, made by PEFT alone: what an expert's folder is an adapter of."""
+    config = base.config
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_target_modules),
+        modules_to_save=["base_head"],
+    )
+    return get_peft_model(base, lora, autocast_adapter_dtype=False)
 
 
 def _fit_router(model: DMoERMForSequenceClassification, tokenizer: PreTrainedTokenizerFast) -> None:

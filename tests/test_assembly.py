@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from models import PROMPTS, RESPONSES, TASKS, chat, make_dmoerm, padded, qwen2_config
+from models import PROMPTS, RESPONSES, TASKS, chat, make_dmoerm, padded, peft_expert, qwen2_config
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -12,9 +12,9 @@ from dmoerm_trl.modeling.assembly import (
     add_experts_to,
     assemble,
     base_reward_model,
-    expert_on,
     export_expert,
     inner_model,
+    with_experts,
     with_task,
 )
 
@@ -44,35 +44,23 @@ def train_randomly(expert: PeftModel, seed: int) -> PeftModel:
 # Phase 2 and what it leaves behind.
 
 
-def test_a_new_expert_scores_as_its_base_and_trains_nothing_else(single, batch):
-    expected = single(**batch).logits
+def test_new_experts_score_as_their_base(single, batch):
+    head = single.model.inner_models["chitchat"]
+    expected = single(**batch).logits[:, 0] * head.reward_std + head.reward_mean  # an expert's score is not normalised
     before = {name: weight.clone() for name, weight in single.state_dict().items()}
-    expert = expert_on(single).eval()
-    same(expert(**batch).logits, expected)
-
-    trained = [name for name, weight in expert.named_parameters() if weight.requires_grad]
-    assert len(trained) == 2 * 2 * 2 + 2  # A and B in two targets of two layers, the head's weight and bias
-    assert all(".lora_" in name or ".base_head.modules_to_save." in name for name in trained)
-    expert.train()
-    optimizer = torch.optim.SGD([weight for weight in expert.parameters() if weight.requires_grad], lr=1.0)
-    for _ in range(2):  # A has a gradient once B is not zero
-        optimizer.zero_grad()
-        expert(**batch).logits.square().sum().backward()
-        optimizer.step()
-    after = expert.state_dict()
-    for name, weight in before.items():
-        peft_name = "base_model.model." + name.replace("base_head.", "base_head.original_module.")
-        peft_name = peft_name if peft_name in after else peft_name.replace("_proj.", "_proj.base_layer.")
-        assert torch.equal(after[peft_name], weight)
-    head = expert.base_model.model.model.inner_models["chitchat"].base_head
-    assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
-    assert all(weight.abs().sum() > 0 for name, weight in after.items() if "lora_" in name)
+    model = with_experts(single, TASKS["chitchat"])
+    assert model.config.tasks == {"chitchat": TASKS["chitchat"]}
+    for score in model(**batch).capability_scores.values():
+        same(score, expected)
+    after = {name.replace(".base_layer", ""): weight for name, weight in model.state_dict().items()}
+    for name in before:
+        assert "reward_" in name or torch.equal(after[name], before[name]), name
 
 
 def test_experts_of_phase_2_become_an_inner_model_and_come_out_again(single, batch, tmp_path):
     points, scores = ["empathy ability", "logic", "情感"], {}
     for seed, point in enumerate(points):
-        expert = train_randomly(expert_on(deepcopy(single)), seed)
+        expert = train_randomly(peft_expert(deepcopy(single)), seed)
         scores[point] = expert(**batch).logits[:, 0]
         expert.save_pretrained(tmp_path / point)
     expected = single(**batch).logits
@@ -102,7 +90,7 @@ def test_experts_of_phase_2_become_an_inner_model_and_come_out_again(single, bat
 def test_more_experts_than_trained_layers_keep_apart(single, tmp_path):
     """The folder of one point does not reach another's adapter."""
     for seed, point in enumerate(("a", "b")):
-        train_randomly(expert_on(deepcopy(single)), seed).save_pretrained(tmp_path / point)
+        train_randomly(peft_expert(deepcopy(single)), seed).save_pretrained(tmp_path / point)
     one = add_experts_to(deepcopy(single), {"a": tmp_path / "a", "b": tmp_path / "b"}).state_dict()
     two = add_experts_to(deepcopy(single), {"a": tmp_path / "a", "b": tmp_path / "a"}).state_dict()
     names = [name for name in one if ".chitchat__b." in name or ".expert_heads.b." in name]
@@ -219,7 +207,7 @@ def test_a_router_over_other_tasks_is_an_error(dmoerm):
 
 @pytest.mark.parametrize("lost", ["base_head.weight", "layers.0.self_attn.q_proj.lora_A.weight"])
 def test_an_adapter_that_lacks_a_weight_is_an_error(single, tmp_path, lost):
-    expert_on(deepcopy(single)).save_pretrained(tmp_path)
+    peft_expert(deepcopy(single)).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     weights = load_file(path)
     (name,) = [name for name in weights if name.endswith(lost)]
@@ -232,14 +220,14 @@ def test_an_adapter_that_lacks_a_weight_is_an_error(single, tmp_path, lost):
 def test_an_adapter_of_another_rank_is_an_error(single, tmp_path):
     other = deepcopy(single)
     other.config.lora_rank = 2
-    expert_on(other).save_pretrained(tmp_path)
+    peft_expert(other).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="such as 'r'.*same LoRA settings"):
         add_experts_to(single, {"logic": tmp_path})
 
 
 def test_an_adapter_of_another_base_is_an_error(single, tokenizer, tmp_path):
     other = make_dmoerm(tokenizer, {"chitchat": []}, backbone_config=qwen2_config(tokenizer, hidden_size=16))
-    expert_on(other).save_pretrained(tmp_path)
+    peft_expert(other).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="such as 'base_model.model.model.*need one trained on this base"):
         add_experts_to(single, {"logic": tmp_path})
 
@@ -248,7 +236,7 @@ def test_an_adapter_of_another_scale_is_an_error(single, tmp_path):
     """Nothing in the weights tells alpha, and with another one the expert's scores would be others."""
     other = deepcopy(single)
     other.config.lora_alpha = 64
-    expert_on(other).save_pretrained(tmp_path)
+    peft_expert(other).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="such as 'lora_alpha'.*same LoRA settings"):
         add_experts_to(single, {"logic": tmp_path})
 
@@ -256,4 +244,4 @@ def test_an_adapter_of_another_scale_is_an_error(single, tmp_path):
 def test_lora_targets_that_the_base_lacks_are_an_error(single):
     single.config.lora_target_modules = ["c_attn"]
     with pytest.raises(ValueError, match=r"no linear module \['c_attn'\].*'k_proj', 'o_proj', 'q_proj'"):
-        expert_on(single)
+        with_experts(single, ["logic"])

@@ -5,16 +5,19 @@ from copy import deepcopy
 import pytest
 import torch
 from models import PROMPTS, RESPONSES, TASKS, make_backbone, make_tokenizer
-from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, TrainerCallback
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.data.rows import PreferenceRow
 from dmoerm_trl.evaluation.scoring import score_rows
 from dmoerm_trl.modeling.assembly import base_reward_model, export_expert
+from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification, DMoERMModel
+from dmoerm_trl.modeling.pretrained import DMoERMPreTrainedModel
+from dmoerm_trl.training import phases
 from dmoerm_trl.training.phases import (
-    AggregatorOnEmbeddings,
+    embeddings_on_disk,
     normalise,
     phase1,
     phase2,
@@ -22,7 +25,7 @@ from dmoerm_trl.training.phases import (
     ranked_dataset,
     train_router,
 )
-from dmoerm_trl.training.trainer import PhaseConfig, collate_ranked, ranking_loss
+from dmoerm_trl.training.trainer import PhaseConfig, RankedRewardTrainer
 
 POINTS = TASKS["chitchat"]
 
@@ -75,8 +78,8 @@ def test_ranked_dataset_drops_only_the_rows_without_labels_of_the_point(formatte
         row(4, logic=[3, 1, 1]),
     ]
     assert ranked_dataset(rows, formatter)["ranks"] == [r.ranks for r in rows]
-    labelled = ranked_dataset(rows, formatter, "logic")
-    assert labelled["ranks"] == [[1, 2, 3], [3, 1, 1]]
+    labelled = ranked_dataset(rows, formatter, ["logic"])
+    assert labelled["ranks"] == [[[1, 2, 3]], [[3, 1, 1]]]
     encodings, _ = formatter.encode_rows([rows[0], rows[4]])
     assert labelled["input_ids"] == [[encoding.input_ids for encoding in row] for row in encodings]
     assert labelled["prompt_lengths"] == [[encoding.prompt_length for encoding in row] for row in encodings]
@@ -84,7 +87,15 @@ def test_ranked_dataset_drops_only_the_rows_without_labels_of_the_point(formatte
 
 def test_ranked_dataset_without_a_labelled_row_is_an_error_that_names_the_point(formatter):
     with pytest.raises(ValueError, match="got 4 rows and none with two distinct ranks of correctness"):
-        ranked_dataset(ROWS, formatter, "correctness")
+        ranked_dataset(ROWS, formatter, ["logic", "correctness"])
+
+
+def test_ranked_dataset_of_several_points_keeps_the_rows_with_labels_of_some(formatter):
+    rows = [row(0, logic=[1, 2, 3]), row(1), row(2, correctness=[2, 1, 1], logic=[1, 1, 1]), row(3, logic=[1, 1, 1])]
+    data = ranked_dataset(rows, formatter, ["correctness", "logic"])
+    assert data["ranks"] == [[[], [1, 2, 3]], [[2, 1, 1], []]]
+    encodings, _ = formatter.encode_rows([rows[0], rows[2]])
+    assert data["input_ids"] == [[encoding.input_ids for encoding in row] for row in encodings]
 
 
 # The router.
@@ -141,6 +152,11 @@ def test_the_router_cannot_have_layers_that_its_backbone_has_not(num_layers, bas
         train_router(base, list(PROMPTS), ROWS, ROWS, formatter, settings(tmp_path), num_layers=num_layers)
 
 
+def test_the_router_has_no_budget_of_tokens(base, formatter, tmp_path):
+    with pytest.raises(ValueError, match="train_tokens_per_batch=100 for the router.*per_device_train_batch_size"):
+        train_router(base, list(PROMPTS), ROWS, ROWS, formatter, settings(tmp_path, train_tokens_per_batch=100))
+
+
 def test_the_routers_training_heeds_patience(base, formatter, tmp_path):
     rows = router_rows(RESPONSES, 1)
     args = settings(tmp_path, max_steps=9, eval_steps=1, learning_rate=0.0, patience=2)
@@ -179,53 +195,40 @@ def test_seeds_give_different_members_and_the_same_seed_the_same(base, formatter
     assert moved(first, member("second", 1))
 
 
-# Phase 2.
+# Phase 2; how experts are trained together is in test_experts_training.py.
 
 
-def test_phase_2_trains_one_experts_lora_and_head(single, formatter, tmp_path):
-    base = deepcopy(single)
-    expert, _ = phase2(single, "logic", ROWS, ROWS, formatter, settings(tmp_path))
-    trained = {name for name, weight in expert.named_parameters() if weight.requires_grad}
-    assert all("lora_" in name or "modules_to_save" in name for name in trained)
-    after = {name.removeprefix("base_model.model."): weight for name, weight in weights_of(expert).items()}
-    head = "model.inner_models.chitchat.base_head."
-    for name, weight in weights_of(base).items():  # the base is bit-equal
-        renamed = name.replace(".q_proj.", ".q_proj.base_layer.").replace(".v_proj.", ".v_proj.base_layer.")
-        renamed = renamed.replace(head, f"{head}original_module.")
-        assert torch.equal(after.pop(renamed), weight), name
-    for name in ("weight", "bias"):
-        assert not torch.equal(after.pop(f"{head}modules_to_save.default.{name}"), base.get_parameter(head + name))
-    assert after and all("lora_" in name for name in after)
-    assert all(weight.any() for weight in after.values())  # B started at zero
+def test_phase_2_gives_a_model_with_the_experts_and_their_histories(single, formatter, tmp_path):
+    rows = [row(number, logic=[2, 1, 3], correctness=[1, 2, 3]) for number in range(4)]
+    model, histories = phase2(single, ["correctness", "logic"], rows, ROWS + rows, formatter, settings(tmp_path))
+    assert model.config.tasks == {"chitchat": ["correctness", "logic"]} and not model.training
+    assert set(histories) == {"correctness", "logic"}
+    for history in histories.values():
+        (evaluation,) = [entry for entry in history if "eval_accuracy" in entry]
+        assert evaluation["step"] == 2 and {"eval_loss", "eval_margin", "epoch"} <= evaluation.keys()
 
 
-def test_an_expert_starts_as_its_base(single, formatter, tmp_path):
-    base = deepcopy(single)
-    expert, _ = phase2(single, "logic", ROWS, ROWS, formatter, settings(tmp_path, learning_rate=0.0))
-    assert score_rows(expert, ROWS, formatter) == score_rows(base, ROWS, formatter)
+def test_experts_start_as_their_base(single, formatter, tmp_path):
+    head = single.model.inner_models["chitchat"]
+    encodings = [encoding for row in formatter.encode_rows(ROWS)[0] for encoding in row]
+    texts = [torch.tensor([encoding.input_ids]) for encoding in encodings]
+    expected = [(single(text).logits[0, 0] * head.reward_std + head.reward_mean).item() for text in texts]
+    model, _ = phase2(single, ["logic"], ROWS, ROWS, formatter, settings(tmp_path, learning_rate=0.0))
+    assert [model(text).capability_scores["logic"].item() for text in texts] == pytest.approx(expected, abs=1e-6)
 
 
 def test_phase_2_trains_on_the_labels_of_its_point_alone(single, formatter, tmp_path):
     """Whatever the overall ranks say, and whatever rows without labels of the point there are."""
 
     def expert(name: str, rows: list[PreferenceRow]) -> dict[str, Tensor]:
-        return weights_of(phase2(deepcopy(single), "logic", rows, ROWS, formatter, settings(tmp_path / name))[0])
+        model, _ = phase2(deepcopy(single), ["logic"], rows, ROWS, formatter, settings(tmp_path / name))
+        return {name: weight for name, weight in weights_of(model).items() if "aggregator" not in name}
 
     turned = [PreferenceRow(r.prompt, r.responses, r.ranks[::-1], r.task, r.capability_ranks) for r in ROWS]
     first = expert("first", ROWS)
     assert not moved(first, expert("turned", turned))
     assert not moved(first, expert("more", [row(8), *ROWS, row(9, correctness=[1, 2, 3])]))
     assert moved(first, expert("other labels", [row(number, logic=[3, 1, 2]) for number in range(4)]))
-
-
-def test_an_expert_is_saved_as_a_peft_adapter_with_its_head(single, formatter, tmp_path):
-    base = deepcopy(single)
-    expert, _ = phase2(single, "logic", ROWS, ROWS, formatter, settings(tmp_path / "work"))
-    expert.save_pretrained(str(tmp_path / "expert"))
-    loaded = PeftModel.from_pretrained(deepcopy(base), str(tmp_path / "expert"))
-    assert (
-        score_rows(loaded, ROWS, formatter) == score_rows(expert, ROWS, formatter) != score_rows(base, ROWS, formatter)
-    )
 
 
 # Phase 3.
@@ -271,34 +274,104 @@ def test_the_accuracy_of_phase_3_is_that_of_the_model_that_it_returns(inner, ada
     assert right / pairs == max(entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry)
 
 
-def test_training_on_cached_embeddings_is_training_through_the_model(inner, formatter):
-    """The gradient of a step through `model(...)` equals that through `AggregatorOnEmbeddings`."""
-    examples = list(ranked_dataset(ROWS, formatter))
-    batch = collate_ranked(examples, formatter.tokenizer.pad_token_id)
-    ranks, groups = batch.pop("ranks"), batch.pop("groups")
-    model = inner.eval().requires_grad_(False)
-    task = model.model.inner_models["chitchat"]
-    task.aggregator.requires_grad_(True)
+class WholeModel(DMoERMPreTrainedModel):
+    """An inner model as phase 3 would train it without a cache: every text goes through base and experts in every step."""
 
-    loss, _ = ranking_loss(model(**batch).logits[:, 0], ranks, groups)
-    loss.backward()
-    through_model = {name: weight.grad.clone() for name, weight in task.aggregator.named_parameters()}
+    def __init__(self, model: DMoERMForSequenceClassification):
+        super().__init__(model.config)
+        self.whole = model.requires_grad_(False).eval()
+        self.aggregator = model.model.inner_models["chitchat"].aggregator.requires_grad_(True)
 
-    task.aggregator.zero_grad()
+    def train(self, mode: bool = True):
+        return self  # base and experts are frozen and without dropout
+
+    def forward(self, **inputs) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(logits=self.whole(**inputs).logits)
+
+
+@pytest.mark.parametrize("changes", [{}, {"per_device_train_batch_size": 3, "eval_tokens_per_batch": 100}])
+def test_training_on_cached_embeddings_is_training_through_the_whole_model(
+    inner, adapters, formatter, tmp_path, changes
+):
+    base = base_reward_model(inner, "chitchat")
+    changes = {"max_steps": 8, "save_total_limit": 2, "seed": 5, **changes}
+    cached, history = phase3(deepcopy(base), adapters, ROWS, ROWS[1:], formatter, settings(tmp_path / "a", **changes))
+
+    start, _ = phase3(
+        base, adapters, ROWS, ROWS[1:], formatter, settings(tmp_path / "b", **{**changes, "learning_rate": 0.0})
+    )
+    data = ranked_dataset(ROWS, formatter), ranked_dataset(ROWS[1:], formatter)
+    args = settings(tmp_path / "c", load_best_model_at_end=False, patience=0, **changes)
+    args.save_strategy = "no"  # of the whole model
+    before = weights_of(start)
+    start.model.inner_models["chitchat"].reward_mean.zero_()
+    trainer = RankedRewardTrainer(WholeModel(start), args, *data, formatter.tokenizer)
+    best = {}
+
+    class Best(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            if metrics["eval_accuracy"] > best.get("accuracy", -1):
+                best.update(accuracy=metrics["eval_accuracy"], weights=weights_of(start))
+
+    trainer.add_callback(Best())
+    trainer.train()
+    expected = {name: weight for name, weight in best["weights"].items() if ".aggregator." in name}
+    assert len(expected) == 5 and moved({name: before[name] for name in expected}, expected)
+    for name, weight in expected.items():
+        torch.testing.assert_close(cached.state_dict()[name], weight, rtol=1e-3, atol=1e-4)
+    evaluations = [
+        [(e["step"], e["eval_loss"]) for e in log if "eval_loss" in e] for log in (history, trainer.state.log_history)
+    ]
+    assert [step for step, _ in evaluations[0]] == [step for step, _ in evaluations[1]] == [2, 4, 6, 8]
+    assert [x for _, x in evaluations[0]] == pytest.approx([x for _, x in evaluations[1]], rel=1e-4)
+
+
+def test_embeddings_lie_on_disk_and_are_those_of_the_model(inner, formatter, tmp_path, monkeypatch):
+    """Whatever the number of texts in memory at once."""
+    encodings = [encoding for row in formatter.encode_rows(ROWS)[0] for encoding in row]
+    texts = [(torch.tensor([encoding.input_ids]), torch.tensor([encoding.prompt_length])) for encoding in encodings]
     with torch.no_grad():
-        spans = model.model.find_spans(batch["input_ids"], batch["attention_mask"], batch["prompt_lengths"])
-        z = model.model.embed("chitchat", spans)
-    head = AggregatorOnEmbeddings(model.config, task, z)
-    cached, _ = ranking_loss(head(torch.arange(len(ranks))).logits[:, 0], ranks, groups)
-    cached.backward()
+        spans = [inner.model.find_spans(ids, None, length) for ids, length in texts]
+        expected = torch.cat([inner.model.embed("chitchat", span) for span in spans])
+    for chunk in (5, 4096):
+        monkeypatch.setattr(phases, "CHUNK", chunk)
+        z = embeddings_on_disk(inner, encodings, formatter.tokenizer.pad_token_id, tmp_path / str(chunk))
+        (file,) = (tmp_path / str(chunk)).iterdir()
+        assert z.shape == (12, 3, 32) and file.stat().st_size == 4 * z.numel()
+        torch.testing.assert_close(z, expected, rtol=1e-5, atol=1e-5)
 
-    assert torch.equal(loss, cached)
-    assert {name for name, weight in head.named_parameters() if weight.requires_grad} == {
-        f"aggregator.{name}" for name in through_model
-    }
-    for name, weight in task.aggregator.named_parameters():
-        assert weight.grad.abs().sum() > 0
-        torch.testing.assert_close(weight.grad, through_model[name], rtol=1e-6, atol=1e-9)
+
+def test_embeddings_are_computed_once_also_by_a_run_that_was_killed(inner, adapters, formatter, tmp_path, monkeypatch):
+    base, counts = base_reward_model(inner, "chitchat"), []
+    embed = DMoERMModel.embed
+
+    def spy(self, task, spans, points=None):
+        counts.append(len(spans.lengths))
+        if len(counts) == kill_at:
+            raise KeyboardInterrupt
+        return embed(self, task, spans, points)
+
+    monkeypatch.setattr(DMoERMModel, "embed", spy)
+    monkeypatch.setattr(phases, "CHUNK", 8)  # 24 texts
+    kill_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        phase3(deepcopy(base), adapters, ROWS, ROWS, formatter, settings(tmp_path))
+    counts, kill_at = [], 0
+    first, _ = phase3(deepcopy(base), adapters, ROWS, ROWS, formatter, settings(tmp_path))
+    assert sum(counts) == 24  # the half-written file of the killed run was not taken for a whole one
+    counts = []
+    again, _ = phase3(deepcopy(base), adapters, ROWS, ROWS, formatter, settings(tmp_path))
+    assert counts == []
+    assert not moved(weights_of(first), weights_of(again))
+    phase3(deepcopy(base), adapters, ROWS[1:], ROWS, formatter, settings(tmp_path))  # other texts
+    turned = dict(zip(adapters, reversed(adapters.values()), strict=True))
+    phase3(deepcopy(base), turned, ROWS, ROWS, formatter, settings(tmp_path))  # other experts
+    assert sum(counts) == 21 + 24
+
+
+def test_rows_without_a_pair_are_an_error_in_phase_3(inner, adapters, formatter, tmp_path):
+    with pytest.raises(ValueError, match="got 0 rows and none with two distinct ranks of the overall preference"):
+        phase3(base_reward_model(inner, "chitchat"), adapters, ROWS, [], formatter, settings(tmp_path))
 
 
 # Normalisation.

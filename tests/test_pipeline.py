@@ -15,6 +15,7 @@ import pytest
 import torch
 from models import PROMPTS, make_backbone, make_tokenizer
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from dmoerm_trl.data.rows import PreferenceRow, load_rows
@@ -32,21 +33,27 @@ STAGES = {
     "data",
     "router",
     "maths/phase1",
-    "maths/experts/correctness",
-    "maths/experts/logic",
+    "maths/experts",
     "maths/phase3",
     "chitchat/phase1",
-    "chitchat/experts/empathy_ability",
-    "chitchat/experts/情感",
+    "chitchat/experts",
     "chitchat/phase3",
     "overall/phase1",
-    "overall/experts/logic",
-    "overall/experts/readability",
+    "overall/experts",
     "overall/phase3",
     "ensemble/0",
     "ensemble/1",
     "model",
 }
+EXPERTS = {
+    "maths/experts/correctness",
+    "maths/experts/logic",
+    "chitchat/experts/empathy_ability",
+    "chitchat/experts/情感",
+    "overall/experts/logic",
+    "overall/experts/readability",
+}
+TRAININGS = STAGES - {"data", "model"} - {stage for stage in STAGES if stage.endswith("/experts")} | EXPERTS
 
 
 def make_rows() -> list[dict]:
@@ -120,7 +127,7 @@ def weights(root: Path) -> dict[str, bytes]:
 
 def test_every_stage_leaves_its_folder_and_nothing_else_is_left(run):
     assert set(run.stages) == STAGES
-    assert {str(path.parent.relative_to(run.root)) for path in run.root.rglob("history.json")} == STAGES
+    assert {str(path.parent.relative_to(run.root)) for path in run.root.rglob("history.json")} == STAGES | EXPERTS
     assert {path.name for path in run.root.iterdir()} == {stage.split("/")[0] for stage in STAGES} | {"manifest.json"}
 
 
@@ -128,7 +135,7 @@ def test_weights_are_safetensors_and_nothing_is_pickled(run):
     kinds = {path.suffix for path in run.root.rglob("*") if path.is_file()}
     assert kinds <= {".safetensors", ".json", ".jsonl", ".txt", ".jinja", ".md"}
     with_weights = {str(path.parent.relative_to(run.root)) for path in run.root.rglob("*.safetensors")}
-    assert with_weights == STAGES - {"data"}
+    assert with_weights == TRAININGS | {"model"}
 
 
 def test_the_manifest_has_the_recipe_and_the_seconds_of_every_stage(run, recipe):
@@ -140,9 +147,10 @@ def test_the_manifest_has_the_recipe_and_the_seconds_of_every_stage(run, recipe)
 
 
 def test_every_training_has_a_history_of_accuracies(run):
-    for stage in STAGES - {"data", "model"}:
-        steps = [entry["step"] for entry in run.history(stage) if "eval_accuracy" in entry]
-        assert steps == ([6, 12] if stage == "router" else [2, 4]), stage
+    assert set(run.trainings) == TRAININGS and len(run.trainings) == len(TRAININGS)
+    for training in TRAININGS:
+        steps = [entry["step"] for entry in run.history(training) if "eval_accuracy" in entry]
+        assert steps == ([6, 12] if training == "router" else [2, 4]), training
 
 
 def test_the_parts_of_the_data_share_no_prompt(run, material):
@@ -353,7 +361,7 @@ def test_with_share_base_all_tasks_stand_on_one_base(material, tmp_path):
     run = Pipeline(make_recipe(material, tmp_path / "run", share_base=True, ensemble_size=0, without_outer=False))
     run.run()
     bases = {"maths/phase1", "chitchat/phase1"}
-    left_out = {"ensemble/0", "ensemble/1", "overall/experts/logic", "overall/experts/readability", "overall/phase3"}
+    left_out = {"ensemble/0", "ensemble/1", "overall/experts", "overall/phase3"}
     assert set(run.stages) == STAGES - bases - left_out
     model = run.load("model")
     assert list(model.model.backbones) == ["shared"]
@@ -372,6 +380,31 @@ def test_with_share_base_all_tasks_stand_on_one_base(material, tmp_path):
     assert model.config.tasks.keys() == POINTS.keys() and int(output.route) == 1
     reward = expert(torch.tensor([text])).logits.item()
     assert reward + mean == pytest.approx(output.capability_scores["情感"].item(), abs=1e-6)
+
+
+def test_experts_one_by_one_have_the_same_folders(run, material, tmp_path):
+    recipe = make_recipe(material, tmp_path, joint_experts=False, lora_layers=1, lora_dropout=0.0)
+    one_by_one = Pipeline(recipe)
+    assert set(one_by_one.stages) == STAGES - {"maths/experts", "chitchat/experts", "overall/experts"} | EXPERTS
+    assert one_by_one.trainings == run.trainings
+    together = Pipeline(replace(recipe, output_dir=str(tmp_path / "together"), joint_experts=True))
+    for stage in ("data", "maths/phase1"):
+        one_by_one.run_stage(stage)
+        shutil.copytree(one_by_one.root / stage, together.root / stage)
+    together.run_stage("maths/experts")
+    for stage in ("maths/experts/correctness", "maths/experts/logic"):
+        one_by_one.run_stage(stage)
+        files = {path.name for path in (one_by_one.root / stage).iterdir()}
+        assert files == {path.name for path in (together.root / stage).iterdir()}
+        experts = [
+            load_file(pipeline.root / stage / "adapter_model.safetensors") for pipeline in (one_by_one, together)
+        ]
+        for name in experts[0].keys() | experts[1].keys():  # LoRA in the last of two layers; every row has all labels
+            torch.testing.assert_close(experts[0][name], experts[1][name], rtol=1e-3, atol=1e-4)
+            assert "layers.1." in name or "base_head" in name
+        steps = [[e["step"] for e in p.history(stage) if "eval_accuracy" in e] for p in (one_by_one, together)]
+        assert steps == [[2, 4], [2, 4]]
+    one_by_one.run_stage("maths/phase3")
 
 
 def test_test_rows_of_their_own(material, tmp_path):
@@ -483,6 +516,10 @@ def test_a_response_that_does_not_fit_is_refused(material, tmp_path):
 def test_a_base_without_the_lora_targets_is_refused_with_those_that_it_has(material, tmp_path):
     message = refused(make_recipe(material, tmp_path / "run", lora_target_modules=["query", "v_proj"]), "query")
     assert all(name in message for name in ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj"))
+
+
+def test_more_layers_with_lora_than_the_base_has_are_refused(material, tmp_path):
+    refused(make_recipe(material, tmp_path / "run", lora_layers=3), "lora_layers=3 for a base with 2 layers")
 
 
 def base_like(material: Path, folder: Path) -> Path:

@@ -42,6 +42,7 @@ def test_the_experts_are_those_of_table_5():
         "lora_alpha": 32,
         "lora_dropout": 0.05,
         "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_layers": "all",
         "aggregator_hidden_size": None,
         "activation": "sigmoid",
         "share_base": False,
@@ -62,6 +63,7 @@ def test_the_tasks_are_those_of_table_12_and_the_ensemble_has_five_members():
     assert recipe().task_table == TaskTable.paper("en")
     assert recipe(tasks="paper-zh").task_table == TaskTable.paper("zh")
     assert recipe().ensemble_size == 5 and recipe().without_outer
+    assert recipe().joint_experts
 
 
 # What a recipe sets.
@@ -86,10 +88,32 @@ def test_yaml_and_the_command_line(tmp_path):
     assert (read.seed, read.workers, read.output_dir) == (4, 2, "runs/x")
 
 
+@pytest.mark.parametrize("where", ["yaml", "command line"])
+@pytest.mark.parametrize("given, expected", [("2", 2), ("top half", "top half"), ("all", "all")])
+def test_layers_with_lora_are_a_number_or_a_name(where, given, expected, tmp_path):
+    text, arguments = (f"lora_layers: {given}\n", ()) if where == "yaml" else ("", (f"--lora_layers={given}",))
+    read = parsed(tmp_path, text, *arguments)
+    assert read.model_settings["lora_layers"] == expected and type(read.lora_layers) is type(expected)
+
+
+@pytest.mark.parametrize("given, expected", [("false", False), ("true", True)])
+def test_experts_one_by_one_on_request(given, expected, tmp_path):
+    assert parsed(tmp_path, f"joint_experts: {given}\n").joint_experts is expected
+    assert parsed(tmp_path, "", f"--joint_experts={given}").joint_experts is expected
+
+
+def test_budgets_of_tokens(tmp_path):
+    args = parsed(tmp_path, "phase1:\n  train_tokens_per_batch: 4096\n").phase("phase1", "folder")
+    assert (args.train_tokens_per_batch, args.eval_tokens_per_batch) == (4096, 16384)
+    with pytest.raises(ValueError, match="train_tokens_per_batch=0, need a number of tokens"):
+        recipe(phase2={"train_tokens_per_batch": 0})
+
+
 def test_the_fingerprint_is_what_the_result_depends_on():
     first = recipe()
     assert recipe(output_dir="runs/y", workers=4, report_to="all").fingerprint() == first.fingerprint()
     changes = {"base_model": "b", "train_data": "r", "seed": 1, "phase3": {"learning_rate": 1.0}, "lora_rank": 8}
+    changes |= {"joint_experts": False, "lora_layers": "top half"}
     for name, value in changes.items():
         assert recipe(**{name: value}).fingerprint() != first.fingerprint(), name
 

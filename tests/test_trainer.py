@@ -2,26 +2,28 @@
 
 import json
 import math
+import os
+import socket
 from copy import deepcopy
 from itertools import combinations
 
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import RESPONSES, make_single, make_tokenizer
+from models import RESPONSES, make_single, make_tokenizer, peft_expert
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
 from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.data.rows import PreferenceRow
-from dmoerm_trl.modeling.assembly import expert_on
+from dmoerm_trl.training.batches import distinct_tokens
 from dmoerm_trl.training.phases import ranked_dataset
 from dmoerm_trl.training.trainer import (
     PhaseConfig,
     RankedRewardTrainer,
-    collate_ranked,
     fit,
     last_checkpoint,
     ranking_loss,
@@ -39,7 +41,7 @@ def softplus(x: float) -> float:
 
 def loss_of(rewards: list[float], ranks: list[int], groups: list[int] | None = None) -> tuple[float, list[float]]:
     groups = groups or [0] * len(ranks)
-    loss, margins = ranking_loss(torch.tensor(rewards), torch.tensor(ranks), torch.tensor(groups))
+    loss, margins, _ = ranking_loss(torch.tensor(rewards), torch.tensor(ranks), torch.tensor(groups))
     return float(loss), margins.tolist()
 
 
@@ -90,7 +92,7 @@ def test_every_prompt_weighs_the_same_however_many_pairs_it_has():
 
 def test_ties_alone_give_zero_loss_and_zero_gradient():
     rewards = torch.tensor([0.3, -2.0, 1.0], requires_grad=True)
-    loss, margins = ranking_loss(rewards, torch.tensor([1, 1, 1]), torch.tensor([0, 0, 0]))
+    loss, margins, _ = ranking_loss(rewards, torch.tensor([1, 1, 1]), torch.tensor([0, 0, 0]))
     loss.backward()
     assert loss == 0 and len(margins) == 0
     assert torch.equal(rewards.grad, torch.zeros(3))
@@ -107,7 +109,7 @@ def test_the_gradient_is_that_of_equation_7():
 
 def test_margins_of_a_thousand_do_not_overflow():
     rewards = torch.tensor([-1000.0, 1000.0], requires_grad=True)
-    loss, _ = ranking_loss(rewards, torch.tensor([1, 2]), torch.tensor([0, 0]))
+    loss, _, _ = ranking_loss(rewards, torch.tensor([1, 2]), torch.tensor([0, 0]))
     loss.backward()
     assert loss == 2000 and rewards.grad.tolist() == [-1, 1]
 
@@ -129,40 +131,8 @@ def test_the_loss_is_the_mean_over_prompts_of_trls_pairwise_loss_over_all_pairs(
     rewards = torch.tensor([reward for prompt in prompts for reward, _ in prompt])
     ranks = torch.tensor([rank for prompt in prompts for _, rank in prompt])
     groups = torch.tensor([index for index, prompt in enumerate(prompts) for _ in prompt])
-    loss, _ = ranking_loss(rewards, ranks, groups)
+    loss, _, _ = ranking_loss(rewards, ranks, groups)
     assert float(loss) == pytest.approx(float(torch.stack(means).mean()) if means else 0.0, rel=1e-5, abs=1e-6)
-
-
-# The batches.
-
-
-def test_a_batch_holds_each_response_once_padded_on_the_right():
-    examples = [
-        {"input_ids": [[5, 6, 7], [5, 6]], "prompt_lengths": [2, 1], "ranks": [2, 1]},
-        {"input_ids": [[8], [8, 9], [8, 4, 4, 4]], "prompt_lengths": [1, 1, 1], "ranks": [1, 1, 2]},
-    ]
-    batch = {name: tensor.tolist() for name, tensor in collate_ranked(examples, pad_token_id=3).items()}
-    assert batch == {
-        "input_ids": [[5, 6, 7, 3], [5, 6, 3, 3], [8, 3, 3, 3], [8, 9, 3, 3], [8, 4, 4, 4]],
-        "attention_mask": [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]],
-        "prompt_lengths": [2, 1, 1, 1, 1],
-        "ranks": [2, 1, 1, 1, 2],
-        "groups": [0, 0, 1, 1, 1],
-    }
-
-
-def test_a_token_of_the_text_that_equals_the_pad_is_attended():
-    batch = collate_ranked([{"input_ids": [[3, 3], [3]], "prompt_lengths": [1, 1], "ranks": [1, 2]}], pad_token_id=3)
-    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
-
-
-def test_a_batch_of_texts_that_are_embedded_already_holds_their_indices():
-    batch = collate_ranked([{"texts": [4, 2], "ranks": [1, 2]}, {"texts": [0, 1], "ranks": [2, 1]}], pad_token_id=3)
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "texts": [4, 2, 0, 1],
-        "ranks": [1, 2, 2, 1],
-        "groups": [0, 0, 1, 1],
-    }
 
 
 # The trainer.
@@ -203,6 +173,45 @@ def test_each_response_goes_through_the_model_once_a_step(single, tokenizer, tmp
     assert all(math.isfinite(entry["loss"]) for entry in history if "loss" in entry)
 
 
+def test_with_a_budget_of_tokens_every_prompt_is_trained_on_once_an_epoch(single, tokenizer, tmp_path, caplog):
+    data = dataset(*[[1, 2], [2, 1, 3], [1, 2]] * 4)
+    budget = sorted(distinct_tokens(row["input_ids"], row["prompt_lengths"]) for row in data)[-2] * 2
+    whole = {"input_ids": [[3] * budget, [3] * 5], "prompt_lengths": [1, 1], "ranks": [1, 2]}
+    data = data.add_item(whole)
+    args = PhaseConfig(
+        str(tmp_path), num_train_epochs=3, eval_steps=100, train_tokens_per_batch=budget, save_total_limit=2, **QUIET
+    )
+    trainer = RankedRewardTrainer(single, args, data, dataset([1, 2], start=20), tokenizer)
+    batches = []
+
+    def keep(module, args, kwargs, output):
+        if module.training:
+            batches.append(kwargs)
+
+    single.register_forward_hook(keep, with_kwargs=True)
+    train(trainer)
+    texts = [
+        [tuple(ids[mask.bool()].tolist()) for ids, mask in zip(b["input_ids"], b["attention_mask"], strict=True)]
+        for b in batches
+    ]
+    epoch = len(texts) // 3
+    expected = sorted(tuple(ids) for row in data for ids in row["input_ids"])
+    epochs = [texts[start : start + epoch] for start in range(0, len(texts), epoch)]
+    assert len(epochs) == 3 and epochs[0] != epochs[1]
+    for batches in epochs:
+        assert sorted(text for batch in batches for text in batch) == expected
+        assert sorted(map(len, batches))[0] == 2 and max(map(len, batches)) > 3
+    warnings = [record.message for record in caplog.records if "budget" in record.message]
+    assert len(warnings) == 1
+    assert f"1 of 13 prompts have more tokens with their responses (up to {budget + 5 - 1})" in warnings[0]
+
+
+@pytest.mark.parametrize("name", ["train_tokens_per_batch", "eval_tokens_per_batch"])
+def test_a_budget_of_no_tokens_is_an_error(name):
+    with pytest.raises(ValueError, match=f"{name}=0, need a number of tokens"):
+        PhaseConfig("folder", use_cpu=True, **{name: 0})
+
+
 class Fixed(torch.nn.Module):
     """Rewards that are read off a table by a text's first token: what the metrics are computed from is known."""
 
@@ -217,43 +226,82 @@ class Fixed(torch.nn.Module):
         return output
 
 
-@pytest.mark.trl_contract
-def test_accuracy_and_loss_are_exact_means_over_the_whole_evaluation_set(single, tokenizer, tmp_path):
-    """Over all pairs and over all prompts, not the mean of the batches' means; a tie of two rewards counts half."""
-
-    def rows(*prompts: list[tuple[int, int]]) -> Dataset:
-        return Dataset.from_dict(
-            {
-                "input_ids": [[[token, 1, 2] for token, _ in prompt] for prompt in prompts],
-                "prompt_lengths": [[1] * len(prompt) for prompt in prompts],
-                "ranks": [[rank for _, rank in prompt] for prompt in prompts],
-            }
-        )
-
-    # (reward, rank) of each response; 3 batches of 2, 2 and 1 prompts with 6 + 1, 1 + 1 and 3 pairs
-    data = rows(
-        [(1, 4), (2, 3), (3, 2), (4, 1)],  # 6 right
-        [(1, 1), (1, 2)],  # a tie
-        [(2, 1), (1, 2)],  # right
-        [(1, 1), (3, 2)],  # wrong
-        [(5, 1), (5, 2), (3, 2), (9, 1)],  # (0, 1) tie, (0, 2) right, (3, 1) right, (3, 2) right
+def rows_of(*prompts: list[tuple[int, int]]) -> Dataset:
+    """(reward, rank) of each response of each prompt; a text is three tokens, whose first is the reward."""
+    return Dataset.from_dict(
+        {
+            "input_ids": [[[token, 1, 2] for token, _ in prompt] for prompt in prompts],
+            "prompt_lengths": [[1] * len(prompt) for prompt in prompts],
+            "ranks": [[rank for _, rank in prompt] for prompt in prompts],
+        }
     )
-    args = PhaseConfig(str(tmp_path), per_device_eval_batch_size=2, **QUIET)
-    trainer = RankedRewardTrainer(single, args, data, data, tokenizer)
-    single.forward = Fixed(single, [float(i) for i in range(10)]).__call__
+
+
+EVALUATED = [
+    [(1, 4), (2, 3), (3, 2), (4, 1)],  # 6 pairs, all right
+    [(1, 1), (1, 2)],  # a tie
+    [(2, 1), (1, 2)],  # right
+    [(1, 1), (3, 2)],  # wrong
+    [(3, 1), (4, 1)],  # no pair
+    [(5, 1), (5, 2), (3, 2), (9, 1)],  # (0, 1) tie, (0, 2) right, (3, 1) right, (3, 2) right
+]
+MEANS = {
+    "eval_accuracy": (6 + 0.5 + 1 + 0 + 3.5) / (6 + 1 + 1 + 1 + 4),
+    "eval_margin": (10 + 0 + 1 - 2 + (0 + 2 + 4 + 6)) / (6 + 1 + 1 + 1 + 4),
+    "eval_loss": sum(
+        [
+            (3 * softplus(-1) + 2 * softplus(-2) + softplus(-3)) / 6,
+            softplus(0),
+            softplus(-1),
+            softplus(2),
+            (softplus(0) + softplus(-2) + softplus(-4) + softplus(-6)) / 4,
+        ]
+    )
+    / 5,
+}
+"""Over all pairs, and the loss over all prompts that have one: no mean of batches' means. A tie of two rewards is half."""
+
+
+def evaluated(folder, tokens_per_batch: int) -> dict[str, float]:
+    tokenizer = make_tokenizer()
+    model, data = make_single(tokenizer), rows_of(*EVALUATED)
+    args = PhaseConfig(str(folder), eval_tokens_per_batch=tokens_per_batch, **QUIET)
+    trainer = RankedRewardTrainer(model, args, data, data, tokenizer)
+    model.forward = Fixed(model, [float(i) for i in range(10)]).__call__
     metrics = trainer.evaluate()
-    right, ties, pairs = 6 + 1 + 3, 2, 6 + 1 + 1 + 1 + 4
-    assert metrics["eval_accuracy"] == pytest.approx((right + ties / 2) / pairs)
-    assert metrics["eval_margin"] == pytest.approx((10 + 0 + 1 - 2 + (0 + 2 + 4 + 6)) / pairs)
-    losses = [
-        (3 * softplus(-1) + 2 * softplus(-2) + softplus(-3)) / 6,
-        softplus(0),
-        softplus(-1),
-        softplus(2),
-        (softplus(0) + softplus(-2) + softplus(-4) + softplus(-6)) / 4,
-    ]
-    # a batch's loss is that of its prompts, and the trainer weighs a batch by its prompts
-    assert metrics["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    return {name: metrics[name] for name in MEANS}
+
+
+@pytest.mark.trl_contract
+@pytest.mark.parametrize("tokens_per_batch", [1, 20, 1000])  # 6, 3 batches and 1
+def test_metrics_are_exact_means_over_the_whole_evaluation_set_whatever_the_batches(tokens_per_batch, tmp_path):
+    assert evaluated(tmp_path, tokens_per_batch) == pytest.approx(MEANS, rel=1e-6)
+
+
+def evaluate_in_process(rank: int, processes: int, port: int, folder) -> None:
+    places = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": processes,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+    }
+    os.environ.update({name: str(value) for name, value in places.items()}, ACCELERATE_USE_CPU="true")
+    found = [evaluated(folder / str(rank), budget) for budget in (1, 20, 1000)]  # 6 batches, 3 and 1
+    assert PartialState().num_processes == processes
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_metrics_of_one(tmp_path):
+    """Also with one batch for both, where the second process has none of its own."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(evaluate_in_process, (2, port, tmp_path), nprocs=2)
+    for rank in range(2):
+        for found in json.loads((tmp_path / f"{rank}.json").read_text()):
+            assert found == pytest.approx(MEANS, rel=1e-6)
 
 
 def test_a_reward_that_is_nan_is_no_right_order(single, tokenizer, tmp_path):
@@ -272,7 +320,8 @@ def test_a_step_whose_pairs_are_all_tied_is_no_error(single, tokenizer, tmp_path
 
 def test_the_dropout_of_lora_is_on_in_training_and_off_in_evaluation(single, tokenizer, tmp_path):
     single.config.lora_dropout = 0.5
-    expert = expert_on(single)
+    expert = peft_expert(single)
+    expert(torch.tensor([[5, 6, 7]]))  # a backbone's first texts are preceded by a trial, in evaluation mode
     dropouts = [module for name, module in expert.named_modules() if name.endswith("lora_dropout.default")]
     seen = []
     dropouts[0].register_forward_hook(
@@ -307,14 +356,14 @@ def scripted(tmp_path, accuracies: list[float], kill_at: int | None = None, pati
     trainer = RankedRewardTrainer(model, args, data, dataset([1, 2], start=5), tokenizer)
     snapshots = Snapshots(kill_at)
     trainer.add_callback(snapshots)
-    log = trainer.log
+    evaluation_loop = trainer.evaluation_loop
 
-    def scripted_log(logs, *args, **kwargs):
-        if "eval_loss" in logs:
-            trainer._metrics["eval"]["accuracy"] = [accuracies[trainer.state.global_step - 1]]
-        log(logs, *args, **kwargs)
+    def scripted_loop(*args, **kwargs):
+        output = evaluation_loop(*args, **kwargs)
+        output.metrics["eval_accuracy"] = accuracies[trainer.state.global_step - 1]
+        return output
 
-    trainer.log = scripted_log
+    trainer.evaluation_loop = scripted_loop
     if kill_at is None:
         train(trainer)
     else:
@@ -401,7 +450,7 @@ def run(folder, kind: str, kill_at: int | None = None, **settings) -> tuple[dict
     model = deepcopy(make_single(tokenizer))
     if kind == "expert":
         model.config.lora_dropout = 0.3
-        model = expert_on(model)
+        model = peft_expert(model)
     settings = {"num_train_epochs": 3, "eval_steps": 2, "learning_rate": 1e-2, "seed": 3, **settings}
     args = PhaseConfig(str(folder), **{**QUIET, **settings})
     data = dataset([1, 2], [2, 1], [1, 2, 2], [3, 2, 1], [1, 2])
@@ -423,8 +472,9 @@ def run(folder, kind: str, kill_at: int | None = None, **settings) -> tuple[dict
         ("expert", (5, 10), {"eval_strategy": "epoch"}),
         ("expert", (2, 6), {"gradient_accumulation_steps": 2}),
         ("expert", (4, 6), {"max_steps": 7, "metric_for_best_model": "eval_loss"}),
+        ("expert", (2, 4, 8), {"train_tokens_per_batch": 110}),  # three steps an epoch
     ],
-    ids=["base", "expert", "epochs", "accumulation", "loss"],
+    ids=["base", "expert", "epochs", "accumulation", "loss", "tokens"],
 )
 def test_a_killed_and_resumed_training_gives_the_weights_of_an_unbroken_one(kind, kills, settings, tmp_path):
     """The order of the data and the dropout included."""

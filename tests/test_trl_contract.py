@@ -17,13 +17,13 @@ from models import (
     make_tokenizer,
     make_value_model,
     padded,
+    peft_expert,
 )
 from transformers import AutoModelForCausalLM, pipeline
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 from trl.data_utils import apply_chat_template
 
 from dmoerm_trl.data.formatting import Formatter
-from dmoerm_trl.modeling.assembly import expert_on
 from dmoerm_trl.rl.ppo import check_tokenizers, ppo_classes
 
 pytestmark = pytest.mark.trl_contract
@@ -230,7 +230,7 @@ def test_checkpointing_of_the_reward_trainer_changes_nothing(dmoerm, preferences
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_reward_trainer_trains_an_expert_alone(single, preferences, gradient_checkpointing, tmp_path):
     """Phase 2: an ordinary PEFT model, whose head PEFT trains and saves."""
-    expert = expert_on(single)
+    expert = peft_expert(single)
     before = weights_of(expert)
     args = RewardConfig(
         str(tmp_path), max_steps=2, per_device_train_batch_size=6, learning_rate=1e-2, bf16=False,

@@ -16,8 +16,7 @@ def train(recipe: Recipe) -> Pipeline:
     print((run.root / "data" / "report.txt").read_text(), end="")
     histories = {
         name.replace("/experts/", ": ").replace("/", " ").replace("_", " "): run.history(name)
-        for name in run.stages
-        if name not in ("data", "model")
+        for name in run.trainings
     }
     path = plot_accuracy_curves(histories, Path(recipe.output_dir) / "accuracy_curves.png")
     print(f"accuracy curves: {path}\nmodel: {run.root / 'model'}")

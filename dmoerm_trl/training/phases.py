@@ -1,11 +1,15 @@
 """The router and the three phases, each a function that can be called alone."""
 
 import copy
+import hashlib
+import math
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, Trainer, set_seed
@@ -14,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from ..data.formatting import Encoding, Formatter
 from ..data.rows import PreferenceRow
 from ..evaluation.scoring import map_encodings, score_encodings
-from ..modeling.assembly import add_experts_to, expert_on
+from ..modeling.assembly import add_experts_to
 from ..modeling.configuration import DMoERMConfig
 from ..modeling.inner import InnerModel
 from ..modeling.modeling import DMoERMForSequenceClassification
@@ -22,33 +26,48 @@ from ..modeling.pretrained import DMoERMPreTrainedModel, check_finite
 from ..modeling.router import Router
 from ..modeling.spans import find_spans
 from ..tasks import slug
+from .experts import Experts, ExpertsTrainer, history_of, untrained_experts
 from .trainer import PhaseConfig, fit, train
 
 History = list[dict[str, Any]]
 
 
-def ranked_dataset(rows: Sequence[PreferenceRow], formatter: Formatter, point: str | None = None) -> Dataset:
+def ranked_dataset(
+    rows: Sequence[PreferenceRow], formatter: Formatter, points: Sequence[str] | None = None
+) -> Dataset:
     """
-    The rows as [`RankedRewardTrainer`] takes them.
+    The rows as [`RankedRewardTrainer`] takes them; as [`ExpertsTrainer`] does where there are points.
 
     Args:
-        point (`str`, *optional*): take this capability point's labels in place of the overall ranks, and only the rows
-            that have some, with two ranks that differ.
+        points (`Sequence[str]`, *optional*): take the labels of these capability points in place of the overall ranks, and
+            only the rows that have some of a point, with two ranks that differ.
+
+    Raises:
+        ValueError: if no row has two distinct ranks, or none of one of the points.
     """
-    ranks = [row.ranks if point is None else row.capability_ranks.get(point, []) for row in rows]
-    kept = [index for index, row_ranks in enumerate(ranks) if len(set(row_ranks)) > 1]
-    if not kept:
-        raise ValueError(
-            f"got {len(rows)} rows and none with two distinct ranks of {point or 'the overall preference'}."
-        )
+    if points is None:
+        rankings = {"the overall preference": [row.ranks for row in rows]}
+    else:
+        rankings = {point: [row.capability_ranks.get(point, []) for row in rows] for point in points}
+    kept = _rows_with_pairs(rankings)
+    ranks = [[of_row if len(set(of_row)) > 1 else [] for of_row in ranking] for ranking in rankings.values()]
     encodings, _ = formatter.encode_rows([rows[index] for index in kept])
     return Dataset.from_dict(
         {
             "input_ids": [[encoding.input_ids for encoding in row] for row in encodings],
             "prompt_lengths": [[encoding.prompt_length for encoding in row] for row in encodings],
-            "ranks": [ranks[index] for index in kept],
+            "ranks": [ranks[0][i] if points is None else [ranking[i] for ranking in ranks] for i in kept],
         }
     )
+
+
+def _rows_with_pairs(rankings: Mapping[str, Sequence[Sequence[int]]]) -> list[int]:
+    """Indices of the rows that have two distinct ranks in some ranking; an error where a ranking has no such row."""
+    pairs = {name: [i for i, ranks in enumerate(rows) if len(set(ranks)) > 1] for name, rows in rankings.items()}
+    for name, indices in pairs.items():
+        if not indices:
+            raise ValueError(f"got {len(rankings[name])} rows and none with two distinct ranks of {name}.")
+    return sorted(set().union(*pairs.values()))
 
 
 def train_router(
@@ -70,8 +89,13 @@ def train_router(
         num_layers (`int`, *optional*): how many of its layers to keep, from the bottom; all if not given.
 
     Raises:
-        ValueError: if the backbone has fewer layers, or a weight that is not finite.
+        ValueError: if the backbone has fewer layers, or a weight that is not finite, or for a budget of tokens.
     """
+    if args.train_tokens_per_batch is not None:
+        raise ValueError(
+            f"got train_tokens_per_batch={args.train_tokens_per_batch} for the router, need None, because a batch of the "
+            "router is prompts alone: set `per_device_train_batch_size`."
+        )
     set_seed(args.seed)
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     if num_layers is not None:
@@ -151,26 +175,32 @@ def phase1(
 
 def phase2(
     base: DMoERMForSequenceClassification,
-    point: str,
+    points: Sequence[str],
     train_rows: Sequence[PreferenceRow],
     eval_rows: Sequence[PreferenceRow],
     formatter: Formatter,
     args: PhaseConfig,
-) -> tuple[Any, History]:
+) -> tuple[DMoERMForSequenceClassification, dict[str, History]]:
     """
-    Trains one LoRA expert on the labels of one capability point; its head starts as the base's head.
+    Trains LoRA experts, one a capability point, all on one stream of the rows that have labels of some of the points. An
+    expert's head starts as the base's head.
+
+    Each expert is trained on its own labels as if it were alone ([`ExpertsTrainer`]). So where all rows have labels of all
+    points and there is no LoRA dropout, training the points one by one, each in a call of its own, gives the same experts.
+
+    Args:
+        base (`DMoERMForSequenceClassification`): the model of phase 1, which is taken over and left bit-equal.
+        points (`Sequence[str]`): one capability point or more.
 
     Returns:
-        The expert, a `PeftModel` on `base` whose `save_pretrained` writes an ordinary adapter, and the log history.
+        A one-task model with the experts, which [`export_expert`] writes, and each point's log history.
     """
     set_seed(args.seed)
-    return fit(
-        expert_on(base),
-        args,
-        ranked_dataset(train_rows, formatter, point),
-        ranked_dataset(eval_rows, formatter, point),
-        formatter.tokenizer,
-    )
+    model = untrained_experts(base, points, args.seed)
+    datasets = [ranked_dataset(rows, formatter, points) for rows in (train_rows, eval_rows)]
+    trainer = ExpertsTrainer(Experts(model), args, *datasets, formatter.tokenizer)
+    train(trainer)
+    return model.eval(), {point: history_of(trainer.state.log_history, point) for point in points}
 
 
 def phase3(
@@ -185,7 +215,7 @@ def phase3(
 ) -> tuple[DMoERMForSequenceClassification, History]:
     """
     Trains the aggregator alone, and normalises the rewards to zero mean on the phase's own texts. Base and experts are
-    frozen and without dropout, so every text is embedded once.
+    frozen and without dropout, so every text is embedded once: see [`embeddings_on_disk`].
 
     Args:
         experts (`dict`): capability point -> folder of the expert, as phase 2 saved it.
@@ -197,29 +227,72 @@ def phase3(
     (task,) = base.config.tasks
     set_seed(args.seed)
     model = add_experts_to(base, experts).to(args.device)
-    train_dataset, eval_dataset = ranked_dataset(train_rows, formatter), ranked_dataset(eval_rows, formatter)
-    encodings, datasets = [], []
-    for dataset in (train_dataset, eval_dataset):
-        texts = []
-        for row in dataset:
-            start = len(encodings)
-            encodings += [Encoding(i, n, 0) for i, n in zip(row["input_ids"], row["prompt_lengths"], strict=True)]
-            texts.append(list(range(start, len(encodings))))
-        datasets.append(Dataset.from_dict({"texts": texts, "ranks": dataset["ranks"]}))
-
-    def embed(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
-        return model.model.embed(task, model.model.find_spans(input_ids, attention_mask, prompt_lengths))
-
-    z = map_encodings(
-        embed, encodings, pad_token_id=formatter.tokenizer.pad_token_id, device=model.device, description="embedding"
-    )
+    encodings: list[Encoding] = []
+    datasets = []
+    for rows in (train_rows, eval_rows):
+        texts, rows = [], [rows[i] for i in _rows_with_pairs({"the overall preference": [row.ranks for row in rows]})]
+        for row in formatter.encode_rows(rows)[0]:
+            texts.append(list(range(len(encodings), len(encodings) + len(row))))
+            encodings += row
+        lengths = [len(experts) * len(row) for row in texts]  # a batch's budget counts embeddings
+        datasets.append(Dataset.from_dict({"texts": texts, "ranks": [row.ranks for row in rows], "length": lengths}))
+    z = embeddings_on_disk(model, encodings, formatter.tokenizer.pad_token_id, Path(args.output_dir))
     inner = model.model.inner_models[slug(task)]
-    inner.aggregator.start_from(list(inner.expert_heads.values()), z)
-    head = AggregatorOnEmbeddings(model.config, inner, z)
-    _, history = fit(head, args, *datasets, formatter.tokenizer)
+    inner.aggregator.start_from(list(inner.expert_heads.values()), z[:: -(-len(z) // CHUNK)].to(args.device))
+    _, history = fit(AggregatorOnEmbeddings(model.config, inner, z), args, *datasets, formatter.tokenizer)
     with torch.no_grad():
-        inner.set_normalisation(inner.reward(head.z)[:, 0], unit_variance)
+        rewards = [inner.reward(chunk.to(args.device))[:, 0] for chunk in z.split(CHUNK)]
+        inner.set_normalisation(torch.cat(rewards), unit_variance)
     return model.eval(), history
+
+
+CHUNK = 4096
+"""Texts whose embeddings are in memory at once."""
+
+
+def embeddings_on_disk(
+    model: DMoERMForSequenceClassification, encodings: Sequence[Encoding], pad_token_id: int, folder: Path
+) -> Tensor:
+    """
+    The embeddings of all texts under a one-task model's experts (equation 3), computed once: a tensor that is mapped from a
+    file in `folder`, so that what is in memory does not grow with the number of texts.
+
+    Several processes share the work. The file gets its name, which tells the texts and the experts, when it is complete, so
+    that a run that is killed later finds it.
+
+    Returns:
+        `Tensor` of shape (N, k, H), fp32, on the CPU.
+    """
+    (task,) = model.config.tasks
+    shape = (len(encodings), len(model.config.tasks[task]), model.config.backbone_config.hidden_size)
+    content = hashlib.sha256()
+    for encoding in encodings:
+        content.update(array("q", [encoding.prompt_length, len(encoding.input_ids), *encoding.input_ids]).tobytes())
+    for name, weight in model.state_dict().items():
+        if ".lora_" in name:
+            content.update(weight.float().cpu().numpy().tobytes())
+    path = folder / f"embeddings-{content.hexdigest()[:16]}.f32"
+    size, state = math.prod(shape), PartialState()
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        z = torch.from_file(str(temporary), shared=True, size=size).view(shape)
+
+        def embed(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
+            return model.model.embed(task, model.model.find_spans(input_ids, attention_mask, prompt_lengths)).float()
+
+        step = min(CHUNK, -(-len(encodings) // state.num_processes))
+        for start in range(state.process_index * step, len(encodings), state.num_processes * step):
+            chunk = encodings[start : start + step]
+            description = f"embedding texts {start + 1} to {start + len(chunk)} of {len(encodings)}"
+            options = {"pad_token_id": pad_token_id, "device": model.device, "description": description}
+            z[start : start + step] = map_encodings(embed, chunk, **options)
+        del z
+        state.wait_for_everyone()
+        if state.is_main_process:
+            temporary.rename(path)
+        state.wait_for_everyone()
+    return torch.from_file(str(path), shared=True, size=size).view(shape)
 
 
 class AggregatorOnEmbeddings(DMoERMPreTrainedModel):
@@ -228,19 +301,19 @@ class AggregatorOnEmbeddings(DMoERMPreTrainedModel):
 
     Args:
         inner (`InnerModel`): its aggregator is trained in place, the rest is frozen.
-        z (`Tensor` of shape (N, k, H)): the embeddings of all texts.
+        z (`Tensor` of shape (N, k, H)): the embeddings of all texts, on the CPU.
     """
 
     def __init__(self, config: DMoERMConfig, inner: InnerModel, z: Tensor):
         super().__init__(copy.deepcopy(config))
         self.aggregator = inner.aggregator
         self.__dict__["inner"] = inner.requires_grad_(False)  # not a submodule: only the aggregator is saved
+        self.__dict__["z"] = z  # not a buffer: it stays on the CPU
         self.aggregator.requires_grad_(True)
-        self.register_buffer("z", z, persistent=False)
 
     def forward(self, texts: Tensor) -> SequenceClassifierOutput:
         """`texts` of shape (B,), indices into z -> `logits` of shape (B, 1)."""
-        return SequenceClassifierOutput(logits=self.inner.reward(self.z[texts]))
+        return SequenceClassifierOutput(logits=self.inner.reward(self.z[texts.cpu()].to(texts.device)))
 
 
 def normalise(
@@ -258,7 +331,7 @@ def normalise(
     encodings, _ = formatter.encode_rows(rows)
     flat = [encoding for row in encodings for encoding in row]
     rewards = score_encodings(model, flat, pad_token_id=formatter.tokenizer.pad_token_id, description="normalising")
-    model.model.inner_models[slug(task)].set_normalisation(rewards, unit_variance)
+    model.model.inner_models[slug(task)].set_normalisation(rewards.to(model.device), unit_variance)
 
 
 def _prompt_ids(encoding: Encoding, formatter: Formatter) -> list[int]:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import cached_property, partial
 from multiprocessing.synchronize import Event
@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from ..data.formatting import Formatter
 from ..data.rows import PreferenceRow, check_capability_labels, load_rows, write_rows
 from ..data.splits import split_rows, split_rows_beside_test
-from ..modeling.assembly import assemble, with_task
+from ..modeling.assembly import assemble, export_expert, with_task
 from ..modeling.card import write_model_card
 from ..modeling.configuration import DMoERMConfig
 from ..modeling.experts import check_target_modules
@@ -38,6 +38,7 @@ class Stage(NamedTuple):
 
     run: Callable[[Path], History]
     needs: tuple[str, ...] = ()
+    trainings: tuple[str, ...] | None = None  # folders in it that have a history each; None for the whole
 
 
 class Pipeline:
@@ -49,13 +50,14 @@ class Pipeline:
     data/                       the rows of each part, test.jsonl among them; report.txt
     router/                     the outer layer
     <task>/phase1/              the task's base
-    <task>/experts/<point>/     its experts, ordinary PEFT adapters of the base
+    <task>/experts/<point>/     its experts, ordinary PEFT adapters of the base, each with its history
     <task>/phase3/              the task's inner model; overall/phase3 is DMoERM-w/o-Outer
     ensemble/<i>/               the baselines; 0 is the single reward model
     model/                      the DMoERM
     ```
 
-    A stage's folder appears when the stage is done, by a rename. While it trains, its checkpoints are in `work/`.
+    A stage's folder appears when the stage is done, by a rename; `<task>/experts` is one stage with `joint_experts`, else
+    each expert is. While a stage trains, its checkpoints are in `work/`.
     """
 
     def __init__(self, recipe: Recipe):
@@ -74,10 +76,14 @@ class Pipeline:
         for base in dict.fromkeys(bases.values()):
             stages[f"{slug(base)}/phase1"] = Stage(partial(self._phase1, base), ("data",))
         for task, task_points in points.items():
-            base, experts = f"{slug(bases[task])}/phase1", []
-            for point in task_points:
-                experts.append(f"{slug(task)}/experts/{slug(point)}")
-                stages[experts[-1]] = Stage(partial(self._expert, task, base, point), (base,))
+            base, together = f"{slug(bases[task])}/phase1", f"{slug(task)}/experts"
+            experts = tuple(f"{together}/{slug(point)}" for point in task_points)
+            if recipe.joint_experts:
+                stages[together] = Stage(partial(self._experts, task, base, task_points), (base,), experts)
+                experts = (together,)
+            else:
+                for name, point in zip(experts, task_points, strict=True):
+                    stages[name] = Stage(partial(self._expert, task, base, point), (base,))
             stages[f"{slug(task)}/phase3"] = Stage(partial(self._phase3, task, base), (base, *experts))
         for member in range(recipe.ensemble_size):
             stages[f"ensemble/{member}"] = Stage(partial(self._member, member), ("data",))
@@ -105,9 +111,15 @@ class Pipeline:
         """The model that a stage left."""
         return DMoERMForSequenceClassification.from_pretrained(str(self.root / stage))
 
-    def history(self, stage: str) -> History:
-        """The log history of a stage's training."""
-        return json.loads((self.root / stage / "history.json").read_text())
+    def history(self, training: str) -> History:
+        """The log history of one of [`Pipeline.trainings`]."""
+        return json.loads((self.root / training / "history.json").read_text())
+
+    @property
+    def trainings(self) -> list[str]:
+        """The folders of all that is trained, one an expert however the experts are trained, in the stages' order."""
+        names = [stage.trainings or (name,) for name, stage in self.stages.items() if name not in ("data", "model")]
+        return [name for of_stage in names for name in of_stage]
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -177,17 +189,27 @@ class Pipeline:
         self._save(model, folder)
         return history
 
+    def _experts(self, task: str, base: str, points: Sequence[str], folder: Path) -> History:
+        model, histories = self._phase2(task, base, points, folder)
+        for point, history in histories.items():
+            export_expert(model, task, point, folder / slug(point))
+            (folder / slug(point) / "history.json").write_text(json.dumps(history))
+        return []
+
     def _expert(self, task: str, base: str, point: str, folder: Path) -> History:
-        expert, history = phase2(
+        model, histories = self._phase2(task, base, [point], folder)
+        export_expert(model, task, point, folder)
+        return histories[point]
+
+    def _phase2(self, task: str, base: str, points: Sequence[str], folder: Path) -> Any:
+        return phase2(
             with_task(self.load(base), task),
-            point,
+            points,
             self.rows("phase1_train", "phase3_train", task=task),
             self.rows("phase1_validation", task=task),
             self.formatter,
             self._arguments("phase2", folder),
         )
-        expert.save_pretrained(str(folder))
-        return history
 
     def _phase3(self, task: str, base: str, folder: Path) -> History:
         points = self.tasks.overall if task == OVERALL else self.tasks.tasks[task]
@@ -239,8 +261,12 @@ class Pipeline:
             if name is not None
         ]
         check_target_modules(models[0].model.backbones[OVERALL], recipe.lora_target_modules)
+        configs = {
+            "backbone_config": models[0].config.backbone_config,
+            "router_config": models[-1].config.backbone_config,
+        }
         for table in (self.tasks.tasks, {OVERALL: self.tasks.overall}):
-            DMoERMConfig(tasks=table, router_config=models[-1].config.backbone_config)
+            DMoERMConfig(tasks=table, **configs, **recipe.model_settings).layers_with_lora  # noqa: B018  (checks it)
         self.formatter  # noqa: B018  (reads the tokenizer, which may lack a pad token)
 
     def _check_recipe(self) -> None:

@@ -46,6 +46,10 @@ class Recipe:
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Linear modules with LoRA (table 5)."}
     )
+    lora_layers: str = field(
+        default="all",
+        metadata={"help": "Layers with LoRA, from the top: 'all' (paper), 'top half', 'top third', or a number."},
+    )
     aggregator_hidden_size: int | None = field(
         default=None, metadata={"help": "Width of the MLP; the base's if absent."}
     )
@@ -61,6 +65,9 @@ class Recipe:
     phase1: dict[str, Any] | str | None = field(default_factory=dict, metadata={"help": "Settings of phase 1."})
     phase2: dict[str, Any] | str | None = field(default_factory=dict, metadata={"help": "Settings of phase 2."})
     phase3: dict[str, Any] | str | None = field(default_factory=dict, metadata={"help": "Settings of phase 3."})
+    joint_experts: bool = field(
+        default=True, metadata={"help": "Train all experts of a task in one run, not one after the other."}
+    )
     without_outer: bool = field(default=True, metadata={"help": "Train DMoERM-w/o-Outer too."})
     ensemble_size: int = field(
         default=5, metadata={"help": "Members of the baseline ensemble; the first is 'single'."}
@@ -79,6 +86,8 @@ class Recipe:
             raise ValueError(
                 f"got ensemble_size={self.ensemble_size} and workers={self.workers}, need at least 0 and 1."
             )
+        if str(self.lora_layers).isdecimal():  # a number on the command line is text
+            self.lora_layers = int(self.lora_layers)
         for stage in DEFAULTS:
             settings = getattr(self, stage)
             try:  # on the command line they are JSON
@@ -95,7 +104,7 @@ class Recipe:
     @property
     def model_settings(self) -> dict[str, Any]:
         """The arguments of `DMoERMConfig` that the recipe sets."""
-        names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
+        names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers")
         return {name: getattr(self, name) for name in (*names, "aggregator_hidden_size", "activation", "share_base")}
 
     def phase(self, stage: str, output_dir: str, seed: int | None = None, **more: Any) -> PhaseConfig:

@@ -1,16 +1,25 @@
 """TRL's RewardTrainer on K ranked responses a prompt instead of pairs: equation 7, each response once a step."""
 
 import json
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig, RewardTrainer
+
+from .batches import TokenBatches, collate_ranked, distinct_tokens
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -23,7 +32,21 @@ class PhaseConfig(RewardConfig):
     per_device_train_batch_size: int = field(
         default=1, metadata={"help": "Prompts a step on each device, each with all its responses."}
     )
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Prompts a batch in evaluation."})
+    train_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "When given, a step has as many whole prompts on each device as have this many tokens with all their "
+            "responses (what they share counts once), not `per_device_train_batch_size` prompts."
+        },
+    )
+    eval_tokens_per_batch: int = field(
+        default=16_384,
+        metadata={"help": "Tokens a batch in evaluation, prompts whole. No metric depends on it."},
+    )
+    per_device_eval_batch_size: int = field(
+        default=16,
+        metadata={"help": "Prompts a batch in evaluating the router; the phases have `eval_tokens_per_batch`."},
+    )
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: 'steps' or 'epoch'."})
     eval_steps: int = field(default=100, metadata={"help": "Steps between two evaluations."})
     save_strategy: str | None = field(default=None, metadata={"help": "Always as `eval_strategy`."})
@@ -44,6 +67,9 @@ class PhaseConfig(RewardConfig):
     )
 
     def __post_init__(self):
+        for name in ("train_tokens_per_batch", "eval_tokens_per_batch"):
+            if (budget := getattr(self, name)) is not None and budget < 1:
+                raise ValueError(f"got {name}={budget}, need a number of tokens, at least 1.")
         if self.bf16 is None:
             self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
         self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps
@@ -57,7 +83,7 @@ class PhaseConfig(RewardConfig):
         return [EarlyStoppingCallback(self.patience)] if self.patience else []
 
 
-def ranking_loss(rewards: Tensor, ranks: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+def ranking_loss(rewards: Tensor, ranks: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, int]:
     """
     Equation 7 for several prompts: the mean over prompts of the mean over a prompt's non-tied pairs (w better than l) of
     `-log(sigmoid(r_w - r_l))`.
@@ -68,48 +94,27 @@ def ranking_loss(rewards: Tensor, ranks: Tensor, groups: Tensor) -> tuple[Tensor
         groups (`Tensor` of shape (N,)): index of its prompt.
 
     Returns:
-        The loss, a scalar, and the margins `r_w - r_l` of all pairs, shape (pairs,).
+        The loss, a scalar, 0 without pairs; the margins `r_w - r_l` of all pairs, shape (pairs,); the number of prompts
+        that have a pair.
     """
-    pairs = (groups.unsqueeze(1) == groups) & (ranks.unsqueeze(1) < ranks)
-    better, worse = pairs.nonzero(as_tuple=True)
+    better, worse = ((groups.unsqueeze(1) == groups) & (ranks.unsqueeze(1) < ranks)).nonzero(as_tuple=True)
     margins = rewards[better] - rewards[worse]
-    in_group = torch.bincount(groups[better], minlength=int(groups.max()) + 1)
-    weights = 1 / in_group[groups[better]] / (in_group > 0).sum().clamp(min=1)
-    return -(nn.functional.logsigmoid(margins) * weights).sum(), margins
-
-
-def collate_ranked(examples: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """
-    Flattens the responses of several prompts into one batch.
-
-    Args:
-        examples (`list[dict]`): each with `input_ids` (K lists of tokens, prompt included), `prompt_lengths` (K numbers)
-            and `ranks` (K numbers), or with `texts` (K indices of embeddings) in place of the first two.
-
-    Returns:
-        The model's inputs with N = the sum of all K in the first dimension, and `ranks` and `groups` of shape (N,).
-    """
-    batch = {
-        "ranks": torch.tensor([rank for example in examples for rank in example["ranks"]]),
-        "groups": torch.tensor([index for index, example in enumerate(examples) for _ in example["ranks"]]),
-    }
-    if "texts" in examples[0]:
-        return {"texts": torch.tensor([text for example in examples for text in example["texts"]]), **batch}
-    rows = [torch.tensor(ids) for example in examples for ids in example["input_ids"]]
-    masks = [torch.ones_like(row) for row in rows]
-    return {
-        "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
-        "attention_mask": nn.utils.rnn.pad_sequence(masks, batch_first=True),
-        "prompt_lengths": torch.tensor([length for example in examples for length in example["prompt_lengths"]]),
-        **batch,
-    }
+    in_group = torch.bincount(groups[better])
+    prompts = int((in_group > 0).sum())
+    weights = 1 / in_group[groups[better]] / max(prompts, 1)
+    return -(nn.functional.logsigmoid(margins) * weights).sum(), margins, prompts
 
 
 class RankedRewardTrainer(RewardTrainer):
     """
-    Overrides three steps of [`~trl.RewardTrainer`]: the data are taken as they are (already tokenised by this package's
-    formatter, none dropped for its length), a batch holds each response of a prompt once, and the loss is equation 7.
+    Overrides four steps of [`~trl.RewardTrainer`]: the data are taken as they are (already tokenised by this package's
+    formatter, none dropped for its length), a batch holds each response of a prompt once, the loss is equation 7, and an
+    evaluation is exact: `eval_loss`, equation 7, is the mean over all prompts that have a pair, `eval_accuracy` and
+    `eval_margin` are those over all pairs, however the prompts are batched and on however many processes.
     """
+
+    rankings: list[str] = [""]
+    """Endings of the metrics' names, one for each ranking that the model learns."""
 
     def __init__(
         self,
@@ -118,43 +123,148 @@ class RankedRewardTrainer(RewardTrainer):
         train_dataset: Dataset,
         eval_dataset: Dataset,
         processing_class: PreTrainedTokenizerBase,
+        callbacks: Sequence[TrainerCallback] | None = None,
     ):
-        pad_token_id = processing_class.pad_token_id
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda examples: collate_ranked(examples, pad_token_id),
+            data_collator=partial(collate_ranked, pad_token_id=processing_class.pad_token_id),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=args.callbacks,
+            callbacks=args.callbacks if callbacks is None else callbacks,
         )
+        self._seen = self._nothing()  # since the last training log
 
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+    # The data.
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: PhaseConfig, dataset_name: str
+    ) -> Dataset:
+        """Adds the column `length`, by which rows are batched, and says which rows are over the budget."""
+        if "length" not in dataset.column_names:
+            lengths = [distinct_tokens(row["input_ids"], row["prompt_lengths"]) for row in dataset]
+            dataset = dataset.add_column("length", lengths)
+        budget = args.train_tokens_per_batch if dataset_name == "train" else args.eval_tokens_per_batch
+        over = [length for length in dataset["length"] if budget is not None and length > budget]
+        if over and args.process_index == 0:
+            logger.warning(
+                f"{len(over)} of {len(dataset)} prompts have more tokens with their responses (up to {max(over)}) than the "
+                f"budget of {budget} tokens a batch: each is a batch of its own."
+            )
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "prompt_lengths", "ranks", "texts"]
 
+    def get_train_dataloader(self) -> DataLoader:
+        if self.args.train_tokens_per_batch is None:
+            return super().get_train_dataloader()
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return self._in_token_batches(
+            self.train_dataset, self.args.train_tokens_per_batch, lambda: seed + int(self.state.epoch or 0)
+        )
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        return self._in_token_batches(
+            self.eval_dataset if eval_dataset is None else eval_dataset, self.args.eval_tokens_per_batch
+        )
+
+    def _in_token_batches(self, dataset: Dataset, budget: int, seed: Callable[[], int] | None = None) -> DataLoader:
+        loader = DataLoader(
+            self._remove_unused_columns(dataset),
+            batch_sampler=TokenBatches(list(dataset["length"]), budget, seed),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    # The loss.
+
+    def rank(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        """Runs the model: one of `rankings` -> the rewards, ranks and groups, shape (N,) each, that equation 7 takes."""
+        inputs = dict(inputs)
+        ranks, groups = inputs.pop("ranks"), inputs.pop("groups")
+        return {"": (model(**inputs).logits.squeeze(-1), ranks, groups)}
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        inputs = dict(inputs)
-        ranks, groups = inputs.pop("ranks"), inputs.pop("groups")
-        outputs = model(**inputs)
-        rewards = outputs.logits.squeeze(-1)
-        loss, margins = ranking_loss(rewards, ranks, groups)
+        ranked = self.rank(model, inputs)
+        loss, totals = self._equation_7(ranked)
         if self.args.center_rewards_coefficient is not None:
-            loss = loss + self.args.center_rewards_coefficient * rewards.square().mean()
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        margins = margins.detach().nan_to_num(nan=-torch.inf)  # a reward that is NaN is no right order
-        margins = self.accelerator.pad_across_processes(margins, pad_index=torch.nan)
-        margins = self.accelerator.gather(margins)
-        margins = margins[~margins.isnan()]  # one entry a pair, so that the trainer's mean is that over pairs
-        if len(margins):
-            metrics["accuracy"].extend(((margins > 0).float() + 0.5 * (margins == 0).float()).tolist())
-            metrics["margin"].extend(margins.tolist())
-        return (loss, outputs) if return_outputs else loss
+            squares = [rewards.square().sum() / max(len(rewards), 1) for rewards, _, _ in ranked.values()]
+            loss = loss + self.args.center_rewards_coefficient * torch.stack(squares).sum()
+        self._seen += totals
+        return (loss, ranked) if return_outputs else loss
+
+    def _equation_7(self, ranked: dict[str, tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """
+        The sum over the rankings of the mean over prompts of equation 7, and what the metrics are made of, of shape
+        (rankings, 5): the sum of the prompts' losses, their number, the pairs in right order (a tie of two rewards is half
+        of one), the sum of the margins, the number of pairs.
+        """
+        losses, totals = [], self._nothing()
+        for name, ranking in ranked.items():
+            loss, margins, prompts = ranking_loss(*ranking)
+            losses.append(loss)
+            margins = margins.detach().cpu().double().nan_to_num(nan=-torch.inf)  # a NaN is no right order
+            right = (margins > 0).sum() + (margins == 0).sum() / 2
+            numbers = [float(loss.detach()) * prompts, prompts, float(right), float(margins.sum()), len(margins)]
+            totals[self.rankings.index(name)] = torch.tensor(numbers, dtype=totals.dtype)
+        return torch.stack(losses).sum(), totals
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(len(self.rankings), 5, dtype=torch.float64)
+
+    def _metrics_of(self, totals: Tensor, prefix: str = "") -> dict[str, float]:
+        """The metrics of all processes, of those rankings that had a pair."""
+        metrics = {}
+        rows = self._over_processes(totals).tolist()
+        for name, (loss, prompts, right, margin, pairs) in zip(self.rankings, rows, strict=True):
+            if pairs:
+                values = {"loss": loss / prompts, "accuracy": right / pairs, "margin": margin / pairs}
+                metrics |= {f"{prefix}{metric}{name}": value for metric, value in values.items()}
+        return metrics
+
+    def _over_processes(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return self.accelerator.reduce(values.to(self.args.device)) if self.accelerator.num_processes > 1 else values
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            logs = {**self._metrics_of(self._seen), **logs}
+            self._seen = self._nothing()
+        super().log(logs, start_time)
+
+    # The evaluation.
+
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        """
+        Adds the metrics to the parent's loop. accelerate gives every process as many batches, so that all call the model as
+        often; the batches that it repeats for that at the end are left out of the sums.
+        """
+        self._evaluated: list[Tensor] = []
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sampler = dataloader.batch_sampler
+        batches = sampler.total_length if isinstance(sampler, BatchSamplerShard) else len(sampler)
+        own = len(range(self.accelerator.process_index, batches, self.accelerator.num_processes))
+        totals = sum(self._evaluated[:own], self._nothing())
+        output.metrics.update(self._metrics_of(totals, f"{metric_key_prefix}_"))
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, None, None]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            ranked = self.rank(model, self._prepare_inputs(inputs))
+            self._evaluated.append(self._equation_7(ranked)[1])
+        return None, None, None
 
 
 def fit(

@@ -1,0 +1,85 @@
+"""Batches of ranked responses: what a batch holds, and which rows go into one under a budget of tokens."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+
+def collate_ranked(examples: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """
+    Flattens the responses of several prompts into one batch.
+
+    Args:
+        examples (`list[dict]`): each with `input_ids` (K lists of tokens, prompt included), `prompt_lengths` (K numbers)
+            and `ranks`, or with `texts` (K indices of embeddings) in place of the first two. `ranks` are K numbers, or for
+            each of several capability points a list of K numbers, empty where the prompt has no labels of the point.
+
+    Returns:
+        The model's inputs with N = the sum of all K in the first dimension, `groups` of shape (N,), the index of the
+        prompt, and `ranks` of shape (N,), or of shape (N, points) with 0 for "no label".
+    """
+    sizes = [len(example["texts" if "texts" in example else "input_ids"]) for example in examples]
+    batch = {
+        "ranks": torch.cat([_ranks(example["ranks"], size) for example, size in zip(examples, sizes, strict=True)]),
+        "groups": torch.arange(len(examples)).repeat_interleave(torch.tensor(sizes)),
+    }
+    if "texts" in examples[0]:
+        return {"texts": torch.tensor([text for example in examples for text in example["texts"]]), **batch}
+    rows = [torch.tensor(ids) for example in examples for ids in example["input_ids"]]
+    masks = [torch.ones_like(row) for row in rows]
+    return {
+        "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": nn.utils.rnn.pad_sequence(masks, batch_first=True),
+        "prompt_lengths": torch.tensor([length for example in examples for length in example["prompt_lengths"]]),
+        **batch,
+    }
+
+
+def _ranks(ranks: list[int] | list[list[int]], size: int) -> Tensor:
+    if isinstance(ranks[0], list):
+        return torch.tensor([of_point or [0] * size for of_point in ranks]).T
+    return torch.tensor(ranks)
+
+
+def distinct_tokens(input_ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> int:
+    """Tokens of a prompt with its K responses where what the texts share is computed once: each prompt, each response."""
+    prompts = {tuple(ids[:length]) for ids, length in zip(input_ids, prompt_lengths, strict=True)}
+    return sum(map(len, prompts)) + sum(map(len, input_ids)) - sum(prompt_lengths)
+
+
+class TokenBatches(Sampler[list[int]]):
+    """
+    Batches of whole rows with at most `tokens_per_batch` tokens, rows of like length together, the longest first. A row
+    that alone has more is a batch of its own. It is a batch sampler, which accelerate shards.
+
+    Which rows share a batch is the same in every epoch, so that every epoch has as many steps; the batches' order is not.
+
+    Args:
+        lengths (`Sequence[int]`): tokens of each row.
+        tokens_per_batch (`int`): the budget.
+        seed (`Callable[[], int]`, *optional*): gives the number from which an epoch's order of the batches is drawn; without
+            it the longest come first.
+    """
+
+    def __init__(self, lengths: Sequence[int], tokens_per_batch: int, seed: Callable[[], int] | None = None):
+        self.batches: list[list[int]] = []
+        self.seed = seed
+        room = 0
+        for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+            if not self.batches or lengths[row] > room:
+                self.batches.append([])
+                room = tokens_per_batch
+            self.batches[-1].append(row)
+            room -= lengths[row]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.seed is None:
+            return iter(self.batches)
+        order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(self.seed()))
+        return iter([self.batches[index] for index in order.tolist()])

@@ -1,0 +1,263 @@
+"""Phase 2's trainer: all experts of a task on one stream of responses, each as if it were trained alone."""
+
+import copy
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SchedulerType
+
+from ..modeling.assembly import expert_names, with_experts
+from ..modeling.experts import lora_layers
+from ..modeling.heads import activate
+from ..modeling.modeling import DMoERMForSequenceClassification
+from ..modeling.pretrained import DMoERMPreTrainedModel
+from ..tasks import slug
+from .trainer import PhaseConfig, RankedRewardTrainer
+
+
+def untrained_experts(
+    base: DMoERMForSequenceClassification, points: Sequence[str], seed: int
+) -> DMoERMForSequenceClassification:
+    """
+    [`with_experts`], with random LoRA weights that depend on the seed and the capability point alone, so that it makes no
+    difference which experts are trained together.
+    """
+    model = with_experts(base, points)
+    (task,) = model.config.tasks
+    for point, adapter in zip(points, model.model.inner_models[slug(task)].adapters, strict=True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {point}".encode()).digest()[:4], "big"))
+            for layer in lora_layers(model):
+                layer.reset_lora_parameters(adapter, init_lora_weights=True)
+    return model
+
+
+class Experts(DMoERMPreTrainedModel):
+    """
+    A one-task DMoERM as phase 2 trains it: LoRA and heads of its experts, each with a reward of its own. All else is
+    frozen, and a checkpoint does not hold it.
+
+    Args:
+        model (`DMoERMForSequenceClassification`): it is taken over; its experts are trained in place.
+
+    Attributes:
+        points (`list[str]`): the capability points.
+        active (`list[str]`): those whose experts are still in training.
+    """
+
+    def __init__(self, model: DMoERMForSequenceClassification):
+        super().__init__(copy.deepcopy(model.config))
+        ((self.task, self.points),) = model.config.tasks.items()
+        self.active = list(self.points)
+        self.model = model.model
+        self._weights = {
+            point: {name: self.get_parameter(name) for name in expert_names(self, self.task, point)}
+            for point in self.points
+        }
+        trained = {name for weights in self._weights.values() for name in weights}
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(name in trained)
+        self._keys_to_ignore_on_save = [name for name in self.state_dict() if name not in trained]
+
+    def expert(self, point: str) -> dict[str, nn.Parameter]:
+        """The weights of a point's expert by their names."""
+        return self._weights[point]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor, points: Sequence[str]
+    ) -> SequenceClassifierOutput:
+        """
+        Equation 4 for some of the points: texts as [`DMoERMModel`] takes them -> `logits` of shape (B, points), the
+        capability scores. The experts of other points are not computed.
+        """
+        spans = self.model.find_spans(input_ids, attention_mask, prompt_lengths)
+        z = self.model.embed(self.task, spans, points)
+        heads = self.model.inner_models[slug(self.task)].expert_heads
+        logits = torch.cat([heads[slug(point)](z[:, i]) for i, point in enumerate(points)], 1)
+        return SequenceClassifierOutput(logits=activate(logits, self.config.activation))
+
+
+class ExpertsTrainer(RankedRewardTrainer):
+    """
+    [`RankedRewardTrainer`] on several rankings of the same responses, one a capability point: `ranks` of a row are a list
+    for each of the model's points, empty where it has no labels. The loss is the sum over points of equation 7 over the
+    prompts that have labels of the point. Metrics are named after the point: `eval_accuracy/<point>`.
+
+    Every expert is trained as if it were alone: it has its own labels, its own gradient norm is clipped, Adam leaves it as it
+    is in a step without a pair of its point, and it has its own best weights and patience ([`BestExperts`]). With LoRA dropout
+    the masks, drawn from one generator, are others than in training one after the other; without it the result is the same.
+
+    Raises:
+        ValueError: for a learning rate that follows a metric, for a metric that there is not, under DeepSpeed or FSDP.
+    """
+
+    def __init__(
+        self,
+        model: Experts,
+        args: PhaseConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+    ):
+        metric = str(args.metric_for_best_model).removeprefix("eval_")
+        if metric not in ("accuracy", "loss", "margin"):
+            raise ValueError(
+                f"got metric_for_best_model={metric!r}, need 'eval_accuracy', 'eval_loss' or 'eval_margin'."
+            )
+        if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            raise ValueError(
+                f"got lr_scheduler_type={args.lr_scheduler_type.value!r}, need one that does not follow a metric, because the "
+                "experts share the learning rate and each has a metric of its own: such as 'linear' or 'cosine'."
+            )
+        keep_best, patience = args.load_best_model_at_end, args.patience
+        best = BestExperts(f"eval_{metric}", args.greater_is_better, patience, keep_best)
+        args = copy.copy(args)  # there is no one best model
+        args.load_best_model_at_end, args.metric_for_best_model = False, None
+        self.rankings = [f"/{point}" for point in model.points]
+        super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks=[best])
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "got phase 2 under DeepSpeed or FSDP, need whole weights on every device, because each expert's gradient is "
+                "clipped and its best weights are kept on their own. The base is frozen: plain data parallelism needs no "
+                "optimizer state for it. Start phase 2 with accelerate or torchrun and no DeepSpeed configuration."
+            )
+        self._pairs = self._nothing()[:, -1]  # of each point, since the last optimizer step
+
+    def rank(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        inputs = dict(inputs)
+        ranks, groups = inputs.pop("ranks"), inputs.pop("groups")
+        rows = {
+            point: labelled.nonzero().squeeze(1) for point, labelled in zip(self.model.points, ranks.T, strict=True)
+        }
+        active = self.model.active
+        points = [point for point in active if len(rows[point])] or active[:1]  # one, so that all processes take part
+        rewards = model(**inputs, points=points).logits
+        columns = [self.model.points.index(point) for point in points]
+        return {
+            f"/{point}": (rewards[rows[point], i], ranks[rows[point], column], groups[rows[point]])
+            for i, (point, column) in enumerate(zip(points, columns, strict=True))
+        }
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Before an optimizer step: an expert without a pair since the last one has no gradient, which Adam takes for rest."""
+        before = self._seen[:, -1].clone()
+        loss = super().training_step(*args, **kwargs)
+        self._pairs += self._seen[:, -1] - before
+        if self.accelerator.sync_gradients:
+            pairs = self._over_processes(self._pairs)
+            for point, count in zip(self.model.points, pairs.tolist(), strict=True):
+                if not count:
+                    for weight in self.model.expert(point).values():
+                        weight.grad = None
+            self._pairs.zero_()
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clips the gradient of each expert and returns the norm of all before that."""
+        self.accelerator.unscale_gradients()
+        norms = [
+            nn.utils.clip_grad_norm_(self.model.expert(point).values(), self.args.max_grad_norm)
+            for point in self.model.active
+        ]
+        for point, norm in zip(self.model.active, norms, strict=True):
+            self._metrics["train"][f"grad_norm/{point}"] = [float(norm)]
+        return torch.stack(norms).norm()
+
+
+class BestExperts(TrainerCallback, ExportableState):
+    """
+    Keeps each expert as it was at its best evaluation, and stops it after `patience` evaluations without a better one (0:
+    never); training stops with the last. The best weights are written to `output_dir/best/` at once, a file for each point
+    and step, and are deleted when a checkpoint holds the record of better ones, so that a run killed at any time finds the
+    files of its last checkpoint.
+
+    Args:
+        metric (`str`): a point's value is `<metric>/<point>`.
+        greater_is_better (`bool`): whether a larger value is a better one.
+        patience (`int`): evaluations.
+        keep_best (`bool`): whether the experts are at the end as they were at their best, or at their last.
+    """
+
+    def __init__(self, metric: str, greater_is_better: bool, patience: int, keep_best: bool):
+        self.arguments = {
+            "metric": metric,
+            "greater_is_better": greater_is_better,
+            "patience": patience,
+            "keep_best": keep_best,
+        }
+        self.records: dict[str, dict[str, Any]] = {}  # point -> its best value, the step of it, evaluations since
+
+    def state(self) -> dict[str, Any]:
+        return {"args": self.arguments, "attributes": {"records": self.records}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Experts, **kwargs: Any) -> None:
+        self._stop(model)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Experts, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        for point in model.active:
+            value = metrics[f"{self.arguments['metric']}/{point}"]
+            sign = 1 if self.arguments["greater_is_better"] else -1
+            record = self.records.setdefault(point, {"best": -sign * math.inf, "step": None, "since": 0})
+            if sign * value > sign * record["best"]:
+                self.records[point] = {"best": value, "step": state.global_step, "since": 0}
+                if args.should_save:
+                    self._write(model, point, self._path(args, point))
+            else:
+                record["since"] += 1
+        self._stop(model)
+        if not model.active:
+            control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            current = {self._path(args, point) for point in self.records}
+            for path in set((Path(args.output_dir) / "best").glob("*")) - current:
+                path.unlink()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Experts, **kwargs: Any) -> None:
+        if not self.arguments["keep_best"]:
+            return
+        PartialState().wait_for_everyone()  # for the files
+        for point, record in self.records.items():
+            if record["step"] is not None:
+                weights = load_file(self._path(args, point))
+                for name, weight in model.expert(point).items():
+                    weight.data.copy_(weights[name])
+
+    def _stop(self, model: Experts) -> None:
+        patience = self.arguments["patience"]
+        since = {point: record["since"] for point, record in self.records.items()}
+        model.active = [point for point in model.points if not patience or since.get(point, 0) < patience]
+
+    def _path(self, args: Any, point: str) -> Path:
+        return Path(args.output_dir) / "best" / f"{slug(point)}-{self.records[point]['step']}.safetensors"
+
+    def _write(self, model: Experts, point: str, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file({name: weight.detach().cpu() for name, weight in model.expert(point).items()}, temporary)
+        temporary.replace(path)
+
+
+def history_of(history: list[dict[str, Any]], point: str) -> list[dict[str, Any]]:
+    """One point's part of an [`ExpertsTrainer`]'s log history, with the names that a training of its own would give."""
+    entries = []
+    for entry in history:
+        shared = {key: value for key, value in entry.items() if "/" not in key}
+        own = {key.partition("/")[0]: value for key, value in entry.items() if key.partition("/")[2] == point}
+        if own:
+            entries.append(shared | own)
+    return entries
