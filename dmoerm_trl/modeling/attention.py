@@ -8,8 +8,6 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from .forest import Forest
 
-Ranges = tuple[tuple[int, int], ...]
-
 
 def forest_attention(
     query: Tensor,
@@ -43,40 +41,21 @@ def forest_attention(
     if query.is_cuda and not dropout:
         return _flex_attention(query, key, value, forest, last_tokens, causal, scaling, window, softcap)
     attend = _attend if softcap is None else _attend_softly_capped
+    sizes = [node.stop - node.start for node in forest.nodes]
+    queries = query.split(
+        [1] * len(forest.text_nodes) if last_tokens else sizes, 2
+    )  # its gradient is one concatenation
+    keys, values = key.split(sizes, 2), value.split(sizes, 2)
     out = []
-    if last_tokens:
-        for text, node in enumerate(forest.text_nodes):
-            ranges = forest.sees(node)
-            if window is not None and causal:
-                ranges = _last(ranges, window)
-            keys, values = _take(key, ranges), _take(value, ranges)
-            out.append(attend(query[:, :, text : text + 1], keys, values, None, False, scaling, dropout, softcap))
-    else:
-        for index, node in enumerate(forest.nodes):
-            ranges = forest.sees(index)
-            size = sum(stop - start for start, stop in ranges)
-            masked = causal and (len(ranges) > 1 or (window or size) < size)
-            mask = forest.mask(index, window, query.dtype) if masked else None
-            keys, values = _take(key, ranges), _take(value, ranges)
-            queries = query[:, :, node.start : node.stop]
-            out.append(attend(queries, keys, values, mask, causal and not masked, scaling, dropout, softcap))
-    return torch.cat([part.transpose(1, 2) for part in out], 1)
-
-
-def _take(states: Tensor, ranges: Ranges) -> Tensor:
-    parts = [states[:, :, start:stop] for start, stop in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-
-def _last(ranges: Ranges, count: int) -> Ranges:
-    """The last `count` places of the ranges."""
-    kept: Ranges = ()
-    for start, stop in reversed(ranges):
-        start = max(start, stop - count)
-        kept, count = ((start, stop), *kept), count - (stop - start)
-        if not count:
-            break
-    return kept
+    for index, own in zip(forest.text_nodes if last_tokens else range(len(sizes)), queries, strict=True):
+        seen = (*forest.nodes[index].path, index)
+        k, v = (torch.cat([parts[i] for i in seen], 2) if len(seen) > 1 else parts[index] for parts in (keys, values))
+        if last_tokens and causal and window is not None:
+            k, v = k[:, :, -window:], v[:, :, -window:]
+        masked = causal and not last_tokens and (len(seen) > 1 or (window or k.shape[2]) < k.shape[2])
+        mask = forest.mask(index, window, query.dtype) if masked else None
+        out.append(attend(own, k, v, mask, causal and not last_tokens and not masked, scaling, dropout, softcap))
+    return torch.cat(out, 2).transpose(1, 2)
 
 
 def _attend(query, key, value, mask, is_causal, scaling, dropout, softcap) -> Tensor:

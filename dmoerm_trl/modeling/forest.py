@@ -17,8 +17,8 @@ class Node(NamedTuple):
     start: int
     """Its first token's place in the packed sequence."""
     stop: int
-    path: tuple[tuple[int, int], ...]
-    """(start, stop) of its ancestors, root first: with the node itself, all that its tokens may attend to."""
+    path: tuple[int, ...]
+    """Indices of its ancestors, root first: with the node itself, all that its tokens may attend to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +48,6 @@ class Forest:
     text_nodes: list[int]
     _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False)  # every layer asks for the same
 
-    def sees(self, node: int) -> tuple[tuple[int, int], ...]:
-        """(start, stop) of all that a node's last token attends to in a causal model, from the text's first token on."""
-        return (*self.nodes[node].path, self.nodes[node][:2])
-
     def mask(self, node: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """
         What is added to the scores of a node's L tokens over the S places that its last token sees: 0 or -inf.
@@ -68,7 +64,7 @@ class Forest:
 
     def _mask(self, node: int, window: int | None, dtype: torch.dtype) -> Tensor:
         start, stop, path = self.nodes[node]
-        before, length = sum(stop - start for start, stop in path), stop - start
+        before, length = int(self.position_ids[start]), stop - start
         visible = torch.ones(length, before + length, dtype=torch.bool, device=self.reach.device).tril(before)
         if window is not None:
             visible = visible.triu(before - window + 1)
@@ -92,7 +88,7 @@ def plant(input_ids: Tensor, lengths: Tensor, *, share: bool = True) -> Forest:
     texts = [rows[index] for index in order]
     shared = shared_lengths(texts) if share else [0] * len(texts)
 
-    tokens, positions, reach, nodes, text_nodes = [], [], [], [], [0] * len(rows)
+    tokens, positions, nodes, text_nodes = [], [], [], [0] * len(rows)
     stack = [_Branch(0, len(texts), 0, ())]
     while stack:
         branch = stack.pop()
@@ -110,14 +106,12 @@ def plant(input_ids: Tensor, lengths: Tensor, *, share: bool = True) -> Forest:
             text_nodes[order[start]] = len(nodes) - 1
             start += 1
         if start < stop:
-            stack.append(_Branch(start, stop, until, (*path, (node.start, node.stop))))
-    reach = [0] * len(tokens)
-    last: dict[int, int] = {}
+            stack.append(_Branch(start, stop, until, (*path, len(nodes) - 1)))
+    below = [node.stop for node in nodes]
     for node in nodes:
-        for ancestor, _ in (*node.path, (node.start, node.stop)):
-            last[ancestor] = node.stop
-    for node in nodes:
-        reach[node.start : node.stop] = [last[node.start]] * (node.stop - node.start)
+        for ancestor in node.path:
+            below[ancestor] = node.stop
+    reach = [stop for node, stop in zip(nodes, below, strict=True) for _ in range(node.start, node.stop)]
     ends = [nodes[index].stop - 1 for index in text_nodes]
     return Forest(
         *(torch.tensor(values, device=device) for values in (tokens, positions, reach, ends)), nodes, text_nodes
@@ -174,7 +168,7 @@ class _Branch(NamedTuple):
     start: int
     stop: int
     depth: int
-    path: tuple[tuple[int, int], ...]
+    path: tuple[int, ...]
 
 
 def _groups(branch: _Branch, shared: list[int]) -> list[tuple[int, int]]:
