@@ -117,7 +117,8 @@ def explain_one(run: Pipeline) -> str:
     """The best response to a held-out prompt, capability by capability."""
     model, row = run.load("model"), next(row for row in run.rows("test") if row.task != OTHERS)
     response = row.responses[row.ranks.index(min(row.ranks))]
-    return explanation(row.prompt[-1]["content"], response, **describe(model, run.formatter, row.prompt, response))
+    (scores,) = describe(model, run.formatter, [(row.prompt, response)])
+    return explanation(row.prompt[-1]["content"], response, **scores)
 
 
 def run_ppo(arguments: DemoArguments, run: Pipeline, world: World) -> dict[str, dict[str, float]]:

@@ -2,16 +2,19 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import AutoTokenizer, HfArgumentParser
 
 from ..data.formatting import Formatter
 from ..data.rows import load_rows
 from ..evaluation.explain import explanation
-from ..evaluation.scoring import score_one
+from ..evaluation.scoring import map_encodings
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..tasks import TaskTable
 
@@ -26,23 +29,42 @@ class ScoreArguments:
     rows: str | None = field(default=None, metadata={"help": "Preference rows, see recipes/DATA.md."})
     tasks: str = field(default="paper", metadata={"help": "The rows' tasks: 'paper', 'paper-zh', or a YAML file."})
     output: str | None = field(default=None, metadata={"help": "JSONL file for the scores; printed if absent."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Of the bases: the checkpoint's, 'float32' or 'bfloat16'; heads stay in fp32."},
+    )
     explain: bool = field(default=False, metadata={"help": "Print the explanation instead of JSON."})
     max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and response; older turns are cut."})
 
 
 def describe(
-    model: DMoERMForSequenceClassification, formatter: Formatter, prompt: Any, response: str
-) -> dict[str, Any]:
-    """Reward, route, the router's probabilities and the capability scores of one response, as plain numbers."""
-    output = score_one(model, formatter.encode(prompt, response))
+    model: DMoERMForSequenceClassification, formatter: Formatter, texts: Sequence[tuple[list[dict], str]]
+) -> list[dict[str, Any]]:
+    """Reward, route, the router's probabilities and the capability scores of prompts with responses, as plain numbers."""
+    model.eval()
     tasks = list(model.config.tasks)
-    route = tasks[int(output.route)]
-    return {
-        "reward": float(output.logits),
-        "route": route,
-        "route_probabilities": dict(zip(tasks, output.route_probabilities[0].tolist(), strict=True)),
-        "capability_scores": {point: float(output.capability_scores[point]) for point in model.config.tasks[route]},
-    }
+
+    def columns(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
+        output = model(input_ids, attention_mask, prompt_lengths=prompt_lengths)
+        points.update(output.capability_scores or {})
+        columns = [output.logits[:, 0], output.route, *output.route_probabilities.unbind(1), *points.values()]
+        return torch.stack([column.float() for column in columns], 1)
+
+    points: dict[str, Tensor] = {}
+    encodings = [formatter.encode(prompt, response) for prompt, response in texts]
+    table = map_encodings(columns, encodings, pad_token_id=formatter.tokenizer.pad_token_id, device=model.device)
+    described = []
+    for reward, route, *rest in table.tolist():
+        task, scores = tasks[int(route)], dict(zip(points, rest[len(tasks) :], strict=True))
+        described.append(
+            {
+                "reward": reward,
+                "route": task,
+                "route_probabilities": dict(zip(tasks, rest, strict=False)),
+                "capability_scores": {point: scores[point] for point in model.config.tasks[task]},
+            }
+        )
+    return described
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     one = arguments.prompt is not None and arguments.response is not None
     if one == (arguments.rows is not None):
         parser.error("got neither or both, need either --prompt and --response, or --rows.")
-    model = DMoERMForSequenceClassification.from_pretrained(arguments.model)
+    model = DMoERMForSequenceClassification.from_pretrained(arguments.model, dtype=arguments.dtype)
     formatter = Formatter(AutoTokenizer.from_pretrained(arguments.model), arguments.max_length)
     if one:
         texts = [([{"role": "user", "content": arguments.prompt}], arguments.response)]
@@ -60,8 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         print(report, file=sys.stderr)
         texts = [(row.prompt, response) for row in rows for response in row.responses]
     lines = []
-    for prompt, response in texts:
-        scores = describe(model, formatter, prompt, response)
+    for (prompt, response), scores in zip(texts, describe(model, formatter, texts), strict=True):
         if arguments.explain:
             print(explanation(prompt[-1]["content"], response, **scores))
         else:
