@@ -1,5 +1,6 @@
 """The model against its equations, and what every user of a reward model relies on."""
 
+import copy
 import math
 
 import pytest
@@ -18,10 +19,13 @@ from models import (
     padded,
     qwen2_config,
 )
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification, BertModel
+from transformers import AlbertConfig, AutoModel, AutoModelForSequenceClassification, BertModel
 
+from dmoerm_trl.modeling import router as router_module
+from dmoerm_trl.modeling.assembly import base_reward_model, export_expert
 from dmoerm_trl.modeling.card import write_model_card
 from dmoerm_trl.modeling.configuration import DMoERMConfig
 from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
@@ -254,6 +258,107 @@ def test_ids_are_read_without_a_pad_token(tokenizer, batch):
     assert torch.equal(model(batch["input_ids"][:1]).logits, model(batch["input_ids"][:1, :]).logits)
 
 
+# The router's memory.
+
+
+@pytest.fixture
+def router(dmoerm) -> Router:
+    """A router that counts in `seen` the prompts that its backbone reads."""
+    router = dmoerm.model.router
+    router.probabilities(
+        torch.tensor([[5, 6]]), torch.ones(1, 2, dtype=torch.long)
+    )  # the first call tries the backbone
+    router.seen = []
+    router.backbone.norm.register_forward_hook(lambda _, args, __: router.seen.append(args[0].shape[1]))
+    return router
+
+
+def prompt_batch(tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    return padded([tokenizer(chat(tokenizer, p)[0]).input_ids for p in PROMPTS.values()], tokenizer.pad_token_id)
+
+
+def test_the_router_reads_a_prompt_once(router, tokenizer):
+    ids, mask = prompt_batch(tokenizer)
+    expected = router(ids, mask).logits.softmax(-1)
+    router.seen.clear()
+    twice = router.probabilities(ids.repeat(2, 1), mask.repeat(2, 1))
+    assert sum(router.seen) == 3  # last tokens
+    torch.testing.assert_close(twice, expected.repeat(2, 1), atol=1e-6, rtol=0)
+    more_padding = torch.nn.functional.pad(ids, (0, 4), value=9), torch.nn.functional.pad(mask, (0, 4))
+    assert torch.equal(router.probabilities(*more_padding)[[2, 0]], twice[[2, 0]])
+    assert sum(router.seen) == 3
+    shorter = mask.clone()
+    shorter[0, 3:] = 0
+    assert not torch.equal(router.probabilities(ids, shorter)[0], twice[0])
+    assert sum(router.seen) == 4
+
+
+def change_in_place(router) -> None:
+    with torch.no_grad():
+        router.score.weight.neg_()
+
+
+def change_the_backbone(router) -> None:
+    with torch.no_grad():
+        router.backbone.layers[0].mlp.up_proj.weight.mul_(3)
+
+
+def change_by_an_optimizer(router) -> None:
+    router.requires_grad_(True)
+    router(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.long), labels=torch.tensor([1])).loss.backward()
+    torch.optim.SGD(router.parameters(), lr=1.0).step()
+
+
+def load(assign: bool):
+    def change(router) -> None:
+        state = {name: weight * 2 for name, weight in router.state_dict().items()}
+        router.load_state_dict(state, assign=assign)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change", [change_in_place, change_the_backbone, change_by_an_optimizer, load(False), load(True), Router.double]
+)
+def test_a_router_whose_weights_change_forgets(router, tokenizer, change):
+    ids, mask = prompt_batch(tokenizer)
+    before = router.probabilities(ids, mask)
+    change(router)
+    after = router.probabilities(ids, mask)
+    torch.testing.assert_close(after, router(ids, mask).logits.softmax(-1), atol=1e-6, rtol=0)
+    assert change is Router.double or not torch.equal(after, before)
+
+
+def test_a_copied_router_does_not_share_what_it_remembers(router, tokenizer):
+    ids, mask = prompt_batch(tokenizer)
+    before = router.probabilities(ids, mask)
+    other = copy.deepcopy(router)
+    change_in_place(other)
+    assert not torch.equal(other.probabilities(ids, mask), before)
+    assert torch.equal(router.probabilities(ids, mask), before)
+
+
+def test_a_router_remembers_a_bounded_number_of_prompts(router, monkeypatch):
+    monkeypatch.setattr(router_module, "REMEMBERED", 3)
+    ids = torch.arange(10, 18).unsqueeze(1)
+    mask = torch.ones(8, 1, dtype=torch.long)
+    everything = router.probabilities(ids, mask)  # more than it remembers, and right
+    torch.testing.assert_close(everything, router(ids, mask).logits.softmax(-1), atol=1e-6, rtol=0)
+    router.seen.clear()
+    assert torch.equal(router.probabilities(ids[5:], mask[5:]), everything[5:])
+    assert router.seen == []
+    router.probabilities(ids[:5], mask[:5])
+    assert router.seen == [5]
+
+
+def test_what_is_trained_is_not_remembered(router, tokenizer):
+    """`forward`, with which the router is trained, reads its prompts each time."""
+    ids, mask = prompt_batch(tokenizer)
+    router(ids, mask)
+    router(ids, mask)
+    assert sum(router.seen) == 6
+
+
 # Normalisation.
 
 
@@ -478,6 +583,87 @@ def test_the_papers_settings_are_the_defaults():
     assert (config.lora_rank, config.lora_alpha, config.lora_dropout) == (32, 32, 0.05)
     assert config.lora_target_modules == ["q_proj", "v_proj"]
     assert config.activation == "sigmoid" and not config.share_base
+
+
+# LoRA in some of the layers.
+
+
+def layers_with_lora(model) -> set[int]:
+    return {int(n.split("layers.")[1].split(".")[0]) for n, _ in model.named_parameters() if "lora_" in n}
+
+
+@pytest.mark.parametrize(
+    "lora_layers, total, expected",
+    [
+        ("all", 3, {0, 1, 2}),
+        ("top half", 4, {2, 3}),
+        ("top half", 3, {1, 2}),
+        ("top third", 12, {8, 9, 10, 11}),
+        ("top third", 4, {2, 3}),
+        ("top third", 1, {0}),
+        (1, 3, {2}),
+        (3, 3, {0, 1, 2}),
+    ],
+)
+def test_lora_is_in_the_layers_that_are_named(tokenizer, lora_layers, total, expected):
+    backbone_config = qwen2_config(tokenizer, num_hidden_layers=total)
+    model = make_dmoerm(tokenizer, {"a": ["b", "c"]}, backbone_config=backbone_config, lora_layers=lora_layers)
+    assert layers_with_lora(model) == expected
+    assert len([n for n, _ in model.named_parameters() if "lora_" in n]) == len(expected) * 2 * 2 * 2
+
+
+def test_lora_is_in_the_layers_that_are_named_of_an_encoder(tokenizer):
+    config = bert_config(tokenizer)
+    model = make_dmoerm(
+        tokenizer, {"a": ["b"]}, backbone_config=config, lora_layers="top half", lora_target_modules=["query", "dense"]
+    )
+    layers = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    top = "model.backbones.a.encoder.layer.1."
+    ends = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
+    assert layers == {top + end for end in ends}  # the pooler is no layer
+
+
+def test_a_model_with_lora_in_some_layers_survives_saving_and_its_experts_leave_it(tokenizer, batch, rows, tmp_path):
+    model = make_dmoerm(tokenizer, {"chitchat": TASKS["chitchat"]}, lora_layers="top half")
+    check_against_hand(model, batch, rows, ["chitchat"] * 9)
+    model.save_pretrained(tmp_path / "model")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert again.config.lora_layers == "top half" and layers_with_lora(again) == {1}
+    torch.testing.assert_close(again(**batch).logits, model(**batch).logits, atol=1e-6, rtol=0)
+    for point in TASKS["chitchat"]:
+        export_expert(model, "chitchat", point, tmp_path / point)
+        expert = PeftModel.from_pretrained(base_reward_model(model, "chitchat"), str(tmp_path / point)).eval()
+        assert layers_with_lora(expert) == {1}
+        expected = model(**batch).capability_scores[point]
+        torch.testing.assert_close(expert(**batch).logits[:, 0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lora_layers", ["bottom half", "third", 0, -1, 1.5, True, None])
+def test_lora_layers_that_are_no_layers_are_an_error(lora_layers):
+    message = rf"got lora_layers={lora_layers!r}, need one of \['all', 'top half', 'top third'\] or a number of layers"
+    with pytest.raises(ValueError, match=message):
+        DMoERMConfig(lora_layers=lora_layers)
+
+
+def test_more_lora_layers_than_the_base_has_are_an_error(tokenizer):
+    config = DMoERMConfig(backbone_config=qwen2_config(tokenizer), tasks={"a": ["b"]}, lora_layers=3)
+    message = "got lora_layers=3 for a base with 2 layers, need at most as many as it has: choose a smaller number"
+    with pytest.raises(ValueError, match=message):
+        DMoERMForSequenceClassification(config)
+
+
+def test_lora_layers_of_a_base_without_a_list_of_layers_are_an_error():
+    """ALBERT runs one layer again and again."""
+    sizes = {"hidden_size": 32, "embedding_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    arguments = {
+        "backbone_config": AlbertConfig(**sizes, num_hidden_layers=3, vocab_size=300),
+        "lora_target_modules": ["query", "value"],
+        "tasks": {"a": ["b"]},
+    }
+    DMoERMForSequenceClassification(DMoERMConfig(**arguments))
+    message = 'got a AlbertModel without a list of 3 layers, need one.*set lora_layers="all"'
+    with pytest.raises(ValueError, match=message):
+        DMoERMForSequenceClassification(DMoERMConfig(**arguments, lora_layers="top half"))
 
 
 def test_settings_that_are_given_arrive(tokenizer):

@@ -1,5 +1,6 @@
 """Attention within a forest of packed texts: each token attends to its own text alone."""
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -79,24 +80,29 @@ def _attend_softly_capped(query, key, value, mask, is_causal, scaling, dropout, 
 
 
 @cache
-def _compiled_flex_attention():
-    return torch.compile(flex_attention, dynamic=True)
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=True)
 
 
 def _flex_attention(query, key, value, forest, last_tokens, causal, scaling, window, softcap) -> Tensor:
+    place = forest.ends if last_tokens else torch.arange(len(forest.reach), device=forest.reach.device)
     reach, positions = forest.reach, forest.position_ids
-    place = forest.ends if last_tokens else torch.arange(len(reach), device=reach.device)
 
     def sees(batch, head, q, kv):
-        below = (place[q] >= kv) & (place[q] < reach[kv])
         if not causal:  # no node has nodes below it: the tokens of a text have one reach
             return reach[place[q]] == reach[kv]
+        below = (place[q] >= kv) & (place[q] < reach[kv])
         return below if window is None else below & (positions[place[q]] - positions[kv] < window)
 
     def cap(score, batch, head, q, kv):
         return score if softcap is None else softcap * torch.tanh(score / softcap)
 
-    mask = create_block_mask(sees, None, None, query.shape[2], key.shape[2], device=query.device)
-    function = _compiled_flex_attention() if query.is_cuda else flex_attention
+    attend, make_mask = flex_attention, create_block_mask
+    if query.is_cuda:  # uncompiled, both would hold a number for each query and key
+        attend, make_mask = _compiled(attend), _compiled(make_mask)
+    mask = forest.remembered(
+        ("block mask", last_tokens, causal, window),
+        lambda: make_mask(sees, None, None, query.shape[2], key.shape[2], device=query.device),
+    )
     gqa = query.shape[1] != key.shape[1]
-    return function(query, key, value, cap, mask, scale=scaling, enable_gqa=gqa).transpose(1, 2)
+    return attend(query, key, value, cap, mask, scale=scaling, enable_gqa=gqa).transpose(1, 2)

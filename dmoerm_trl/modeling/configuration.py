@@ -70,7 +70,9 @@ class DMoERMConfig(PreTrainedConfig):
         tasks = {task: list(points) for task, points in dict(tasks or {}).items()}
         if activation not in ACTIVATIONS:
             raise ValueError(f"got activation={activation!r}, need one of {list(ACTIVATIONS)}.")
-        if not (lora_layers in LORA_LAYERS or (type(lora_layers) is int and lora_layers > 0)):
+        if not (
+            isinstance(lora_layers, str) and lora_layers in LORA_LAYERS or type(lora_layers) is int and lora_layers > 0
+        ):
             raise ValueError(
                 f"got lora_layers={lora_layers!r}, need one of {list(LORA_LAYERS)} or a number of layers, at least 1."
             )

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 from .experts import active_expert, lora_layers
 from .forest import MIN_SHARED, passes, plant
 from .heads import last_token
-from .one_pass import in_this_pass, last_hidden_states
+from .one_pass import in_this_pass, last_hidden_states, taking_turns
 from .spans import span_mask
 
 PASS_TOKENS = {"cpu": 4096, "cuda": 65_536}
 """Packed tokens of one pass in inference, by type of device: it bounds memory, and on a CPU fits the caches."""
 
 
+@torch.compiler.disable
 def embeddings(backbone: PreTrainedModel, adapters: Sequence[str], input_ids: Tensor, lengths: Tensor) -> Tensor:
     """
     The last-token embeddings `z_i` of equation 3 under each expert; the base's alone where there are no experts.
@@ -60,7 +61,9 @@ def _one_by_one(backbone: PreTrainedModel, adapters: Sequence[str], input_ids: T
     mask = span_mask(lengths, input_ids.shape[1])
     z = []
     for name in adapters or [None]:
-        with active_expert(backbone, name):
+        # without experts an adapter that PEFT put on the base stays as it is
+        expert = active_expert(backbone, name) if name else nullcontext()
+        with taking_turns, expert:
             z.append(last_token(backbone(input_ids=input_ids, attention_mask=mask).last_hidden_state, lengths))
     return torch.stack(z, 1)
 
@@ -72,59 +75,62 @@ class Way(NamedTuple):
     first_position: int
 
 
-_ways: WeakKeyDictionary[nn.Module, dict[bool, Way | None]] = WeakKeyDictionary()
+_ways: WeakKeyDictionary[nn.Module, dict[tuple, Way | None]] = WeakKeyDictionary()
 
 
 def way_of(backbone: PreTrainedModel) -> Way | None:
     """
-    How packed texts go through a backbone, None where they cannot. It is found out by trying, once for each backbone: the
-    hidden states of two short texts, packed, must be those of the texts alone.
+    How packed texts go through a backbone, None where they cannot. It is found out by trying, once for each backbone with
+    and without LoRA on each type of device: the embeddings of two short texts, packed, must be those of the texts alone.
     """
     lora = next(lora_layers(backbone), None)
-    ways = _ways.setdefault(backbone, {})
-    if (lora is not None) not in ways:
-        ways[lora is not None] = _try(backbone, [] if lora is None else list(lora.lora_A)[:1] * 2)
-    return ways[lora is not None]
+    kind = lora is not None, backbone.device.type
+    with taking_turns:
+        ways = _ways.setdefault(backbone, {})
+        if kind not in ways:
+            ways[kind], reason = _try(backbone, [] if lora is None else list(lora.lora_A)[:1] * 2)
+            if ways[kind] is None:
+                warnings.warn(
+                    f"{type(backbone).__name__} is run once for each expert and text, because packed texts do not fit it: "
+                    f"{reason}. The rewards are right, but slower than they could be.",
+                    stacklevel=3,
+                )
+        return ways[kind]
 
 
 @torch.no_grad()
-def _try(backbone: PreTrainedModel, adapters: list[str]) -> Way | None:
+def _try(backbone: PreTrainedModel, adapters: list[str]) -> tuple[Way | None, str]:
+    """The way, or None and the reason."""
     config = backbone.config.get_text_config()
     pad = getattr(config, "pad_token_id", None)
-    tokens = [token for token in range(5, config.vocab_size) if token != pad]
-    ids = torch.tensor(
-        [tokens[place * 7 % len(tokens)] for place in range(2 * MIN_SHARED + 5)], device=backbone.device
-    )
+    tokens = [token for token in range(config.vocab_size) if token != pad]
+    longest = min(2 * MIN_SHARED + 5, getattr(config, "max_position_embeddings", None) or 2**30)
+    ids = torch.tensor([tokens[(5 + place * 7) % len(tokens)] for place in range(longest)], device=backbone.device)
     ids = torch.stack([ids, ids.flip(0)])
     ids[1, :MIN_SHARED] = ids[0, :MIN_SHARED]
-    lengths = torch.tensor([ids.shape[1], ids.shape[1] - 3], device=backbone.device)
+    lengths = torch.tensor([longest, longest - 3], device=backbone.device)
     tolerance = 1e-3 if backbone.dtype in (torch.float32, torch.float64) else 0.1
+    reasons = []
     with _quiet(backbone), torch.autocast(ids.device.type, enabled=False):
         plain = _one_by_one(backbone, adapters, ids, lengths)
         with active_expert(backbone, None):
             first, second = backbone(input_ids=ids).last_hidden_state[:, :MIN_SHARED]
-        causal = _difference(first, second) < tolerance
-        reason = ""
+        causal = torch.equal(first, second)  # a wrong answer would be found out below
         for first_position in (0,) if pad is None else (0, pad + 1):  # RoBERTa counts from after its pad token's id
             way = Way(causal, first_position)
             try:
                 z = last_hidden_states(backbone, adapters, plant(ids, lengths, share=causal), **way._asdict())
             except Exception as error:  # whatever a foreign architecture makes of packed texts
-                reason = reason or f"{error}"
+                reasons.append(str(error))
                 continue
             if (difference := _difference(z, plain)) < tolerance:
-                return way
-            reason = reason or f"its embeddings of packed texts are off by {difference:.1%}"
-    warnings.warn(
-        f"{type(backbone).__name__}: experts and prompts are not shared, because {reason}. Rewards are right, but take a "
-        "pass of the base for each expert.",
-        stacklevel=2,
-    )
-    return None
+                return way, ""
+            reasons.append(f"its embeddings of packed texts are off by {difference:.1%}")
+    return None, reasons[0]
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+    return float((a.float() - b.float()).norm() / b.float().norm())
 
 
 @contextmanager
@@ -146,7 +152,7 @@ def checkpoint_as_now(layer: nn.Module) -> None:
     def checkpoint_with_expert(function: Callable, *args: Any) -> Any:
         lora = next(lora_layers(layer), None)
         expert = lora.active_adapters[0] if lora is not None and lora.active_adapters else None
-        function = in_this_pass(function)
+        function = in_this_pass(layer, function)
 
         def run(*inputs: Any) -> Any:
             with active_expert(layer, expert):

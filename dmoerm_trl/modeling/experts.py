@@ -86,6 +86,7 @@ def add_experts(backbone: PreTrainedModel, config: DMoERMConfig, names: list[str
         for name in names:
             inject_adapter_in_model(lora_config(config, backbone), backbone, adapter_name=name)
     for layer in lora_layers(backbone):
+        layer._active_adapter = []  # without a word of an expert the backbone is the base
         for module in layer.modules():
             module._is_hf_initialized = True  # or transformers would draw B at random
     backbone.requires_grad_(True)

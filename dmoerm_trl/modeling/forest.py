@@ -1,8 +1,8 @@
 """Many texts as one packed sequence without padding, in which a beginning that several texts share stands once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class Forest:
     ends: Tensor
     nodes: list[Node]
     text_nodes: list[int]
-    _masks: dict[tuple, Tensor] = field(default_factory=dict, repr=False)  # every layer asks for the same
+    _memory: dict[tuple, Any] = field(default_factory=dict, repr=False)
 
     def mask(self, node: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """
@@ -58,9 +58,13 @@ class Forest:
         Returns:
             `Tensor` of shape (L, S).
         """
-        if (node, window, dtype) not in self._masks:
-            self._masks[node, window, dtype] = self._mask(node, window, dtype)
-        return self._masks[node, window, dtype]
+        return self.remembered(("mask", node, window, dtype), lambda: self._mask(node, window, dtype))
+
+    def remembered(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made once: every layer asks for the same masks."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        return self._memory[key]
 
     def _mask(self, node: int, window: int | None, dtype: torch.dtype) -> Tensor:
         start, stop, path = self.nodes[node]
@@ -80,10 +84,7 @@ def plant(input_ids: Tensor, lengths: Tensor, *, share: bool = True) -> Forest:
         lengths (`Tensor` of shape (B,)): number of tokens of each text, at least 1.
         share (`bool`): whether texts share their common beginnings; False for encoders, whose prompt sees the response.
     """
-    device, rows = (
-        input_ids.device,
-        [row[:length] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)],
-    )
+    rows = [row[:length] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
     order = sorted(range(len(rows)), key=rows.__getitem__) if share else list(range(len(rows)))
     texts = [rows[index] for index in order]
     shared = shared_lengths(texts) if share else [0] * len(texts)
@@ -114,7 +115,9 @@ def plant(input_ids: Tensor, lengths: Tensor, *, share: bool = True) -> Forest:
     reach = [stop for node, stop in zip(nodes, below, strict=True) for _ in range(node.start, node.stop)]
     ends = [nodes[index].stop - 1 for index in text_nodes]
     return Forest(
-        *(torch.tensor(values, device=device) for values in (tokens, positions, reach, ends)), nodes, text_nodes
+        *(torch.tensor(values, device=input_ids.device) for values in (tokens, positions, reach, ends)),
+        nodes,
+        text_nodes,
     )
 
 
@@ -124,8 +127,8 @@ def passes(texts: Sequence[Sequence[int]], tokens: int, *, share: bool = True) -
 
     Args:
         texts (`Sequence[Sequence[int]]`): tokens of each text.
-        tokens (`int`): packed tokens that a forest may have; twice its first text's, if that is more, because a long
-            prompt would otherwise be repeated for each response.
+        tokens (`int`): packed tokens that a forest may have, to within `MIN_SHARED` a text; twice its first text's, if
+            that is more, because a long prompt would otherwise be repeated for each response.
         share (`bool`): as of [`plant`].
 
     Yields:
@@ -134,15 +137,17 @@ def passes(texts: Sequence[Sequence[int]], tokens: int, *, share: bool = True) -
     order = sorted(range(len(texts)), key=lambda index: texts[index] if share else len(texts[index]))
     shared = shared_lengths([texts[index] for index in order]) if share else [0] * len(texts)
     part: list[int] = []
-    size = limit = 0
+    size = limit = joined = 0
     for index, common in zip(order, shared, strict=True):
         length = len(texts[index])
-        new = length - common if common >= MIN_SHARED else length
+        if common < joined or common - joined >= MIN_SHARED:  # else it branches off where the text before it did
+            joined = common if common >= MIN_SHARED else 0
+        new = length - joined
         if part and size + new > limit:
             yield part
             part = []
         if not part:
-            size, new, limit = 0, length, max(tokens, 2 * length)
+            size, new, limit, joined = 0, length, max(tokens, 2 * length), 0
         part.append(index)
         size += new
     if part:

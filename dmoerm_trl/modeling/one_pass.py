@@ -4,10 +4,12 @@ All experts of a backbone in one pass over packed texts, by hooks on its modules
 Within a pass
 - the texts are a [`Forest`]: there is no padding, and a prompt that several texts share is there once;
 - the backbone runs once, with a batch of one, up to the first module with LoRA. There the hidden states are repeated for
-  each expert, linear layers that still get the same input run once, and from then on row i of the batch is expert i;
+  each expert, linear layers that still get the same input run once, and from then on row i of the batch is expert i. On a
+  CPU a layer with LoRA takes the experts in groups, and that holds of each group;
 - in the last layer only each text's last token asks; of the others just keys and values are computed.
 
-PEFT's adapters are what is stored and trained; a pass only reads them.
+PEFT's adapters are what is stored and trained; a pass only reads them. In training, texts that share a prompt share the
+dropout on it.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -69,6 +72,9 @@ class Pass:
 
 _current: ContextVar[Pass | None] = ContextVar("pass", default=None)
 
+taking_turns = RLock()
+"""Held by the thread that runs a backbone: a pass changes the backbone's modules, which other threads may share."""
+
 
 class _KeysAndValues(Exception):
     """Ends the forward of a layer where its keys and values are known."""
@@ -109,42 +115,46 @@ def last_hidden_states(
     return hidden.expand(max(len(adapters), 1), len(forest.ends), -1).transpose(0, 1)
 
 
-def in_this_pass(function: Callable) -> Callable:
-    """The function as it runs now, wherever it is called later: for gradient checkpointing, which runs a layer again."""
+def in_this_pass(layer: nn.Module, function: Callable) -> Callable:
+    """A layer's function as it runs now, whenever it is called: gradient checkpointing runs it again in the backward pass."""
     state = _current.get()
     as_now = state and replace(state)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if _current.get() is state:
             return function(*args, **kwargs)
-        with _entered(as_now):
+        with _entered(as_now, layer):
             return function(*args, **kwargs)
 
     return run
 
 
 @contextmanager
-def _entered(state: Pass) -> Iterator[None]:
-    """Within it the backbone's modules do what the module's docstring says."""
+def _entered(state: Pass, part: nn.Module | None = None) -> Iterator[None]:
+    """Within it the modules of the backbone, or of a part of it, do what the docstring of this file says."""
     config, backbone = state.backbone.config, state.backbone
+    part = part or backbone
     with ExitStack() as stack:
+        stack.enter_context(taking_turns)
         stack.callback(_current.reset, _current.set(state))
         stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
         config._attn_implementation = ATTENTION
         layers = backbone.get_submodule(layers_name(backbone))
-        stack.enter_context(_wrapped(layers[-1], partial(_ask_last, layers[-1]), state))
+        here = [layer for layer in layers if part in (layer, backbone)]
+        if layers[-1] in here:
+            stack.enter_context(_wrapped(layers[-1], partial(_ask_last, layers[-1]), state))
         if state.adapters:
-            owners = [module for module in backbone.modules() if _owns_lora(module)]
-            branching = next(i for i, layer in enumerate(layers) if any(map(_owns_lora, layer.modules())))
-            for owner in owners:
+            for owner in [module for module in part.modules() if _owns_lora(module)]:
                 stack.enter_context(_wrapped(owner, _repeat, state))
                 for child in owner.children():
                     if isinstance(child, LoraLayer):
                         stack.enter_context(_wrapped(child, partial(_experts_linear, child), state))
                     elif isinstance(child, nn.Linear):
                         stack.enter_context(_wrapped(child, _once_if_repeated, state))
+            branching = next(i for i, layer in enumerate(layers) if any(map(_owns_lora, layer.modules())))
             for layer in layers[branching:]:
-                stack.enter_context(_wrapped(layer, _in_groups, state))
+                if layer in here:
+                    stack.enter_context(_wrapped(layer, _in_groups, state))
         yield
 
 
@@ -206,6 +216,8 @@ def _experts_linear(layer: LoraLayer, state: Pass, forward: Callable, x: Tensor)
     base, names = layer.get_base_layer(), state.adapters
     down, up = ([parts[name].weight for name in names] for parts in (layer.lora_A, layer.lora_B))
     scaling = [layer.scaling[name] for name in names]
+    if not down[0].numel():
+        raise ValueError("its weights are sharded over devices")
     plain = type(base) is nn.Linear and x.dtype == base.weight.dtype == torch.float32
     if plain and not torch.is_grad_enabled() and not layer.training:
         size_out, size_in = base.weight.shape

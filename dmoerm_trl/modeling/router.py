@@ -61,7 +61,7 @@ class Router(DMoERMPreTrainedModel):
         Args:
             input_ids, attention_mask (`Tensor` of shape (B, T)): as of [`forward`].
         """
-        lengths = attention_mask.sum(1)
+        lengths = attention_mask.sum(1).long()
         weights = tuple((weight.data_ptr(), weight._version) for weight in self.parameters())
         if weights != self._remembered_weights:
             self._remembered.clear()
@@ -72,7 +72,9 @@ class Router(DMoERMPreTrainedModel):
             rows = list(new.values())
             z = embeddings(self.backbone, [], input_ids[rows], lengths[rows])[:, 0]
             known.update(zip(new, self.score(z).softmax(-1), strict=True))
+        for prompt in prompts:  # those used last come last
+            known[prompt] = known.pop(prompt)
         result = torch.stack([known[prompt] for prompt in prompts])
-        while len(known) > REMEMBERED:
-            del known[next(iter(known))]
+        for prompt in list(known)[:-REMEMBERED]:
+            del known[prompt]
         return result

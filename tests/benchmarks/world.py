@@ -24,14 +24,18 @@ from dmoerm_trl.training.recipe import Recipe
 ENSEMBLES = ("mean", "WCO", "UWO")
 
 
+def read_recipe(recipe_file: str, seed: int, folder: Path, **keys: object) -> tuple[DemoArguments, Recipe]:
+    """The demo's recipe for one seed, with the run, the base and the rows in `folder`, and some keys replaced."""
+    places = {"output_dir": folder / "run", "base_model": folder / "base", "train_data": folder / "world.jsonl"}
+    options = [word for key, value in {**places, **keys, "seed": seed}.items() for word in (f"--{key}", str(value))]
+    parser = TrlParser((DemoArguments, Recipe))
+    return parser.parse_args_and_config(["--config", recipe_file, *options], fail_with_unknown_args=True)
+
+
 def run_seed(recipe_file: str, seed: int, folder: Path) -> dict:
     """Trains and evaluates all methods in the world of one seed."""
     start = time.perf_counter()
-    places = {"output_dir": folder / "run", "base_model": folder / "base", "train_data": folder / "world.jsonl"}
-    options = [word for key, path in places.items() for word in (f"--{key}", str(path))]
-    arguments, recipe = TrlParser((DemoArguments, Recipe)).parse_args_and_config(
-        ["--config", recipe_file, "--seed", str(seed), *options], fail_with_unknown_args=True
-    )
+    arguments, recipe = read_recipe(recipe_file, seed, folder)
     world = World(seed)
     make_world_and_base(arguments, recipe, world)
     run = Pipeline(recipe)
@@ -45,12 +49,13 @@ def run_seed(recipe_file: str, seed: int, folder: Path) -> dict:
     }
 
 
+def cell(values: list[float]) -> dict[str, float]:
+    """Mean, lowest and highest of the seeds' values."""
+    return {"mean": sum(values) / len(values), "low": min(values), "high": max(values)}
+
+
 def summarise(seeds: list[dict]) -> dict:
     """Mean, lowest and highest of the seeds for every method and column."""
-
-    def cell(values: list[float]) -> dict[str, float]:
-        return {"mean": sum(values) / len(values), "low": min(values), "high": max(values)}
-
     tables = [seed["consistency"] for seed in seeds]
     consistency = {
         method: {column: cell([table[method][column]["mean"] for table in tables]) for column in columns}

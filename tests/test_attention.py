@@ -1,0 +1,142 @@
+"""Attention of packed texts against softmax attention of each text, written out; the GPU's way against the CPU's."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from dmoerm_trl.modeling import attention
+from dmoerm_trl.modeling.attention import forest_attention
+from dmoerm_trl.modeling.forest import Forest, plant
+
+PROMPT = list(range(100, 120))
+TEXTS = [PROMPT + [1, 2, 3], PROMPT + [4], PROMPT, PROMPT + list(range(200, 220)) + [5], list(range(300, 309))]
+TEXTS.insert(2, TEXTS[3] + [6, 7])
+HEADS, KEY_HEADS, SIZE = 4, 2, 8
+
+CASES = {
+    "plain": {},
+    "scaling": {"scaling": 0.7},
+    "window": {"window": 7},
+    "window of one": {"window": 1},
+    "window over all": {"window": 1000},
+    "softcap": {"softcap": 0.8},
+    "softcap, window, scaling": {"softcap": 0.8, "window": 7, "scaling": 0.7},
+    "not causal": {"causal": False},
+    "softcap, not causal": {"softcap": 0.8, "causal": False},
+}
+cases = pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+both = pytest.mark.parametrize("last_tokens", [False, True], ids=["all tokens", "last tokens"])
+
+
+def make_forest(share: bool) -> Forest:
+    width = max(map(len, TEXTS))
+    ids = torch.tensor([text + [0] * (width - len(text)) for text in TEXTS])
+    return plant(ids, torch.tensor([len(text) for text in TEXTS]), share=share)
+
+
+def make_states(forest: Forest, experts: int = 3, key_heads: int = KEY_HEADS, dtype=torch.float64) -> list[Tensor]:
+    """Query, key and value of all packed tokens."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(experts, heads, len(forest.input_ids), SIZE) for heads in (HEADS, key_heads, key_heads)]
+    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+
+
+def path_of(forest: Forest, end: int) -> list[int]:
+    """Places of a text's tokens, by its last one."""
+    return [place for place in range(end + 1) if forest.reach[place] > end]
+
+
+def by_hand(query, key, value, *, causal=True, scaling=None, window=None, softcap=None) -> Tensor:
+    """Attention of one text, (B, heads, L, D) -> (B, L, heads, D), score by score."""
+    key, value = (torch.repeat_interleave(states, HEADS // states.shape[1], 1) for states in (key, value))
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * (1 / math.sqrt(SIZE) if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    for q in range(scores.shape[2]):
+        for k in range(scores.shape[3]):
+            if causal and (k > q or (window is not None and q - k >= window)):
+                scores[:, :, q, k] = -math.inf
+    return torch.einsum("bhqk,bhkd->bqhd", scores.softmax(-1), value)
+
+
+def expected(forest: Forest, query, key, value, **options) -> list[Tensor]:
+    """For each text: what its tokens get when it is alone."""
+    outputs = []
+    for end in forest.ends.tolist():
+        path = path_of(forest, end)
+        outputs.append(by_hand(*(states[:, :, path] for states in (query, key, value)), **options))
+    return outputs
+
+
+def found(function, forest: Forest, query, key, value, last_tokens: bool, **options) -> list[Tensor]:
+    """The same of packed tokens; of the last tokens alone with `last_tokens`."""
+    if last_tokens:
+        out = function(query[:, :, forest.ends], key, value, forest, last_tokens=True, **options)
+        return list(out.unsqueeze(2).unbind(1))
+    out = function(query, key, value, forest, **options)
+    return [out[:, path_of(forest, end)] for end in forest.ends.tolist()]
+
+
+def flex(query, key, value, forest, last_tokens=False, causal=True, scaling=None, window=None, softcap=None):
+    """The GPU's way; PyTorch runs it on the CPU too, without the kernel."""
+    return attention._flex_attention(query, key, value, forest, last_tokens, causal, scaling, window, softcap)
+
+
+@pytest.mark.parametrize("key_heads", [HEADS, KEY_HEADS, 1])
+@cases
+@both
+def test_a_packed_text_attends_as_it_does_alone(options, last_tokens, key_heads):
+    forest = make_forest(share=options.get("causal", True))
+    states = make_states(forest, key_heads=key_heads)
+    tolerance = 1e-6 if "softcap" in options else 1e-12  # its softmax is in fp32, as that of transformers
+    for got, alone in zip(
+        found(forest_attention, forest, *states, last_tokens, **options),
+        expected(forest, *states, **options),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, alone[:, -1:] if last_tokens else alone, atol=tolerance, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@cases
+@both
+def test_the_gpus_way_is_the_cpus(options, last_tokens):
+    forest = make_forest(share=options.get("causal", True))
+    states = make_states(forest, dtype=torch.float32)
+    ways = [found(way, forest, *states, last_tokens, **options) for way in (flex, forest_attention)]
+    for gpu, cpu in zip(*ways, strict=True):
+        torch.testing.assert_close(gpu, cpu, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("way", [forest_attention, flex])
+def test_one_text_of_one_token(way):
+    forest = plant(torch.tensor([[7]]), torch.tensor([1]))
+    query, key, value = make_states(forest, dtype=torch.float32)
+    torch.testing.assert_close(way(query, key, value, forest), value.repeat_interleave(2, 1).transpose(1, 2))
+
+
+@cases
+def test_gradients_are_those_of_the_texts_alone(options):
+    forest = make_forest(share=options.get("causal", True))
+    states = [state.requires_grad_() for state in make_states(forest)]
+    weights = torch.randn(3, 1, HEADS, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for outputs in (found(forest_attention, forest, *states, False, **options), expected(forest, *states, **options)):
+        gradients.append(torch.autograd.grad(sum((output * weights).sum() for output in outputs), states))
+    for got, alone in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, alone, atol=1e-5 if "softcap" in options else 1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 0.8}])
+def test_dropout_drops_weights_and_keeps_their_mean(options):
+    forest = make_forest(share=True)
+    query, key, value = make_states(forest)
+    torch.manual_seed(0)
+    without = forest_attention(query, key, value, forest, **options)
+    draws = torch.stack([forest_attention(query, key, value, forest, dropout=0.5, **options) for _ in range(400)])
+    assert not torch.equal(draws[0], draws[1])
+    torch.testing.assert_close(draws.mean(0), without, atol=0.5, rtol=0)
+    assert (draws.mean(0) - without).abs().mean() < 0.05
