@@ -1,11 +1,13 @@
 """What all cases of `speed.py` share: the models' sizes, the texts, the models, and the least FLOPs that a case needs."""
 
 import copy
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import permutations
+from statistics import NormalDist
 from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
@@ -26,7 +28,7 @@ OURS = {"ours_all": "all", "ours_half": "top half", "ours_third": "top third"}
 BATCH = 16
 """Texts of a padded batch."""
 LONGEST = 4
-"""How many times its mean a length may be, and its mean a length."""
+"""How many times the median a length may be."""
 DIVISORS = {"all": 1, "top half": 2, "top third": 3}
 
 
@@ -34,7 +36,8 @@ DIVISORS = {"all": 1, "top half": 2, "top third": 3}
 class Setting:
     """
     A Qwen2 with k experts, and texts whose lengths are log-normal: `prompt` and `response` are the mean numbers of tokens,
-    `spread` is the standard deviation of the length's logarithm.
+    `spread` is the standard deviation of the length's logarithm. Lengths stand at the distribution's quantiles, in random
+    order, so that few texts have its mean and its spread too.
     """
 
     hidden_size: int = 384
@@ -47,7 +50,7 @@ class Setting:
     lora_rank: int = 32
     prompt: int = 180
     response: int = 60
-    spread: float = 0.5
+    spread: float = 0.9
     device: str = "cpu"
     dtype: str = "float32"
     seed: int = 0
@@ -55,13 +58,13 @@ class Setting:
         default_factory=lambda: {
             "scoring": (32, 1),
             "scoring_4": (8, 4),
-            "scoring_16": (1, 16),
+            "scoring_16": (2, 16),
             "scoring_64": (1, 64),
             "scoring_1024": (1, 1024),
-            "phase2_k2": (16, 2),
-            "phase2_k4": (8, 4),
-            "inner_moe": (16, 2),
-            "inner_moe_k4": (16, 4),
+            "phase2_k2": (8, 2),
+            "phase2_k4": (4, 4),
+            "inner_moe": (12, 2),
+            "inner_moe_k4": (10, 4),
         }
     )
     """Case -> its prompts, and the responses to each."""
@@ -94,29 +97,35 @@ class Setting:
 
     @cached_property
     def formatter(self) -> Formatter:
-        return Formatter(self.tokenizer, max_length=LONGEST * (self.prompt + self.response) + 1)
+        return Formatter(self.tokenizer, max_length=LONGEST * (self.prompt + self.response))
 
     def rows(self, prompts: int, responses: int) -> list[PreferenceRow]:
         """Random words with random labels, on all capability points."""
         draw = random.Random(self.seed)
 
-        def words(mean: int) -> str:
-            length = mean * draw.lognormvariate(-(self.spread**2) / 2, self.spread)
-            length = round(min(max(length, mean / LONGEST), mean * LONGEST))
+        def lengths(mean: int, count: int) -> list[int]:
+            quantiles = [NormalDist(0, self.spread).inv_cdf((place + 0.5) / count) for place in range(count)]
+            drawn = [min(math.exp(quantile), LONGEST) for quantile in quantiles]
+            drawn = [max(1, round(mean * length * count / sum(drawn))) for length in drawn]
+            return draw.sample(drawn, count)
+
+        def words(length: int) -> str:
             return " ".join(f"w{draw.randrange(2, self.vocab_size)}" for _ in range(length))
 
         def ranks() -> list[int]:
             return draw.sample(range(1, responses + 1), responses)
 
+        prompt_lengths = lengths(self.prompt, prompts)
+        response_lengths = iter(lengths(self.response, prompts * responses))
         return [
             PreferenceRow(
-                prompt=[{"role": "user", "content": words(self.prompt)}],
-                responses=[words(self.response) for _ in range(responses)],
+                prompt=[{"role": "user", "content": words(length)}],
+                responses=[words(next(response_lengths)) for _ in range(responses)],
                 ranks=ranks() if responses > 1 else [1],
                 task=TASK,
                 capability_ranks={point: ranks() for point in self.points},
             )
-            for _ in range(prompts)
+            for length in prompt_lengths
         ]
 
     def encodings(self, rows: Sequence[PreferenceRow]) -> list[Encoding]:
