@@ -207,8 +207,8 @@ def test_each_row_is_its_own_expert(lora_layers):
     backbone = of("Qwen2", lora_layers)
     z = z_of(backbone)
     assert torch.equal(z_of(backbone, names=["c", "a", "b"]), z[:, [2, 0, 1]])
-    close(z_of(backbone, names=["b"]), z[:, 1:2], 1e-6)
-    close(z_of(backbone, names=["b", "b", "a", "c"]), z[:, [1, 1, 0, 2]], 1e-6)
+    close(z_of(backbone, names=["b"]), z[:, 1:2])  # a lone expert is merged where several share the base
+    close(z_of(backbone, names=["b", "b", "a", "c"]), z[:, [1, 1, 0, 2]])
 
 
 @pytest.mark.parametrize("name", ["Qwen2", "Mistral, window", "BERT"])
@@ -340,7 +340,9 @@ def test_rewards_are_those_of_the_plain_loop(data):
         if part:
             ids, mask = padded([text for text, _ in part], 2, data.draw(st.sampled_from(["left", "right"]), "side"))
             found.append(model(ids, mask, prompt_lengths=torch.tensor([length for _, length in part])).logits)
-    close(torch.cat(found), expected)
+    # a reward is a sum of terms of about 1, which may cancel: what is left is exact to the rounding of the terms
+    tolerance = max(1e-5 * float(expected.abs().max()), 1e-6)
+    torch.testing.assert_close(torch.cat(found), expected, atol=tolerance, rtol=0)
 
 
 # Training.

@@ -5,7 +5,7 @@ Within a pass
 - the texts are a [`Forest`]: there is no padding, and a prompt that several texts share is there once;
 - the backbone runs once, with a batch of one, up to the first module with LoRA. There the hidden states are repeated for
   each expert, linear layers that still get the same input run once, and from then on row i of the batch is expert i. On a
-  CPU a layer with LoRA takes the experts in groups, and that holds of each group;
+  CPU a layer with LoRA takes the experts group by group;
 - in the last layer only each text's last token asks; of the others just keys and values are computed.
 
 PEFT's adapters are what is stored and trained; a pass only reads them. In training, texts that share a prompt share the
@@ -50,6 +50,8 @@ class Pass:
         asking (`str`): which tokens ask in attention: `"all"`, `"last"`, or `"none"` where keys and values are wanted.
         keys_and_values (`tuple[Tensor, Tensor]`, *optional*): of all tokens, while the last ones ask.
         windows (`set`): the windows that the layers' attention asked for, None among them.
+        common (`Tensor`, *optional*): the hidden states that are the same for all experts, while they branch.
+        known (`dict`, *optional*): linear layer -> its output for `common`, for the groups of experts that follow.
     """
 
     backbone: PreTrainedModel
@@ -59,6 +61,8 @@ class Pass:
     asking: str = "all"
     keys_and_values: tuple[Tensor, Tensor] | None = None
     windows: set[int | None] = field(default_factory=set)
+    common: Tensor | None = None
+    known: dict[nn.Module, Tensor] | None = None
 
     @contextmanager
     def but(self, **changes: Any) -> Iterator[None]:
@@ -118,7 +122,7 @@ def last_hidden_states(
 def in_this_pass(layer: nn.Module, function: Callable) -> Callable:
     """A layer's function as it runs now, whenever it is called: gradient checkpointing runs it again in the backward pass."""
     state = _current.get()
-    as_now = state and replace(state)
+    as_now = state and replace(state, known=None)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if _current.get() is state:
@@ -150,7 +154,7 @@ def _entered(state: Pass, part: nn.Module | None = None) -> Iterator[None]:
                     if isinstance(child, LoraLayer):
                         stack.enter_context(_wrapped(child, partial(_experts_linear, child), state))
                     elif isinstance(child, nn.Linear):
-                        stack.enter_context(_wrapped(child, _once_if_repeated, state))
+                        stack.enter_context(_wrapped(child, partial(_once_if_common, child), state))
             branching = next(i for i, layer in enumerate(layers) if any(map(_owns_lora, layer.modules())))
             for layer in layers[branching:]:
                 if layer in here:
@@ -183,35 +187,47 @@ def _in_groups(state: Pass, forward: Callable, hidden: Tensor, *args: Any, **kwa
     if size >= len(adapters):
         return forward(hidden, *args, **kwargs)
     outputs = []
+    branching = len(hidden) == 1
+    known: dict[nn.Module, Tensor] | None = {} if branching and not torch.is_grad_enabled() else None
     for start in range(0, len(adapters), size):
-        rows = hidden if len(hidden) == 1 else hidden[start : start + size]
-        with state.but(adapters=adapters[start : start + size]):
+        rows = hidden if branching else hidden[start : start + size]
+        with state.but(adapters=adapters[start : start + size], known=known):
             outputs.append(forward(rows, *args, **kwargs))
     return torch.cat(outputs)
 
 
 def _repeat(state: Pass, forward: Callable, *args: Any, **kwargs: Any) -> Any:
     """A module that holds layers with LoRA: its hidden states, repeated for each expert where they are still one."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    branching = len(hidden) < len(state.adapters) or state.known is not None
+    hidden = hidden.expand(len(state.adapters), -1, -1)
     if args:
-        args = (args[0].expand(len(state.adapters), -1, -1), *args[1:])
+        args = (hidden, *args[1:])
     else:
-        kwargs["hidden_states"] = kwargs["hidden_states"].expand(len(state.adapters), -1, -1)
-    return forward(*args, **kwargs)
+        kwargs["hidden_states"] = hidden
+    try:
+        with state.but(common=hidden if branching else None):
+            return forward(*args, **kwargs)
+    finally:
+        state.known = None  # what follows in the layer is each group's own
 
 
-def _is_repeated(x: Tensor) -> bool:
-    return x.stride(0) == 0
-
-
-def _once_if_repeated(state: Pass, forward: Callable, x: Tensor) -> Tensor:
-    return forward(x[:1]).expand(len(x), -1, -1) if _is_repeated(x) else forward(x)
+def _once_if_common(linear: nn.Module, state: Pass, forward: Callable, x: Tensor) -> Tensor:
+    """A linear layer of the base, run once for what is the same for all experts."""
+    if x is not state.common:
+        return forward(x)
+    known = {} if state.known is None else state.known
+    if linear not in known:
+        known[linear] = forward(x[:1])
+    return known[linear].expand(len(x), -1, -1)
 
 
 def _experts_linear(layer: LoraLayer, state: Pass, forward: Callable, x: Tensor) -> Tensor:
     """
     A linear layer with LoRA: row i of `x`, shape (k, T, in), goes through the base layer and adapter i.
 
-    In inference in fp32 the adapters are merged into the base's weight, for this call, where that is less work.
+    In inference in fp32 the adapters are merged into the base's weight, for this call, where that is less work: where the
+    experts have different inputs, and many tokens.
     """
     base, names = layer.get_base_layer(), state.adapters
     down, up = ([parts[name].weight for name in names] for parts in (layer.lora_A, layer.lora_B))
@@ -219,14 +235,14 @@ def _experts_linear(layer: LoraLayer, state: Pass, forward: Callable, x: Tensor)
     if not down[0].numel():
         raise ValueError("its weights are sharded over devices")
     plain = type(base) is nn.Linear and x.dtype == base.weight.dtype == torch.float32
-    if plain and not torch.is_grad_enabled() and not layer.training:
+    if plain and x is not state.common and not torch.is_grad_enabled() and not layer.training:
         size_out, size_in = base.weight.shape
         if x.shape[1] * (size_in + size_out) > size_in * size_out:  # else the two thin products are less work
             merged = [base.weight.addmm(b, a, alpha=scale) for a, b, scale in zip(down, up, scaling, strict=True)]
             return torch.stack(
                 [nn.functional.linear(row, weight, base.bias) for row, weight in zip(x, merged, strict=True)]
             )
-    out = _once_if_repeated(state, base, x)
+    out = _once_if_common(base, state, base, x)
     low = layer.lora_dropout[names[0]](x).to(down[0].dtype) @ torch.stack(down).transpose(1, 2)
     low = low * torch.tensor(scaling, dtype=low.dtype, device=low.device).view(-1, 1, 1)
     return torch.baddbmm(out.to(low.dtype), low, torch.stack(up).transpose(1, 2).to(low.dtype)).to(out.dtype)
