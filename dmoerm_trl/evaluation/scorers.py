@@ -1,0 +1,176 @@
+"""What gives responses a score: a reward model of this package or of any other, the length, or a Python function."""
+
+import hashlib
+import importlib
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from ..data.formatting import Encoding, Formatter
+from ..modeling.configuration import DMoERMConfig
+from ..rl.rollout import check_chat_template, check_dtype
+from .ensembles import mean_reward, uncertainty_weighted_reward, worst_case_reward
+from .scoring import map_encodings, score_encodings
+
+Scorer = Callable[[dict, Sequence[str]], Tensor]
+"""(row with `prompt`, N responses to it) -> scores of shape (N,), higher is better."""
+
+AGGREGATIONS = {"mean": mean_reward, "WCO": worst_case_reward, "UWO": uncertainty_weighted_reward}
+"""Equations 8 to 10."""
+
+LENGTH = "length"
+
+
+@dataclass(frozen=True)
+class ScorerSource:
+    """
+    Where a scorer comes from.
+
+    Args:
+        name (`str`):
+            `"length"`, the number of characters; `"module:function"`, which is called as
+            `function(prompt=..., response=..., **the row's other fields)` and returns a number; or the folder or hub name of
+            a reward model: a DMoERM, or any sequence classification model with one label, read with its own tokenizer and
+            chat template.
+        max_length (`int`): tokens of prompt and response; older turns are cut.
+        dtype (`str`): in which a reward model computes.
+    """
+
+    name: str
+    max_length: int = 2048
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        check_dtype(self.dtype)
+
+    def load(self) -> Scorer:
+        if self.name == LENGTH:
+            return lambda row, responses: torch.tensor([float(len(response)) for response in responses])
+        if self.is_program:
+            return _function(self.name)
+        return _reward_model(self.name, self.max_length, getattr(torch, self.dtype))
+
+    @property
+    def is_program(self) -> bool:
+        """Whether there is no model to load."""
+        return self.name == LENGTH or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.name) is not None
+
+    @property
+    def is_standardised(self) -> bool:
+        """Whether the scores have the scale that training gave them: a DMoERM holds its mean and deviation."""
+        return not self.is_program and isinstance(AutoConfig.from_pretrained(self.name), DMoERMConfig)
+
+    def settings(self) -> dict[str, Any]:
+        """What the scores depend on."""
+        if self.is_program:
+            return {"name": self.name}
+        return {**asdict(self), "sha256 of the weights": weights_digest(self.name)}
+
+
+def weights_digest(model: str) -> str | None:
+    """Tells whether the weights in a folder are others than before; None for a model on the hub."""
+    files = sorted(Path(model).glob("*.safetensors"))
+    return file_digest(files) if files else None
+
+
+def file_digest(paths: Iterable[Path]) -> str:
+    """SHA-256 of what stands in the files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _function(name: str) -> Scorer:
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"got {name!r}, need an importable module:function: {error}. Put its folder on PYTHONPATH."
+        ) from error
+
+    def score(row: dict, responses: Sequence[str]) -> Tensor:
+        try:
+            inspect.signature(function).bind(**row, response="")
+        except TypeError as error:
+            raise ValueError(
+                f"{name}: {error}. It is called with the fields of a row, {sorted(row)}, and `response`: give the rows the "
+                "field, or the function `**_` for those that it does not read."
+            ) from error
+        scores = [function(**row, response=response) for response in responses]
+        try:
+            return torch.tensor([float(value) for value in scores])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: got {scores[0]!r} for one response, need one number: {error}.") from error
+
+    return score
+
+
+def _reward_model(name: str, max_length: int, dtype: torch.dtype) -> Scorer:
+    model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
+    if model.config.num_labels != 1:
+        raise ValueError(
+            f"{name}: got num_labels={model.config.num_labels}, need 1 because a reward model gives one reward a text: "
+            "this one is a classifier, or was loaded without its head."
+        )
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if isinstance(model.config, DMoERMConfig):
+        formatter = Formatter(tokenizer, max_length)
+
+        def score_all(encodings: list[Encoding]) -> Tensor:
+            return score_encodings(model, encodings, pad_token_id=tokenizer.pad_token_id)
+
+    else:
+        check_chat_template(tokenizer)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if model.config.pad_token_id is None:  # else a decoder refuses batches
+            model.config.pad_token_id = tokenizer.pad_token_id
+        formatter = Formatter(tokenizer, max_length)
+
+        def score_all(encodings: list[Encoding]) -> Tensor:
+            return map_encodings(
+                lambda input_ids, attention_mask, _: model(input_ids, attention_mask=attention_mask).logits[:, 0],
+                encodings,
+                pad_token_id=tokenizer.pad_token_id,
+                device=model.device,
+            )
+
+    def score(row: dict, responses: Sequence[str]) -> Tensor:
+        encodings = encode_responses(formatter, row["prompt"], responses)
+        if cut := sum(encoding.cut_turns > 0 for encoding in encodings):
+            warnings.warn(
+                f"{name}: for {cut} of {len(encodings)} responses, the prompt {row['prompt'][-1]['content'][:60]!r} lost its "
+                f"oldest part to fit into max_length={max_length}.",
+                stacklevel=2,
+            )
+        return score_all(encodings)
+
+    return score
+
+
+def encode_responses(formatter: Formatter, prompt: list[dict], responses: Sequence[str]) -> list[Encoding]:
+    """What `formatter.encode(prompt, response)` gives for each response, with the prompt rendered once."""
+    if not formatter.tokenizer.chat_template:
+        return [formatter.encode(prompt, response) for response in responses]
+    empty = formatter.encode(prompt, "")
+    head, end = empty.input_ids[: empty.prompt_length], empty.input_ids[empty.prompt_length :]
+    texts = formatter.tokenizer(list(responses), add_special_tokens=False, split_special_tokens=True).input_ids
+    encodings = []
+    for response, text in zip(responses, texts, strict=True):
+        fits = not empty.cut_turns and len(head) + len(text) + len(end) <= formatter.max_length
+        whole = Encoding(head + text + end, len(head), 0) if fits else formatter.encode(prompt, response)
+        encodings.append(whole)
+    return encodings
