@@ -25,7 +25,12 @@ _HOMES = {
     "Recipe": "training.recipe",
     "Pipeline": "training.pipeline",
     "Consistency": "evaluation.consistency",
+    "run_best_of_n": "evaluation.best_of_n",
+    "win_rate": "evaluation.win_rate",
     "ppo_trainer": "rl.ppo",
+    "PolicyMonitor": "rl.monitor",
+    "TextRewards": "rl.reward_functions",
+    "reward_functions": "rl.reward_functions",
 }
 """Public name -> the module it lives in, imported when the name is first used."""
 

@@ -1,43 +1,115 @@
 """
 PPO with a DMoERM as TRL's reward model.
 
-    python examples/ppo.py --policy runs/demo/base --reward_model runs/demo/model --prompts runs/demo/data/test.jsonl \
-        --output_dir runs/ppo --total_episodes 64 --response_length 64
+    python examples/ppo.py --config recipes/qwen1.5-1.8b-chat/ppo.yaml
 
-Needs TRL's PPO: pip install "dmoerm-trl[ppo]". `--prompts` is a file of preference rows, of which the prompts are taken.
+Needs TRL's PPO: pip install "dmoerm-trl[ppo]". A run that was killed goes on from its last checkpoint when it is started
+again. What it leaves in `output_dir`: the policy, checkpoints, and `monitor.jsonl` with the responses beside it.
 """
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl import TrlParser
 
 from dmoerm_trl import DMoERMForSequenceClassification, Formatter, ppo_trainer
-from dmoerm_trl.data.rows import load_rows
+from dmoerm_trl.rl.monitor import PolicyMonitor
 from dmoerm_trl.rl.ppo import ppo_classes
-from dmoerm_trl.tasks import TaskTable
+from dmoerm_trl.rl.prompts import load_prompts
+from dmoerm_trl.rl.reward_functions import TextRewards, gold_rewards
+from dmoerm_trl.rl.rollout import check_chat_template
+from dmoerm_trl.rl.routes import keep_tasks, routed_tasks, value_model_of
+from dmoerm_trl.training.trainer import last_checkpoint
 
 
 @dataclass
 class Arguments:
     policy: str = field(metadata={"help": "Causal language model with the reward model's tokenizer."})
     reward_model: str = field(metadata={"help": "Folder or hub name of a DMoERM."})
-    prompts: str = field(metadata={"help": "Preference rows, see recipes/DATA.md."})
-    tasks: str = field(default="paper", metadata={"help": "'paper', 'paper-zh', or a YAML file."})
-    max_length: int = field(default=2048, metadata={"help": "Tokens of a prompt; older turns are cut."})
+    prompts: str = field(metadata={"help": "JSONL or Parquet of prompts or preference rows, to optimise on."})
+    value_model: str | None = field(
+        default=None, metadata={"help": "Model that the values start from; the base of the prompts' task if absent."}
+    )
+    eval_prompts: str | None = field(
+        default=None, metadata={"help": "The same to measure on; some of `prompts` are held out if absent."}
+    )
+    reward_prompts: str | None = field(
+        default=None, metadata={"help": "What the reward model was trained on: an error if a prompt recurs."}
+    )
+    max_prompt_length: int = field(default=1024, metadata={"help": "Tokens; longer prompts are left out (table 7)."})
+    top_p: float = field(default=0.8, metadata={"help": "Of the rollout (table 7)."})
+    monitor_every: int = field(default=100, metadata={"help": "Steps between the lines of monitor.jsonl."})
+    monitor_prompts: int = field(default=100, metadata={"help": "Held-out prompts that are measured on."})
+    gold: str | None = field(default=None, metadata={"help": "Gold reward: a reward model, or module:function."})
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     config_class, _ = ppo_classes()
-    arguments, args = TrlParser((Arguments, config_class)).parse_args_and_config(fail_with_unknown_args=True)
-    policy = AutoModelForCausalLM.from_pretrained(arguments.policy)
-    value_model = AutoModelForSequenceClassification.from_pretrained(arguments.policy, num_labels=1)
+    parser = TrlParser((Arguments, config_class))
+    arguments, args = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    torch.backends.cuda.matmul.allow_tf32 = True  # the weights are fp32, see below
+
+    policy_tokenizer = AutoTokenizer.from_pretrained(arguments.policy)
+    check_chat_template(policy_tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.reward_model)
+    max_length = arguments.max_prompt_length + 2 * args.response_length  # text tokenised again may take more tokens
+    formatter = Formatter(tokenizer, max_length)
+    train_rows, eval_rows = load_prompts(
+        arguments.prompts,
+        formatter,
+        max_prompt_length=arguments.max_prompt_length,
+        eval_prompts=arguments.eval_prompts,
+        reward_prompts=arguments.reward_prompts,
+        held_out=arguments.monitor_prompts,
+    )
+    prompts, eval_prompts = [row["prompt"] for row in train_rows], [row["prompt"] for row in eval_rows]
+
     reward_model = DMoERMForSequenceClassification.from_pretrained(arguments.reward_model)
-    formatter = Formatter(AutoTokenizer.from_pretrained(arguments.reward_model), arguments.max_length)
-    rows, report = load_rows(arguments.prompts, tasks=TaskTable.load(arguments.tasks))
-    print(report)
-    trainer = ppo_trainer(policy, value_model, reward_model, [row.prompt for row in rows], formatter, args)
-    trainer.train()
+    if reward_model.model.router is not None:
+        reward_model.model.router.to(args.device)
+    routed = routed_tasks(reward_model, prompts + eval_prompts, formatter)
+    print(f"tasks of the prompts: {routed}")
+    keep_tasks(reward_model, list(routed))
+
+    # In fp32: at this learning rate a step is smaller than what bf16 weights can tell apart.
+    policy = AutoModelForCausalLM.from_pretrained(arguments.policy, dtype="float32")
+    reference = AutoModelForCausalLM.from_pretrained(arguments.policy, dtype="float32")
+    if arguments.value_model is None:
+        value_model = value_model_of(reward_model, next(iter(routed)))
+    else:
+        value_model = AutoModelForSequenceClassification.from_pretrained(
+            arguments.value_model, num_labels=1, dtype="float32"
+        )
+
+    monitor = PolicyMonitor(
+        Path(args.output_dir) / "monitor.jsonl",
+        eval_prompts,
+        formatter,
+        reference,
+        steps=range(0, sys.maxsize, arguments.monitor_every),
+        proxy=TextRewards(reward_model, formatter),
+        gold=arguments.gold and gold_rewards(arguments.gold, eval_rows, max_length=max_length),
+        max_new_tokens=args.response_length,
+        temperature=args.temperature,
+        top_p=arguments.top_p,
+        batch_size=args.per_device_train_batch_size,
+    )
+    trainer = ppo_trainer(
+        policy,
+        value_model,
+        reward_model,
+        prompts,
+        formatter,
+        args,
+        policy_tokenizer=policy_tokenizer,
+        ref_model=reference,
+        top_p=arguments.top_p,
+        callbacks=[monitor],
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.save_model(args.output_dir)
 
 

@@ -1,7 +1,9 @@
 """What PPO needs before it starts: a TRL that has it, and a reward model that reads the policy's token ids."""
 
 import copy
+import os
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
 
@@ -56,13 +58,65 @@ def check_tokenizers(policy_tokenizer: PreTrainedTokenizerBase, reward_tokenizer
         ids = getattr(policy_tokenizer, name), getattr(reward_tokenizer, name)
         if ids[0] != ids[1]:
             differences.append(f"{name} is {ids[0]} to the policy and {ids[1]} to the reward model")
-    if policy_tokenizer.chat_template != reward_tokenizer.chat_template:
+    templates = {"policy": policy_tokenizer.chat_template, "reward model": reward_tokenizer.chat_template}
+    if missing := [name for name, template in templates.items() if not template]:
+        if len(missing) == 1:
+            differences.append(f"the chat template of the {missing[0]} is missing")
+    elif templates["policy"] != templates["reward model"]:
         differences.append("their chat templates differ")
     if differences:
         raise ValueError(
             f"got tokenizers that do not agree: {'; '.join(differences)}. Need one tokenizer for both, because PPO passes "
             "token ids to the reward model: train the reward model on a base with the policy's tokenizer, or use GRPO or "
             "RLOO, which pass text."
+        )
+
+
+_UNREAD = {
+    "max_steps": "total_episodes = steps x batch",
+    "max_grad_norm": "cliprange and cliprange_value, which bound the update; gradients are not clipped",
+    "eval_strategy": "a PolicyMonitor",
+    "load_best_model_at_end": "save_steps, and choose a checkpoint by the monitor's file",
+    "label_smoothing_factor": "nothing: the losses are fixed",
+    "neftune_noise_alpha": "nothing: the losses are fixed",
+    "use_liger_kernel": "the kernels when the policy is loaded",
+    "torch_compile": "torch.compile on the policy",
+    "auto_find_batch_size": "per_device_train_batch_size",
+    "dataloader_num_workers": "nothing: the prompts are in memory",
+    "data_seed": "seed",
+    "dataset_num_proc": "nothing: the prompts are tokenised before",
+    "sft_model_path": "policy",
+    "reward_model_path": "reward_model",
+    "resume_from_checkpoint": "output_dir: a run goes on from its last checkpoint there",
+    "batch_size": "per_device_train_batch_size and gradient_accumulation_steps",
+    "mini_batch_size": "num_mini_batches",
+    "micro_batch_size": "per_device_train_batch_size",
+    "local_batch_size": "per_device_train_batch_size and gradient_accumulation_steps",
+    "local_mini_batch_size": "num_mini_batches",
+    "num_total_batches": "total_episodes",
+    "world_size": "the launcher's number of processes",
+}
+"""Keys of PPOConfig that TRL 1.12's PPOTrainer never reads, or overwrites -> what to set instead."""
+
+
+def check_arguments(args: Any) -> None:
+    """
+    Raises:
+        ValueError: if `args` (a fresh `PPOConfig`) sets something that PPOTrainer would silently pass over.
+    """
+    unread = [
+        f"{field.name}={getattr(args, field.name)!r} (set {_UNREAD[field.name]})"
+        for field in fields(args)
+        if field.name in _UNREAD and getattr(args, field.name) not in (field.default, "no")
+    ]
+    if args.total_episodes is not None and args.num_train_epochs != type(args).num_train_epochs:
+        unread.append(f"num_train_epochs={args.num_train_epochs} (it counts only without total_episodes)")
+    if args.bf16 and os.environ.get("ACCELERATE_MIXED_PRECISION") != "bf16":
+        unread.append("bf16=True (set bf16: false, or run `accelerate launch --mixed_precision bf16`)")
+    if unread:
+        raise ValueError(
+            f"got {', '.join(unread)}, which TRL {version('trl')}'s PPOTrainer does not read. Need only keys that have an "
+            "effect, because a recipe must do what it says: set what the brackets say, or take the key out."
         )
 
 
@@ -73,38 +127,48 @@ def ppo_trainer(
     prompts: Sequence[list[dict]],
     formatter: Formatter,
     args: Any,
+    *,
+    policy_tokenizer: PreTrainedTokenizerBase | None = None,
     **options: Any,
 ) -> Any:
     """
-    TRL's `PPOTrainer` with a DMoERM as its reward model, after the checks that PPO itself does not make.
+    TRL's `PPOTrainer` with a DMoERM as its reward model, after the checks that PPO itself does not make, as a
+    [`~dmoerm_trl.rl.ppo_trainer.ResumablePPOTrainer`].
 
     Args:
         policy (`PreTrainedModel`): a causal language model; its frozen copy is the reference.
-        value_model (`PreTrainedModel`): a sequence classification model with one label, trained along.
+        value_model (`PreTrainedModel`): a sequence classification model with one label, trained along; see
+            [`~dmoerm_trl.rl.routes.value_model_of`].
         reward_model (`PreTrainedModel`): the DMoERM, or any other reward model.
         prompts (`Sequence[list[dict]]`): turns, the last of the user. The formatter turns them into tokens, as it did in
             the reward model's training.
         formatter (`Formatter`): the reward model's.
         args (`PPOConfig`): as TRL's. Without `stop_token` it becomes `"eos"`: a response that goes on after its end could
             open a new turn and choose its own judge.
-        options: further arguments of `PPOTrainer`, such as `callbacks` and `eval_dataset`.
+        policy_tokenizer (`PreTrainedTokenizerBase`, *optional*): the policy's own, compared with the formatter's; without
+            it the formatter's is taken for the policy too.
+        options: `top_p` of the rollout, and further arguments of `PPOTrainer`, such as `ref_model` and `callbacks`.
 
     Raises:
         ImportError: if this TRL has no PPO.
+        ValueError: if `args` has a key that PPO does not read, or the tokenizers do not agree.
     """
-    _, trainer_class = ppo_classes()
+    ppo_classes()
+    from .ppo_trainer import ResumablePPOTrainer
+
+    check_arguments(args)
     if args.stop_token is None and args.stop_token_id is None:
         args.stop_token = "eos"
-    tokenizer = copy.deepcopy(formatter.tokenizer)
+    tokenizer = copy.deepcopy(formatter.tokenizer if policy_tokenizer is None else policy_tokenizer)
     tokenizer.padding_side = "left"
     check_tokenizers(tokenizer, formatter.tokenizer)
     dataset = prompt_dataset(prompts, formatter)
     options.setdefault("eval_dataset", dataset)  # PPOTrainer needs one, whether it evaluates or not
-    return trainer_class(
+    options.setdefault("ref_model", None)
+    return ResumablePPOTrainer(
         args=args,
         processing_class=tokenizer,
         model=policy,
-        ref_model=None,
         reward_model=reward_model,
         value_model=value_model,
         train_dataset=dataset,

@@ -1,0 +1,201 @@
+"""What a policy has become: rewards, KL, length and repetition on held-out prompts, one JSON line at each chosen step."""
+
+import json
+import math
+from collections.abc import Container, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..data.formatting import Formatter
+from ..evaluation.kl import KLEstimate, policy_kl
+from .reward_functions import TextScorer
+from .sampling import log_probs, sample
+
+
+class PolicyMonitor(TrainerCallback):
+    """
+    Measures the policy at chosen steps of PPO, GRPO or RLOO. Each line of the file has
+
+    | key | |
+    | --- | --- |
+    | `step` | of the trainer; 0 is before the first |
+    | `proxy`, `gold` | mean reward of the responses; `gold` only where it is known |
+    | `k1`, `k2`, `k3` | KL from the reference policy, in nats a response, see recipes/ESTIMATORS.md |
+    | `length` | mean tokens of a response, without its end |
+    | `repetition` | mean [`repetition`] |
+    | `without_end` | share of responses that were cut off |
+    | `prompts`, `temperature`, `top_p` | how it was measured |
+
+    and `<key>_error`, its standard error over prompts, for all but the last two rows. The responses are beside the file, in
+    `responses/<step>.jsonl`. With top-p below 1 the estimators are means over samples of the truncated policy, of
+    log-probabilities of the whole one: 0 for equal policies, but no longer unbiased.
+
+    Training is not touched: random state and mode are as before. A run that goes on from a checkpoint drops the lines of
+    the steps that it does again. In a distributed run the main process measures alone.
+
+    Args:
+        path (`str` or `Path`): the JSONL file. A run that starts at step 0 starts it anew.
+        prompts (`Sequence[list[dict]]`): held-out prompts, turns with the last of the user.
+        formatter (`Formatter`): with the policy's tokenizer.
+        reference (`PreTrainedModel`): the policy before training; it is moved to the policy's device.
+        steps (`Container[int]`): when to measure, such as `range(0, 3001, 100)`.
+        proxy ([`TextScorer`]): the reward that is optimised.
+        gold ([`TextScorer`], *optional*): the reward that stands for the truth.
+        max_new_tokens, temperature, top_p: of the sampling; take the run's own.
+        batch_size (`int`): prompts a forward.
+        seed (`int`): of the sampling, the same at every step.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        prompts: Sequence[list[dict]],
+        formatter: Formatter,
+        reference: PreTrainedModel,
+        *,
+        steps: Container[int],
+        proxy: TextScorer,
+        gold: TextScorer | None = None,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        batch_size: int = 16,
+        seed: int = 0,
+    ):
+        if not prompts:
+            raise ValueError("got no prompts to measure on, need one or more: hold some out.")
+        self.path, self.prompts, self.formatter, self.steps = Path(path), list(prompts), formatter, steps
+        self.reference = reference.eval()
+        self.scorers: dict[str, TextScorer] = {"proxy": proxy} | ({"gold": gold} if gold is not None else {})
+        self.sampling = {"temperature": temperature, "top_p": top_p}
+        self.max_new_tokens, self.batch_size, self.seed = max_new_tokens, batch_size, seed
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = (
+            [line for line in read_monitor(self.path) if line["step"] <= state.global_step]
+            if state.global_step
+            else []
+        )
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self.path)
+        if state.global_step not in {line["step"] for line in kept}:
+            self._measure_at(state.global_step, model)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._measure_at(state.global_step, model)
+
+    def _measure_at(self, step: int, model: Any) -> None:
+        if step in self.steps:
+            policy = getattr(model, "policy", model)  # PPO trains policy and value model in one module
+            line = {"step": step} | self.measure(policy, self.path.parent / "responses" / f"{step}.jsonl")
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    @torch.no_grad()
+    def measure(self, policy: PreTrainedModel, responses_to: Path | None = None) -> dict[str, float]:
+        """
+        One line without its step, which can be had without training too.
+
+        Args:
+            responses_to (`Path`, *optional*): where the responses are written, with their rewards, as JSONL.
+
+        Raises:
+            ValueError: if a reward is not a number, there is not one for each response, or the policy is sharded.
+        """
+        if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
+            raise ValueError("got a policy sharded by ZeRO-3, need it whole on one device: use ZeRO-2, or no monitor.")
+        self.reference.to(policy.device)
+        was_training, values, texts = policy.training, [], []
+        policy.eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            for start in tqdm(range(0, len(self.prompts), self.batch_size), desc="measuring", delay=3, leave=False):
+                batch, written = self._measure_batch(policy, self.prompts[start : start + self.batch_size])
+                values.append(batch)
+                texts += written
+        policy.train(was_training)
+        columns = {name: torch.cat([batch[name] for batch in values]).float() for name in values[0]}
+        for name, scorer in self.scorers.items():
+            columns[name] = _rewards(name, scorer, self.prompts, texts)
+        if responses_to is not None:
+            rewards = zip(*(columns[name].tolist() for name in self.scorers), strict=True)
+            _write_responses(responses_to, self.prompts, texts, list(self.scorers), list(rewards))
+        line: dict[str, float] = {}
+        for name, column in columns.items():
+            estimate = KLEstimate(column)  # a mean over prompts and its standard error, whatever the quantity
+            line[name], error = estimate.mean, estimate.standard_error
+            line[f"{name}_error"] = error if math.isfinite(error) else None
+        return line | {"prompts": len(self.prompts), **self.sampling}
+
+    def _measure_batch(
+        self, policy: PreTrainedModel, prompts: list[list[dict]]
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """One value a prompt of all that hangs on tokens, and the responses' texts."""
+        drawn = sample(policy, prompts, self.formatter, max_new_tokens=self.max_new_tokens, **self.sampling)
+        of_policy, of_reference = (
+            log_probs(model, drawn, self.sampling["temperature"]) for model in (policy, self.reference)
+        )
+        kl = policy_kl(of_policy, of_reference, drawn.response_mask)
+        responses = drawn.responses
+        values = {name: estimate.per_sequence.cpu() for name, estimate in kl.items()} | {
+            "length": torch.tensor([len(ids) for ids in responses]),
+            "repetition": torch.tensor([repetition(ids) for ids in responses]),
+            "without_end": (~drawn.ended).cpu(),
+        }
+        return values, self.formatter.tokenizer.batch_decode(responses, skip_special_tokens=True)
+
+
+def repetition(tokens: Sequence[int], n: int = 4) -> float:
+    """
+    The share of a response's n-grams that occurred in it before: 1 - distinct / all, from 0 to below 1.
+
+    Args:
+        tokens (`Sequence[int]`): the response; with fewer than n tokens it repeats nothing.
+    """
+    grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def read_monitor(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a monitor's file, none if there is no file. A last line that a kill left unfinished is passed over."""
+    path = Path(path)
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read_responses(path: str | Path) -> tuple[list[list[dict]], list[str]]:
+    """The prompts and responses of a monitor's `responses/<step>.jsonl`."""
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [row["prompt"] for row in rows], [row["response"] for row in rows]
+
+
+def _write_responses(path: Path, prompts: list, texts: list[str], names: list[str], rewards: list[tuple]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for prompt, text, values in zip(prompts, texts, rewards, strict=True):
+            row = {"prompt": prompt, "response": text} | dict(zip(names, values, strict=True))
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _rewards(name: str, scorer: TextScorer, prompts: list[list[dict]], texts: list[str]) -> Tensor:
+    rewards = torch.as_tensor(scorer(prompts, texts), dtype=torch.float32)
+    if rewards.shape != (len(texts),) or not rewards.isfinite().all():
+        raise ValueError(
+            f"got {name} rewards of shape {tuple(rewards.shape)}, {int((~rewards.isfinite()).sum())} of them NaN or infinite, "
+            f"need {len(texts)} numbers, one a response: mend what `{name}` returns."
+        )
+    return rewards

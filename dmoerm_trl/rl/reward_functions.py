@@ -1,0 +1,159 @@
+"""Reward models as functions of texts: for GRPO and RLOO, for a monitor, for a judge."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..data.formatting import Formatter
+from ..evaluation.scorers import ScorerSource
+from ..evaluation.scoring import map_encodings
+from ..modeling.modeling import DMoERMForSequenceClassification
+
+TextScorer = Callable[[Sequence[list[dict]], Sequence[str]], Sequence[float] | Tensor]
+"""`scorer(prompts, responses)` -> one reward a response; prompts are turns, the last of the user."""
+
+
+class TextRewards:
+    """
+    The rewards that a reward model gives to texts, a [`TextScorer`].
+
+    Texts are tokenised by the reward model's own formatter, so a policy may have another tokenizer and chat template, and a
+    response that spells a special token does not get one. The last batch is remembered: several functions of one batch cost
+    one forward.
+
+    Args:
+        model (`PreTrainedModel`): a DMoERM, or any model whose `logits` of shape (B, 1) are rewards. It is put into
+            evaluation mode and stays where it is: move it to its device first.
+        formatter (`Formatter`): with the reward model's tokenizer.
+    """
+
+    def __init__(self, model: PreTrainedModel, formatter: Formatter):
+        self.model, self.formatter = model.eval(), formatter
+        self.is_dmoerm = isinstance(model, DMoERMForSequenceClassification)
+        tasks = model.config.tasks.values() if self.is_dmoerm else []
+        self.points = list(dict.fromkeys(point for points in tasks for point in points))
+        self._batch: tuple[list, list] | None = None
+        self._scores = torch.empty(0)
+
+    def __call__(self, prompts: Sequence[list[dict]], responses: Sequence[str]) -> Tensor:
+        """The rewards, shape (B,), fp32, on the CPU."""
+        return self.scores(prompts, responses)[:, 0]
+
+    def point(self, name: str, prompts: Sequence[list[dict]], responses: Sequence[str]) -> Tensor:
+        """The scores of one capability point, shape (B,); NaN where the router's task does not have the point."""
+        return self.scores(prompts, responses)[:, 1 + self.points.index(name)]
+
+    def weighted(self, weights: Mapping[str, float]) -> TextScorer:
+        """The weighted sum over the capability points that a text's task has, as TRL adds up reward functions."""
+        columns = torch.tensor([1 + self.points.index(name) for name in weights])
+        factors = torch.tensor(list(weights.values()), dtype=torch.float32)
+        return lambda prompts, responses: (self.scores(prompts, responses)[:, columns] * factors).nansum(1)
+
+    def scores(self, prompts: Sequence[list[dict]], responses: Sequence[str]) -> Tensor:
+        """
+        Rewards and capability scores, shape (B, 1 + points).
+
+        Raises:
+            ValueError: if a reward is NaN or infinite, or a response is too long for the formatter.
+        """
+        batch = (list(prompts), list(responses))
+        if batch != self._batch:
+            encodings = [self.formatter.encode(*texts) for texts in zip(*batch, strict=True)]
+            pad_token_id = self.formatter.tokenizer.pad_token_id
+            scores = map_encodings(self._forward, encodings, pad_token_id=pad_token_id, device=self.model.device)
+            for name, column in zip(("reward", *self.points), scores.unbind(1), strict=True):
+                bad = ~column.isfinite() if name == "reward" else column.isinf()  # NaN: not a point of the text's task
+                if bad.any():
+                    row = int(bad.long().argmax())
+                    raise ValueError(
+                        f"got {name} {float(column[row])} for the response {responses[row][:80]!r}, need a number, because a "
+                        "reward that is none spoils its whole batch: load the reward model in float32 or bfloat16, or "
+                        "mend its checkpoint."
+                    )
+            self._batch, self._scores = batch, scores
+        return self._scores
+
+    def _forward(self, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
+        if not self.is_dmoerm:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :1].float()
+        output = self.model(input_ids, attention_mask, prompt_lengths=prompt_lengths)
+        points = [output.capability_scores[name].unsqueeze(1).float() for name in self.points]
+        return torch.cat([output.logits.float(), *points], 1)
+
+
+def gold_rewards(source: str, rows: Sequence[dict], *, max_length: int) -> TextScorer:
+    """
+    A gold reward for the prompts of `rows`.
+
+    Args:
+        source (`str`): the folder or hub name of a reward model, or `"module:function"`; see
+            [`~dmoerm_trl.evaluation.scorers.ScorerSource`]. A function gets the fields of a row.
+        max_length (`int`): tokens of prompt and response.
+    """
+    score = ScorerSource(source, max_length).load()
+    row_of = {repr(row["prompt"]): row for row in rows}
+
+    def gold(prompts: Sequence[list[dict]], responses: Sequence[str]) -> Tensor:
+        return torch.cat(
+            [score(row_of[repr(prompt)], [text]).cpu() for prompt, text in zip(prompts, responses, strict=True)]
+        )
+
+    return gold
+
+
+def reward_functions(
+    rewards: TextRewards, points: Sequence[str] | None = None, tasks: Sequence[str] | None = None
+) -> list[Callable[..., list[float | None]]]:
+    """
+    What `reward_funcs` of TRL's GRPOTrainer and RLOOTrainer takes: one function for the reward, or one for each of the
+    named capability points, to be weighted by `reward_weights`. All functions of a batch share one forward.
+
+    A function returns None, which TRL takes as "does not apply", for a text whose task does not have its point.
+
+    Args:
+        points (`Sequence[str]`, *optional*): capability points; without them the one function `dmoerm`.
+        tasks (`Sequence[str]`, *optional*): the tasks that the prompts are routed to; all of the model if absent.
+
+    Raises:
+        ValueError: if a point is unknown, or a task has none of them, so that its texts would all be rewarded with 0.
+    """
+    if points is None:
+        return [_trl_function("dmoerm", rewards)]
+    if unknown := [point for point in points if point not in rewards.points]:
+        raise ValueError(
+            f"got weights for the capability points {unknown}, need some of {rewards.points}: rename them."
+        )
+    own: Mapping[str, list[str]] = rewards.model.config.tasks
+    if bare := [task for task in tasks or own if not set(own[task]) & set(points)]:
+        raise ValueError(
+            f"got weights for {list(points)} alone, of which the tasks {bare} have none, need one or more of each task that "
+            f"prompts are routed to, because all their responses would be worth 0: weight one of "
+            f"{ {task: own[task] for task in bare} }, or leave those prompts out."
+        )
+
+    def scores_of(point: str) -> TextScorer:
+        return lambda prompts, responses: rewards.point(point, prompts, responses)
+
+    return [_trl_function(point, scores_of(point)) for point in points]
+
+
+def _trl_function(name: str, scorer: TextScorer) -> Callable[..., list[float | None]]:
+    """A scorer as TRL calls reward functions; `name` is what TRL logs it under."""
+
+    def function(prompts: list, completions: list, **columns: Any) -> list[float | None]:
+        turns = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
+        values = scorer(turns, [text_of(completion) for completion in completions])
+        return [None if value != value else value for value in torch.as_tensor(values).tolist()]
+
+    function.__name__ = name
+    return function
+
+
+def text_of(completion: str | list[dict]) -> str:
+    """The text of a completion as TRL passes it: text itself, or the assistant's turns."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(turn.get("content") or "" for turn in completion)

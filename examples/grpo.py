@@ -1,0 +1,119 @@
+"""
+GRPO or RLOO with a DMoERM as the reward function, or with one function for each capability point.
+
+    python examples/grpo.py --config recipes/qwen1.5-1.8b-chat/grpo.yaml
+    python examples/grpo.py --config recipes/qwen1.5-1.8b-chat/grpo.yaml --trainer rloo
+
+Policy and reward model may have different tokenizers: the reward is computed from text. A run that was killed goes on from
+its last checkpoint when it is started again. What it leaves in `output_dir`: the policy, checkpoints, and `monitor.jsonl`
+with the responses beside it.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser
+
+from dmoerm_trl import DMoERMForSequenceClassification, Formatter
+from dmoerm_trl.rl.monitor import PolicyMonitor
+from dmoerm_trl.rl.prompts import load_prompts
+from dmoerm_trl.rl.reward_functions import TextRewards, gold_rewards, reward_functions
+from dmoerm_trl.rl.rollout import check_chat_template
+from dmoerm_trl.rl.routes import keep_tasks, routed_tasks
+from dmoerm_trl.training.trainer import train
+
+TRAINERS = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
+
+
+@dataclass
+class Arguments:
+    policy: str = field(metadata={"help": "Causal language model with a chat template."})
+    reward_model: str = field(metadata={"help": "Folder or hub name of a DMoERM."})
+    prompts: str = field(metadata={"help": "JSONL or Parquet of prompts or preference rows, to optimise on."})
+    trainer: Literal["grpo", "rloo"] = field(default="grpo", metadata={"help": "TRL's GRPOTrainer or RLOOTrainer."})
+    capability_weights: dict[str, float] | None = field(
+        default=None, metadata={"help": "Capability point -> weight; without it the aggregated reward is used."}
+    )
+    eval_prompts: str | None = field(
+        default=None, metadata={"help": "The same to measure on; some of `prompts` are held out if absent."}
+    )
+    reward_prompts: str | None = field(
+        default=None, metadata={"help": "What the reward model was trained on: an error if a prompt recurs."}
+    )
+    max_prompt_length: int = field(default=1024, metadata={"help": "Tokens; longer prompts are left out."})
+    monitor_every: int = field(default=100, metadata={"help": "Steps between the lines of monitor.jsonl."})
+    monitor_prompts: int = field(default=100, metadata={"help": "Held-out prompts that are measured on."})
+    gold: str | None = field(default=None, metadata={"help": "Gold reward: a reward model, or module:function."})
+
+    def __post_init__(self):
+        if self.trainer not in TRAINERS:  # from YAML it is not checked
+            raise ValueError(f"got trainer {self.trainer!r}, need one of {list(TRAINERS)}.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    chosen, *_ = TrlParser((Arguments,)).parse_args_and_config(argv, return_remaining_strings=True)
+    config_class, trainer_class = TRAINERS[chosen.trainer]
+    parser = TrlParser((Arguments, config_class))
+    arguments, args = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    if args.reward_weights is not None:
+        raise ValueError(
+            f"got reward_weights={args.reward_weights}, need capability_weights, which name their points."
+        )
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.policy, padding_side="left")
+    check_chat_template(tokenizer)
+    max_length = arguments.max_prompt_length + 2 * args.max_completion_length  # another tokenizer may take more tokens
+    train_rows, eval_rows = load_prompts(
+        arguments.prompts,
+        Formatter(tokenizer, max_length),
+        max_prompt_length=arguments.max_prompt_length,
+        eval_prompts=arguments.eval_prompts,
+        reward_prompts=arguments.reward_prompts,
+        held_out=arguments.monitor_prompts,
+    )
+    prompts, eval_prompts = [row["prompt"] for row in train_rows], [row["prompt"] for row in eval_rows]
+
+    reward_model = DMoERMForSequenceClassification.from_pretrained(arguments.reward_model)
+    formatter = Formatter(AutoTokenizer.from_pretrained(arguments.reward_model), max_length)
+    if reward_model.model.router is not None:
+        reward_model.model.router.to(args.device)
+    routed = routed_tasks(reward_model, prompts + eval_prompts, formatter)
+    print(f"tasks of the prompts: {routed}")
+    keep_tasks(reward_model, list(routed))
+    rewards = TextRewards(reward_model.to(args.device), formatter)
+    functions, proxy = reward_functions(rewards), rewards
+    if weights := arguments.capability_weights:
+        functions, proxy = reward_functions(rewards, list(weights), list(routed)), rewards.weighted(weights)
+        args.reward_weights = list(weights.values())
+
+    monitor = PolicyMonitor(
+        Path(args.output_dir) / "monitor.jsonl",
+        eval_prompts,
+        Formatter(tokenizer, max_length),
+        AutoModelForCausalLM.from_pretrained(arguments.policy, dtype="float32"),
+        steps=range(0, sys.maxsize, arguments.monitor_every),
+        proxy=proxy,
+        gold=arguments.gold and gold_rewards(arguments.gold, eval_rows, max_length=max_length),
+        max_new_tokens=args.max_completion_length,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        batch_size=args.per_device_train_batch_size,
+    )
+    trainer = trainer_class(
+        model=AutoModelForCausalLM.from_pretrained(arguments.policy, dtype="float32"),
+        reward_funcs=functions,
+        args=args,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=tokenizer,
+        callbacks=[monitor],
+    )
+    train(trainer)  # from the last whole checkpoint, if there is one
+    trainer.save_model(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
