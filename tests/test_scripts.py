@@ -134,6 +134,7 @@ def test_the_ppo_example_trains_a_policy_with_the_demos_model(demo, tmp_path, mo
     options = {"policy": run.parent / "base", "reward_model": run / "model", "prompts": run / "data" / "test.jsonl"}
     options |= {"output_dir": tmp_path / "policy", "total_episodes": 4, "per_device_train_batch_size": 4}
     options |= {"response_length": 4, "num_sample_generations": 0, "bf16": False, "report_to": "none"}
+    options |= {"monitor_prompts": 2}
     monkeypatch.setattr(
         "sys.argv", ["ppo.py", *(word for key, value in options.items() for word in (f"--{key}", str(value)))]
     )

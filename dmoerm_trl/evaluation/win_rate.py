@@ -59,7 +59,8 @@ def wilson_interval(share: float, count: int, confidence: float = 0.95) -> tuple
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     centre, scale = share + z**2 / (2 * count), 1 + z**2 / count
     margin = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return min(share, (centre - margin) / scale), max(share, (centre + margin) / scale)  # rounding aside, it holds p
+    low, high = (centre - margin) / scale, (centre + margin) / scale
+    return max(0.0, min(share, low)), min(1.0, max(share, high))  # within rounding it holds p and is in [0, 1]
 
 
 def win_rate(
