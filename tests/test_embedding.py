@@ -208,7 +208,8 @@ def test_each_row_is_its_own_expert(lora_layers):
     z = z_of(backbone)
     assert torch.equal(z_of(backbone, names=["c", "a", "b"]), z[:, [2, 0, 1]])
     close(z_of(backbone, names=["b"]), z[:, 1:2])  # a lone expert is merged where several share the base
-    close(z_of(backbone, names=["b", "b", "a", "c"]), z[:, [1, 1, 0, 2]])
+    close(z_of(backbone, names=["b", "b"]), z[:, [1, 1]], 1e-6)
+    close(z_of(backbone, names=["b", "b", "a", "c"]), z[:, [1, 1, 0, 2]], 1e-6)
 
 
 @pytest.mark.parametrize("name", ["Qwen2", "Mistral, window", "BERT"])

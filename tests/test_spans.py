@@ -32,7 +32,7 @@ def test_padding_on_either_side_is_removed(pad, left, right):
     text = [*PROMPT, 30, 31, END]
     spans = spans_of([pad] * left + text + [pad] * right, pad=pad)
     assert texts(spans) == [(text, 7)]
-    assert spans.attention_mask.tolist() == [[1] * 10]
+    assert spans.lengths.tolist() == [10] and spans.input_ids.shape == (1, 10)
 
 
 @pytest.mark.parametrize("left", [0, 2])

@@ -1,5 +1,7 @@
 """The inner layer of one task: the heads of the base and of its experts, the aggregator, the normalisation."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -33,17 +35,19 @@ class InnerModel(nn.Module):
         self.register_buffer("reward_mean", torch.zeros((), dtype=torch.float32))
         self.register_buffer("reward_std", torch.ones((), dtype=torch.float32))
 
-    def capability_scores(self, z: Tensor) -> Tensor:
+    def capability_scores(self, z: Tensor, points: Sequence[str] | None = None) -> Tensor:
         """
         Equation 4: `r_i = sigma(w_i z_i + b_i)`.
 
         Args:
             z (`Tensor` of shape (B, k, H)): the experts' embeddings.
+            points (`Sequence[str]`, *optional*): the k capability points that they are of; all of the task if absent.
 
         Returns:
             `Tensor` of shape (B, k).
         """
-        scores = [head(z[:, i]) for i, head in enumerate(self.expert_heads.values())]
+        heads = [self.expert_heads[slug(point)] for point in (self.points if points is None else points)]
+        scores = [head(z[:, i]) for i, head in enumerate(heads)]
         return (
             activate(torch.cat(scores, 1), self.activation) if scores else z.new_zeros(len(z), 0, dtype=torch.float32)
         )

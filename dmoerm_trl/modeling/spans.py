@@ -27,10 +27,6 @@ class Spans(NamedTuple):
     lengths: Tensor
     prompt_lengths: Tensor
 
-    @property
-    def attention_mask(self) -> Tensor:
-        return span_mask(self.lengths, self.input_ids.shape[1])
-
 
 def span_mask(lengths: Tensor, width: int) -> Tensor:
     """Attention mask of shape (B, width) with `lengths` (shape (B,)) ones from the left."""

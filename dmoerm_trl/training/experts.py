@@ -19,7 +19,6 @@ from transformers.trainer_utils import SchedulerType
 
 from ..modeling.assembly import expert_names, with_experts
 from ..modeling.experts import lora_layers
-from ..modeling.heads import activate
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..modeling.pretrained import DMoERMPreTrainedModel
 from ..tasks import slug
@@ -83,9 +82,7 @@ class Experts(DMoERMPreTrainedModel):
         """
         spans = self.model.find_spans(input_ids, attention_mask, prompt_lengths)
         z = self.model.embed(self.task, spans, points)
-        heads = self.model.inner_models[slug(self.task)].expert_heads
-        logits = torch.cat([heads[slug(point)](z[:, i]) for i, point in enumerate(points)], 1)
-        return SequenceClassifierOutput(logits=activate(logits, self.config.activation))
+        return SequenceClassifierOutput(logits=self.model.inner_models[slug(self.task)].capability_scores(z, points))
 
 
 class ExpertsTrainer(RankedRewardTrainer):
