@@ -26,7 +26,7 @@ from dmoerm_trl.evaluation.best_of_n_estimate import best_of_n
 from dmoerm_trl.evaluation.ensembles import uncertainty_weighted_reward, worst_case_reward
 from dmoerm_trl.evaluation.response_files import read_prompts
 from dmoerm_trl.evaluation.response_store import ResponseStore, Shard
-from dmoerm_trl.evaluation.scorers import ScorerSource, encode_responses
+from dmoerm_trl.evaluation.scorers import ScorerSource
 from dmoerm_trl.evaluation.scoring import score_one
 from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
 from dmoerm_trl.rl.rollout import sampler, vllm_sampler
@@ -400,19 +400,6 @@ def test_members_without_a_scale_of_their_own_are_standardised(folder, tmp_path)
     (winner,) = (winner for winner in result.winners if winner.reward_model == "WCO")
     assert winner.text == records[int(expected.argmax())]["response"]
     assert winner.proxy == pytest.approx(float(expected.max()), abs=1e-5)
-
-
-def test_responses_are_encoded_as_the_formatter_does(tokenizer):
-    prompt = [{"role": "user", "content": "Old. " * 9}, {"role": "assistant", "content": "Yes."}]
-    prompt.append({"role": "user", "content": PROMPTS[0]})
-    texts = ["", "It is four.", " spaces ", "<|im_end|>", "long " * 12]
-    whole = len(Formatter(tokenizer, 1000).encode(prompt, "").input_ids)
-    for max_length in (whole + 100, whole + 3, whole - 2):  # cut for none, for some and for all of the responses
-        formatter = Formatter(tokenizer, max_length)
-        assert encode_responses(formatter, prompt, texts) == [formatter.encode(prompt, text) for text in texts]
-    tokenizer.chat_template = None
-    formatter = Formatter(tokenizer, 200)
-    assert encode_responses(formatter, prompt, texts) == [formatter.encode(prompt, text) for text in texts]
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,17 @@ def test_whatever_the_length_the_response_survives_and_cuts_are_counted(chatml, 
     assert encoding.cut_turns <= len(contents)
 
 
+def test_the_responses_of_a_prompt_are_encoded_as_one_by_one(chatml, bert):
+    prompt = [{"role": "user", "content": "Old. " * 9}, {"role": "assistant", "content": "Yes."}]
+    prompt.append({"role": "user", "content": "What is two and two?"})
+    texts = ["", "It is four.", " spaces ", "<|im_end|>", "long " * 12]
+    for tokenizer in (chatml, bert):
+        whole = len(Formatter(tokenizer, 1000).encode(prompt, "").input_ids)
+        for max_length in (whole + 100, whole + 3, whole - 2):  # cut for none, for some and for all of the responses
+            formatter = Formatter(tokenizer, max_length)
+            assert formatter.encode_responses(prompt, texts) == [formatter.encode(prompt, text) for text in texts]
+
+
 def test_rows_are_encoded_in_order_and_cuts_reported(bert):
     short = PreferenceRow(turns("a"), ["b", "c"], [1, 2])
     long = PreferenceRow(turns("a b", "c", "d"), ["e", "f g h"], [1, 2])

@@ -661,7 +661,7 @@ def test_lora_layers_of_a_base_without_a_list_of_layers_are_an_error():
         "tasks": {"a": ["b"]},
     }
     DMoERMForSequenceClassification(DMoERMConfig(**arguments))
-    message = 'got a AlbertModel without a list of 3 layers, need one.*set lora_layers="all"'
+    message = 'got a AlbertModel without a list of 3 layers, need one.*lora_layers="all"'
     with pytest.raises(ValueError, match=message):
         DMoERMForSequenceClassification(DMoERMConfig(**arguments, lora_layers="top half"))
 

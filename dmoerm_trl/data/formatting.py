@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError
 from tqdm.auto import tqdm
@@ -105,6 +105,18 @@ class Formatter:
         whole = Encoding(*self._join(turns, response), cut_turns=0)
         return whole if len(whole.input_ids) <= self.max_length else self._shorten(turns, response)
 
+    def encode_responses(self, prompt: list[dict] | str, responses: Sequence[str]) -> list[Encoding]:
+        """What [`encode`] gives for each response; a chat template renders the prompt once for all of them."""
+        if not self.tokenizer.chat_template:
+            return [self.encode(prompt, response) for response in responses]
+        empty = self.encode(prompt, "")
+        head, end = empty.input_ids[: empty.prompt_length], empty.input_ids[empty.prompt_length :]
+        encodings = []
+        for response, text in zip(responses, self._text_ids(list(responses)), strict=True):
+            fits = not empty.cut_turns and len(head) + len(text) + len(end) <= self.max_length
+            encodings.append(Encoding(head + text + end, len(head), 0) if fits else self.encode(prompt, response))
+        return encodings
+
     def encode_rows(self, rows: Sequence[PreferenceRow]) -> tuple[list[list[Encoding]], CutReport]:
         """
         Encodes every response of every row.
@@ -115,7 +127,7 @@ class Formatter:
         encodings, report = [], CutReport(self.max_length)
         for number, row in enumerate(tqdm(rows, desc="tokenising", unit=" rows", delay=3), start=1):
             try:
-                encodings.append([self.encode(row.prompt, response) for response in row.responses])
+                encodings.append(self.encode_responses(row.prompt, row.responses))
             except ValueError as error:
                 raise ValueError(f"row {number} (prompt {row.prompt_id}): {error}") from error
             cuts = [encoding.cut_turns > 0 for encoding in encodings[-1]]
@@ -137,7 +149,8 @@ class Formatter:
         prompt_ids = self._bos + self._text_ids(text)
         return prompt_ids + self._text_ids(response) + self.markers.end_of_turn[:1], len(prompt_ids)
 
-    def _text_ids(self, text: str) -> list[int]:
+    def _text_ids(self, text: str | list[str]) -> list[Any]:
+        """The ids of a text, or those of each of several."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def _shorten(self, turns: list[dict], response: str) -> Encoding:

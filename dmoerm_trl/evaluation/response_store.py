@@ -9,8 +9,6 @@ has; and memory holds a shard's texts and a prompt's scores, however many respon
 import hashlib
 import json
 import os
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -24,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm.auto import tqdm
-from transformers.utils import logging as transformers_logging
+
+from ..workers import start_worker
 
 RESPONSES = "responses"
 
@@ -179,7 +178,8 @@ def worker_pool(workers: int) -> Iterator[Run]:
         finally:
             _loaded.cache_clear()
         return
-    options = {"mp_context": get_context("spawn"), "initializer": _start_worker, "initargs": (os.getpid(), workers)}
+    threads = max(1, torch.get_num_threads() // workers)
+    options = {"mp_context": get_context("spawn"), "initializer": start_worker, "initargs": (os.getpid(), threads)}
     with ProcessPoolExecutor(workers, **options) as pool:
 
         def run(function: Callable[..., int], calls: Iterable[tuple]) -> Iterator[int]:
@@ -192,19 +192,6 @@ def worker_pool(workers: int) -> Iterator[Run]:
                     future.cancel()
 
         yield run
-
-
-def _start_worker(parent: int, workers: int) -> None:
-    """A share of the threads, no bars of its own, and no life after the parent's."""
-    transformers_logging.disable_progress_bar()
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def write_responses(store: ResponseStore, rows: Sequence[dict], policy: Source, seed: int, run: Run) -> None:

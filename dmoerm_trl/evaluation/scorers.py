@@ -149,7 +149,7 @@ def _reward_model(name: str, max_length: int, dtype: torch.dtype) -> Scorer:
             )
 
     def score(row: dict, responses: Sequence[str]) -> Tensor:
-        encodings = encode_responses(formatter, row["prompt"], responses)
+        encodings = formatter.encode_responses(row["prompt"], responses)
         if cut := sum(encoding.cut_turns > 0 for encoding in encodings):
             warnings.warn(
                 f"{name}: for {cut} of {len(encodings)} responses, the prompt {row['prompt'][-1]['content'][:60]!r} lost its "
@@ -159,18 +159,3 @@ def _reward_model(name: str, max_length: int, dtype: torch.dtype) -> Scorer:
         return score_all(encodings)
 
     return score
-
-
-def encode_responses(formatter: Formatter, prompt: list[dict], responses: Sequence[str]) -> list[Encoding]:
-    """What `formatter.encode(prompt, response)` gives for each response, with the prompt rendered once."""
-    if not formatter.tokenizer.chat_template:
-        return [formatter.encode(prompt, response) for response in responses]
-    empty = formatter.encode(prompt, "")
-    head, end = empty.input_ids[: empty.prompt_length], empty.input_ids[empty.prompt_length :]
-    texts = formatter.tokenizer(list(responses), add_special_tokens=False, split_special_tokens=True).input_ids
-    encodings = []
-    for response, text in zip(responses, texts, strict=True):
-        fits = not empty.cut_turns and len(head) + len(text) + len(end) <= formatter.max_length
-        whole = Encoding(head + text + end, len(head), 0) if fits else formatter.encode(prompt, response)
-        encodings.append(whole)
-    return encodings

@@ -50,8 +50,8 @@ def layers_name(backbone: PreTrainedModel) -> str:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return name
     raise ValueError(
-        f"got a {type(backbone).__name__} without a list of {count} layers, need one, because the layers are counted there: "
-        'set lora_layers="all".'
+        f"got a {type(backbone).__name__} without a list of {count} layers, need one, because the layers are counted "
+        'there; LoRA in all layers (lora_layers="all") does without it.'
     )
 
 

@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from ..data.formatting import Formatter
+from .sampling import sample
 
 Sampler = Callable[[list[dict], int, int], list[str]]
 """(prompt, number of responses, seed) -> texts, without special tokens; the same arguments give the same texts."""
 
 
-@torch.no_grad()
 def generate(
     policy: PreTrainedModel,
     prompts: Sequence[list[dict]],
@@ -46,25 +46,14 @@ def generate(
     Returns:
         `list[str]`: the responses' texts, without special tokens.
     """
-    tokenizer, was_training, responses = formatter.tokenizer, policy.training, []
+    was_training, responses = policy.training, []
     policy.eval()
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for start in tqdm(range(0, len(prompts), batch_size), desc="generating", delay=3, leave=False):
-            ids = [_prompt_ids(prompt, formatter) for prompt in prompts[start : start + batch_size]]
-            batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(policy.device)
-            sequences = policy.generate(
-                **batch,
-                max_new_tokens=max_new_tokens,
-                do_sample=True,
-                temperature=temperature,
-                top_p=top_p,
-                top_k=0,
-                eos_token_id=formatter.markers.end_of_turn or tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            answers = sequences[:, batch["input_ids"].shape[1] :]
-            responses += tokenizer.batch_decode(answers, skip_special_tokens=True)
+            drawn = sample(policy, prompts[start : start + batch_size], formatter, **options)
+            responses += formatter.tokenizer.batch_decode(drawn.responses, skip_special_tokens=True)
     policy.train(was_training)
     return responses
 
@@ -96,7 +85,7 @@ def sampler(
     processors.append(_Draw(generator))
 
     @torch.inference_mode()
-    def sample(prompt: list[dict], count: int, seed: int) -> list[str]:
+    def draw(prompt: list[dict], count: int, seed: int) -> list[str]:
         generator.manual_seed(seed)
         ids = torch.tensor([_prompt_ids(prompt, formatter)], device=policy.device)
         texts: list[str] = []
@@ -121,7 +110,7 @@ def sampler(
             texts += tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
         return texts
 
-    return sample
+    return draw
 
 
 class _Draw(LogitsProcessor):
@@ -163,7 +152,7 @@ def vllm_sampler(
         ) from error
     llm = LLM(model=policy, **engine)
 
-    def sample(prompt: list[dict], count: int, seed: int) -> list[str]:
+    def draw(prompt: list[dict], count: int, seed: int) -> list[str]:
         parameters = SamplingParams(
             n=count,
             temperature=temperature,
@@ -176,7 +165,7 @@ def vllm_sampler(
         (request,) = llm.generate({"prompt_token_ids": _prompt_ids(prompt, formatter)}, parameters, use_tqdm=False)
         return [output.text for output in request.outputs]
 
-    return sample
+    return draw
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -14,10 +13,8 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from ..data.formatting import Formatter
 from ..data.rows import PreferenceRow, check_capability_labels, load_rows, write_rows
@@ -29,6 +26,7 @@ from ..modeling.experts import check_target_modules
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..modeling.router import Router
 from ..tasks import OVERALL, slug
+from ..workers import start_worker
 from .phases import History, normalise, phase1, phase2, phase3, train_router
 from .recipe import Recipe
 
@@ -355,17 +353,8 @@ class Pipeline:
 
 
 def _start_worker(parent: int, stop: Event) -> None:
-    """One thread, no bars, and no life after the parent's: an orphan would write into a resumed run's folders."""
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
+    start_worker(parent, threads=1, stop=stop)
     sys.stdout = open(os.devnull, "w")  # the trainers print their logs
-
-    def watch() -> None:
-        while os.getppid() == parent and not stop.is_set():
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 _pipelines: dict[str, Pipeline] = {}
