@@ -1,5 +1,5 @@
 """
-PPO with a DMoERM as TRL's reward model.
+PPO with a DMoERM, or an ensemble of reward models, as TRL's reward model.
 
     python examples/ppo.py --config recipes/qwen1.5-1.8b-chat/ppo.yaml
 
@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import TrlParser
 
-from dmoerm_trl import DMoERMForSequenceClassification, Formatter, ppo_trainer
+from dmoerm_trl import Formatter, ppo_trainer
+from dmoerm_trl.rl.ensemble import RewardEnsemble, load_reward_model
 from dmoerm_trl.rl.monitor import PolicyMonitor
 from dmoerm_trl.rl.ppo import ppo_classes
 from dmoerm_trl.rl.prompts import load_prompts
@@ -28,10 +29,13 @@ from dmoerm_trl.training.trainer import last_checkpoint
 @dataclass
 class Arguments:
     policy: str = field(metadata={"help": "Causal language model with the reward model's tokenizer."})
-    reward_model: str = field(metadata={"help": "Folder or hub name of a DMoERM."})
+    reward_model: str = field(
+        metadata={"help": "Folder or hub name of a DMoERM; in a recipe also {mean | WCO | UWO: members}."}
+    )
     prompts: str = field(metadata={"help": "JSONL or Parquet of prompts or preference rows, to optimise on."})
     value_model: str | None = field(
-        default=None, metadata={"help": "Model that the values start from; the base of the prompts' task if absent."}
+        default=None,
+        metadata={"help": "Model that the values start from; the reward model's base of the prompts' task if absent."},
     )
     eval_prompts: str | None = field(
         default=None, metadata={"help": "The same to measure on; some of `prompts` are held out if absent."}
@@ -51,10 +55,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((Arguments, config_class))
     arguments, args = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
     torch.backends.cuda.matmul.allow_tf32 = True  # the weights are fp32, see below
+    set_seed(args.seed)  # a value model's new head is drawn
 
     policy_tokenizer = AutoTokenizer.from_pretrained(arguments.policy)
     check_chat_template(policy_tokenizer)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.reward_model)
+    reward_model, tokenizer = load_reward_model(arguments.reward_model)
     max_length = arguments.max_prompt_length + 2 * args.response_length  # text tokenised again may take more tokens
     formatter = Formatter(tokenizer, max_length)
     train_rows, eval_rows = load_prompts(
@@ -67,18 +72,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     prompts, eval_prompts = [row["prompt"] for row in train_rows], [row["prompt"] for row in eval_rows]
 
-    reward_model = DMoERMForSequenceClassification.from_pretrained(arguments.reward_model)
-    if reward_model.model.router is not None:
-        reward_model.model.router.to(args.device)
-    routed = routed_tasks(reward_model, prompts + eval_prompts, formatter)
-    print(f"tasks of the prompts: {routed}")
-    keep_tasks(reward_model, list(routed))
+    members = reward_model.members if isinstance(reward_model, RewardEnsemble) else [reward_model]
+    for member in members:
+        if member.model.router is not None:
+            member.model.router.to(args.device)
+        routed = routed_tasks(member, prompts + eval_prompts, formatter)
+        print(f"tasks of the prompts: {routed}")
+        keep_tasks(member, list(routed))
 
     # In fp32: at this learning rate a step is smaller than what bf16 weights can tell apart.
     policy = AutoModelForCausalLM.from_pretrained(arguments.policy, dtype="float32")
     reference = AutoModelForCausalLM.from_pretrained(arguments.policy, dtype="float32")
     if arguments.value_model is None:
-        value_model = value_model_of(reward_model, next(iter(routed)))
+        value_model = value_model_of(member, next(iter(routed)))  # of an ensemble the last member's
     else:
         value_model = AutoModelForSequenceClassification.from_pretrained(
             arguments.value_model, num_labels=1, dtype="float32"

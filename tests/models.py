@@ -89,9 +89,9 @@ def make_backbone(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> PreTrain
 
 
 def make_policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> PreTrainedModel:
-    """A language model with the reward models' tokenizer."""
+    """A language model with the reward models' tokenizer, and its weights tied, as those of small models are."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(qwen2_config(tokenizer))
+    return AutoModelForCausalLM.from_config(qwen2_config(tokenizer, tie_word_embeddings=True))
 
 
 def make_value_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> PreTrainedModel:

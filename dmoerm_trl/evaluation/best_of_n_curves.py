@@ -100,7 +100,7 @@ class BestOfNCurves:
             "confidence": self.confidence,
             "prompts": len(next(iter(self.curves.values())).gold),
             **tables,
-            "fits": {name: _fit_to_dict(fit) for name, fit in fits.items() if fit is not None},
+            "fits": {name: fit_to_dict(fit) for name, fit in fits.items() if fit is not None},
         }
 
     def to_markdown(self) -> str:
@@ -117,7 +117,7 @@ class BestOfNCurves:
                 cells = [column[index] for column in columns]
                 interval = "{0.mean:+.2f} [{0.low:+.2f}, {0.high:+.2f}]" if field == "gold" else f"{{0.mean:{form}}}"
                 rows.append([f"{n:,}", f"{kl:.2f}", *(interval.format(cell) for cell in cells)])
-            parts.append(f"{title}\n\n{_table(rows)}")
+            parts.append(f"{title}\n\n{markdown_table(rows)}")
         fits = [["reward model", "a", "b", "fitted gold peaks at", "highest of the grid at"]]
         for name, curve in self.curves.items():
             if (fit := self.fit(name)) is not None:
@@ -126,7 +126,7 @@ class BestOfNCurves:
                 cells = [f"{fit.a:+.2f} ± {fit.a_error:.2f}", f"{fit.b:+.2f} ± {fit.b_error:.2f}"]
                 fits.append([name, *cells, peak, f"{self.kl[best]:.1f} nats (n = {self.grid[best]:,})"])
         if len(fits) > 1:
-            parts.append(f"Gain in gold fitted by a d - b d², d = √KL (Gao et al. 2023)\n\n{_table(fits)}")
+            parts.append(f"Gain in gold fitted by a d - b d², d = √KL (Gao et al. 2023)\n\n{markdown_table(fits)}")
         return "\n\n".join(parts) + "\n"
 
     def plot(self, path: str | Path) -> Path:
@@ -144,30 +144,48 @@ class BestOfNCurves:
         except ImportError as error:
             raise ImportError("the curves need matplotlib, which is missing: `pip install matplotlib`.") from error
         figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
-        kl = self.kl.numpy()
-        ticks = [tick for tick in (0, 0.25, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11) if tick <= max(kl.max(), 0.25)]
+        self.draw(figure)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        return path
+
+    def draw(self, figure: Any) -> None:
+        """[`plot`] on a figure, or a part of one, of matplotlib's."""
         panels = figure.subplots(1, 2)
         for panel, field, label in zip(
             panels, ("gold", "proxy"), ("gold reward", "proxy, in standard deviations"), strict=True
         ):
             for name, curve in self.curves.items():
                 estimates = self.estimates(getattr(curve, field))
-                (line,) = panel.plot(kl, [e.mean for e in estimates], linewidth=1.6, marker=".", label=name)
+                (line,) = panel.plot(self.kl, [e.mean for e in estimates], linewidth=1.6, marker=".", label=name)
                 low, high = [e.low for e in estimates], [e.high for e in estimates]
-                panel.fill_between(kl, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
-            panel.set_xscale("function", functions=(_root, lambda d: d**2))
-            panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            panel.minorticks_off()
-            panel.tick_params(labelsize=9)
-            panel.grid(alpha=0.25, linewidth=0.5)
-            panel.set_ylabel(label, fontsize=11)
+                panel.fill_between(self.kl, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+            style_panel(panel, float(self.kl.max()), label)
         figure.supxlabel(f"KL of best of n in nats, n = 1 to {self.grid[-1]:,} (equation 11)", fontsize=11)
-        handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper center", ncols=min(len(self.curves), 6), fontsize=10, frameon=False)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        return path
+        legend_above(figure, panels[0])
+
+
+_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+
+
+def style_panel(panel: Any, largest_kl: float, label: str) -> None:
+    """Gives a panel of curves over KL the paper's square-root axis from 0, and its y-axis the label."""
+    panel.set_xscale("function", functions=(_root, lambda d: d**2))
+    step = next((step for step in _TICKS if largest_kl <= 8 * step), largest_kl / 8)
+    ticks = [0, step / 2, *(step * number for number in range(1, int(largest_kl / step) + 1))]
+    panel.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    panel.set_xlim(left=0)
+    panel.minorticks_off()
+    panel.tick_params(labelsize=9)
+    panel.grid(alpha=0.25, linewidth=0.5)
+    panel.set_ylabel(label, fontsize=11)
+
+
+def legend_above(figure: Any, panel: Any) -> None:
+    """One legend for all panels, with the lines of one of them."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), fontsize=10, frameon=False)
 
 
 def best_of_n_curves(
@@ -220,8 +238,8 @@ def pooled_moments(moments: Sequence[tuple[float, float]]) -> tuple[float, float
     return float(mean.mean()), float((variance.mean() + mean.var(correction=0)).sqrt())
 
 
-def _fit_to_dict(fit: OveroptimisationFit) -> dict[str, float | None]:
-    """Its numbers; None for those that are not finite, which JSON cannot write."""
+def fit_to_dict(fit: OveroptimisationFit) -> dict[str, float | None]:
+    """A fit's numbers; None for those that are not finite, which JSON cannot write."""
     numbers = {name: getattr(fit, name) for name in ("a", "b", "a_error", "b_error", "peak_kl")}
     return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
@@ -231,7 +249,7 @@ def _root(kl: Any) -> Any:
     return abs(kl) ** 0.5
 
 
-def _table(rows: list[list[str]]) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
     """A Markdown table of padded cells, whose first row is the header."""
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     header, *body = (

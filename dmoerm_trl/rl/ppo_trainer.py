@@ -40,6 +40,7 @@ class ResumablePPOTrainer(PPOTrainer):
         super().__init__(**kwargs)
         self.top_p = top_p
         self.is_fsdp_xla_v1_enabled = False  # loading asks for it, and PPOTrainer does not call Trainer.__init__
+        self.model._keys_to_ignore_on_save = None  # loading a policy with tied weights asks for it
 
     def train(self, resume_from_checkpoint: str | os.PathLike | None = None) -> None:
         """

@@ -1,6 +1,6 @@
 """
 `dmoerm demo`: the whole method on a simulated world, on a CPU: preference rows, a tiny pretrained base, the router, the
-three phases, the baselines, the consistency table, and some steps of PPO with the DMoERM as its reward model.
+three phases, the baselines, the consistency table, best of n, and some steps of PPO with the DMoERM as its reward model.
 """
 
 import json
@@ -14,14 +14,16 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import TrlParser
 
-from ..data.rows import write_rows
+from ..data.rows import PreferenceRow, write_rows
 from ..data.world import World
+from ..evaluation.best_of_n import BestOfN, run_best_of_n
 from ..evaluation.explain import explanation
 from ..evaluation.methods import method_scores, router_accuracy
+from ..evaluation.scorers import AGGREGATIONS
 from ..evaluation.scoring import score_encodings
 from ..evaluation.table import CEILING, Table, consistency_table
 from ..rl.ppo import ppo_classes, ppo_trainer
-from ..rl.rollout import generate
+from ..rl.rollout import PolicySource, generate
 from ..tasks import OTHERS
 from ..training.pipeline import Pipeline
 from ..training.recipe import Recipe
@@ -34,12 +36,14 @@ RECIPE = "recipes/demo/demo.yaml"
 
 @dataclass
 class DemoArguments:
-    """What the demo reads beside the recipe: the world, the base, and PPO."""
+    """What the demo reads beside the recipe: the world, the base, best of n, and PPO."""
 
     rows_per_task: int = field(default=240, metadata={"help": "Prompts of each task."})
     rows_of_others: int = field(default=40, metadata={"help": "Prompts that belong to none of the tasks."})
     base: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of `train_tiny_base`."})
     base_texts: int = field(default=6000, metadata={"help": "Conversations that the base is trained on."})
+    best_of_n: int = field(default=256, metadata={"help": "Responses a prompt of which the best is taken."})
+    best_of_n_prompts: int = field(default=15, metadata={"help": "Held-out prompts, of each task as many."})
     ppo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of TRL's PPOConfig."})
     ppo_prompts: int = field(default=100, metadata={"help": "Held-out prompts on which PPO is measured."})
 
@@ -64,9 +68,12 @@ def demo(arguments: DemoArguments, recipe: Recipe) -> dict[str, Any]:
     with timed(seconds, "evaluation"):
         table = evaluate_in_world(run, world)
         accuracy = router_accuracy(run, run.rows("test"))
+    with timed(seconds, "best of n"):
+        curves = best_of_n_in_world(arguments, run)
     with timed(seconds, "ppo"):
         ppo = run_ppo(arguments, run, world)
     print(f"\nConsistency with the world's annotators (%)\n\n{table.to_markdown()}\n")
+    print(f"Best of n\n\n{curves}")
     print(f"router accuracy on held-out prompts: {accuracy:.1%}")
     print(f"PPO: reward {ppo['before']['reward']:+.3f} -> {ppo['after']['reward']:+.3f}", end=", ")
     print(f"gold {ppo['before']['gold']:+.3f} -> {ppo['after']['gold']:+.3f}\n")
@@ -74,12 +81,14 @@ def demo(arguments: DemoArguments, recipe: Recipe) -> dict[str, Any]:
     summary = {
         "consistency": {m: {c: cell["mean"] for c, cell in cells.items()} for m, cells in table.to_dict().items()},
         "router_accuracy": accuracy,
+        "best_of_n": curves.curves.to_dict()["curves"],
         "ppo": ppo,
         "seconds": seconds | {f"training: {name}": value for name, value in run.manifest["seconds"].items()},
     }
     path = run.root / "summary.json"
     path.write_text(json.dumps(summary, indent=2))
     print(f"table: {run.root / 'consistency.md'}\ncurves: {run.root / 'accuracy_curves.png'}")
+    print(f"best of n: {run.root / 'best_of_n' / 'best_of_n.png'}")
     print(f"model: {run.root / 'model'}\nsummary: {path}\nseconds: {sum(seconds.values()):.0f}")
     return summary
 
@@ -111,6 +120,37 @@ def evaluate_in_world(run: Pipeline, world: World) -> Table:
     table = consistency_table(scores, rows, list(run.tasks.tasks))
     table.save(run.root / "consistency")
     return table
+
+
+def best_of_n_in_world(arguments: DemoArguments, run: Pipeline) -> BestOfN:
+    """What gold gives the response that each reward model takes out of n, on held-out prompts."""
+    rows = held_out(run, arguments.best_of_n_prompts)
+    result = run_best_of_n(
+        run.root / "best_of_n",
+        [{"prompt": row.prompt, "task": row.task} for row in rows],
+        PolicySource(run.recipe.base_model, max_new_tokens=80, max_length=run.recipe.max_length),
+        reward_models(run),
+        "dmoerm_trl.data.world:world_gold",
+        n=arguments.best_of_n,
+        seed=run.recipe.seed,
+        workers=run.recipe.workers,
+        max_length=run.recipe.max_length,
+    )
+    result.save(run.root / "best_of_n")
+    return result
+
+
+def reward_models(run: Pipeline) -> dict[str, str | dict[str, list[str]]]:
+    """The reward models of a training that policies are optimised against, as best of n and PPO take them."""
+    members = [str(run.root / "ensemble" / str(member)) for member in range(run.recipe.ensemble_size)]
+    return {"DMoERM": str(run.root / "model"), "single": members[0], **{name: {name: members} for name in AGGREGATIONS}}
+
+
+def held_out(run: Pipeline, count: int) -> list[PreferenceRow]:
+    """Test rows, of each of the tasks in turn."""
+    rows = {task: iter(run.rows("test", task=task)) for task in run.tasks.tasks}
+    tasks = list(rows)
+    return [next(rows[tasks[number % len(tasks)]]) for number in range(count)]
 
 
 def explain_one(run: Pipeline) -> str:

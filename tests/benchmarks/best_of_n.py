@@ -23,9 +23,8 @@ import psutil
 import yaml
 from trl import TrlParser
 
-from dmoerm_trl.data.rows import PreferenceRow
 from dmoerm_trl.data.world import World
-from dmoerm_trl.scripts.demo import RECIPE, DemoArguments, make_world_and_base
+from dmoerm_trl.scripts.demo import RECIPE, DemoArguments, held_out, make_world_and_base, reward_models
 from dmoerm_trl.training.pipeline import Pipeline
 from dmoerm_trl.training.recipe import Recipe
 
@@ -47,19 +46,9 @@ def trained(recipe_file: str, folder: Path) -> Pipeline:
     return run
 
 
-def held_out(run: Pipeline, count: int) -> list[PreferenceRow]:
-    """Prompts of the test rows, from each of the tasks in turn."""
-    rows = {task: iter(run.rows("test", task=task)) for task in run.tasks.tasks}
-    tasks = list(rows)
-    return [next(rows[tasks[number % len(tasks)]]) for number in range(count)]
-
-
 def settings(run: Pipeline, prompts: Path) -> dict:
     """The demo's recipe of best of n, with the models of this run and all its ensemble members."""
-    members = [str(run.root / "ensemble" / str(member)) for member in range(run.recipe.ensemble_size)]
-    reward_models = {"DMoERM": str(run.root / "model"), "single": members[0]}
-    reward_models |= {name: {name: members} for name in ("mean", "WCO", "UWO")}
-    changes = {"policy": run.recipe.base_model, "prompts": str(prompts), "reward_models": reward_models}
+    changes = {"policy": run.recipe.base_model, "prompts": str(prompts), "reward_models": reward_models(run)}
     return {**yaml.safe_load(BON_RECIPE.read_text()), **changes, "num_prompts": None, "show_prompts": 2}
 
 
