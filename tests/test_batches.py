@@ -10,39 +10,44 @@ from dmoerm_trl.training.batches import TokenBatches, collate_ranked, distinct_t
 
 def test_a_batch_holds_each_response_once_padded_on_the_right():
     examples = [
-        {"input_ids": [[5, 6, 7], [5, 6]], "prompt_lengths": [2, 1], "ranks": [2, 1]},
-        {"input_ids": [[8], [8, 9], [8, 4, 4, 4]], "prompt_lengths": [1, 1, 1], "ranks": [1, 1, 2]},
+        {"input_ids": [[5, 6, 7], [5, 6]], "prompt_lengths": [2, 1], "pairs": [[0, 1, 0]]},
+        {"input_ids": [[8], [8, 9], [8, 4, 4, 4]], "prompt_lengths": [1, 1, 1], "pairs": [[0, 0, 2], [0, 1, 2]]},
     ]
     batch = {name: tensor.tolist() for name, tensor in collate_ranked(examples, pad_token_id=3).items()}
     assert batch == {
         "input_ids": [[5, 6, 7, 3], [5, 6, 3, 3], [8, 3, 3, 3], [8, 9, 3, 3], [8, 4, 4, 4]],
         "attention_mask": [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]],
         "prompt_lengths": [2, 1, 1, 1, 1],
-        "ranks": [2, 1, 1, 1, 2],
+        "pairs": [[0, 1, 0], [0, 2, 4], [0, 3, 4]],
         "groups": [0, 0, 1, 1, 1],
     }
 
 
 def test_a_token_of_the_text_that_equals_the_pad_is_attended():
-    batch = collate_ranked([{"input_ids": [[3, 3], [3]], "prompt_lengths": [1, 1], "ranks": [1, 2]}], pad_token_id=3)
+    batch = collate_ranked(
+        [{"input_ids": [[3, 3], [3]], "prompt_lengths": [1, 1], "pairs": [[0, 0, 1]]}], pad_token_id=3
+    )
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
 
 
-def test_ranks_of_several_points_are_columns_with_0_for_no_label():
+def test_pairs_keep_their_point_and_a_prompt_may_have_none():
     examples = [
-        {"input_ids": [[5], [6]], "prompt_lengths": [1, 1], "ranks": [[2, 1], []]},
-        {"input_ids": [[5], [6], [7]], "prompt_lengths": [1, 1, 1], "ranks": [[], [3, 1, 2]]},
+        {"texts": [0, 1], "pairs": [[1, 1, 0]]},
+        {"texts": [2, 3, 4], "pairs": []},
+        {"texts": [5, 6, 7], "pairs": [[0, 2, 1], [1, 0, 1]]},
     ]
     batch = collate_ranked(examples, pad_token_id=3)
-    assert batch["ranks"].tolist() == [[2, 0], [1, 0], [0, 3], [0, 1], [0, 2]]
-    assert batch["groups"].tolist() == [0, 0, 1, 1, 1]
+    assert batch["pairs"].tolist() == [[1, 1, 0], [0, 7, 6], [1, 5, 6]]
+    assert batch["groups"].tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
+    assert collate_ranked(examples[1:2], pad_token_id=3)["pairs"].shape == (0, 3)
 
 
 def test_a_batch_of_texts_that_are_embedded_already_holds_their_indices():
-    batch = collate_ranked([{"texts": [4, 2], "ranks": [1, 2]}, {"texts": [0, 1], "ranks": [2, 1]}], pad_token_id=3)
+    examples = [{"texts": [4, 2], "pairs": [[0, 0, 1]]}, {"texts": [0, 1], "pairs": [[0, 1, 0]]}]
+    batch = collate_ranked(examples, pad_token_id=3)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "texts": [4, 2, 0, 1],
-        "ranks": [1, 2, 2, 1],
+        "pairs": [[0, 0, 1], [0, 3, 2]],
         "groups": [0, 0, 1, 1],
     }
 

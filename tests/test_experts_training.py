@@ -1,10 +1,12 @@
 """Phase 2: experts trained together end as experts trained one by one, stop when their patience ends, survive a kill."""
 
 import json
+import math
 import multiprocessing
 import os
 import time
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,32 +156,36 @@ def test_an_experts_random_start_depends_on_seed_and_point_alone():
 # Rows without labels of some points.
 
 
-def test_rows_without_labels_of_a_point_have_no_part_in_its_loss(tmp_path):
+@pytest.mark.parametrize("center", [None, 0.5])
+def test_rows_without_labels_of_a_point_have_no_part_in_its_loss(center, tmp_path):
     """The loss of each expert is equation 7 over the prompts that have its labels."""
     rows = [make_rows(0, 1)[0], make_rows(1, 1, logic=[])[0], make_rows(2, 1, logic=[2, 2, 2])[0]]
     formatter = Formatter(make_tokenizer(), 256)
     data = ranked_dataset(rows, formatter, POINTS)
-    assert [ranks[POINTS.index("logic")] for ranks in data["ranks"]] == [rows[0].capability_ranks["logic"], [], []]
+    logic = [[pair for pair in pairs if pair[0] == POINTS.index("logic")] for pairs in data["pairs"]]
+    assert [len(pairs) for pairs in logic] == [3, 0, 0]
     model = Experts(untrained_experts(base(), POINTS, seed=0))
-    args = settings(tmp_path, per_device_train_batch_size=3)
+    args = settings(tmp_path, per_device_train_batch_size=3, center_rewards_coefficient=center)
     trainer = ExpertsTrainer(model, args, data, data, formatter.tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     loss = trainer.compute_loss(model, batch)
 
-    expected = 0
+    expected = centring = 0
     for point in POINTS:
-        losses = []
+        losses, squares = [], []
         for row in rows:
-            ranks = torch.tensor(row.capability_ranks.get(point, [1, 1, 1]))
+            pairs = torch.tensor(row.pairs_of(point))
             texts = formatter.encode_rows([row])[0][0]
             scores = [
                 model(torch.tensor([t.input_ids]), None, torch.tensor([t.prompt_length]), points=[point]).logits[0, 0]
                 for t in texts
             ]
-            if len(set(ranks.tolist())) > 1:
-                losses.append(ranking_loss(torch.stack(scores), ranks, torch.zeros(3, dtype=torch.long))[0])
+            if len(pairs):
+                losses.append(ranking_loss(torch.stack(scores), pairs, torch.zeros(3, dtype=torch.long))[0])
+                squares += [score**2 for score in scores]
         expected += sum(losses) / len(losses)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        centring += (center or 0) * sum(squares) / len(squares)
+    torch.testing.assert_close(loss, expected + centring, rtol=1e-5, atol=1e-6)
     metrics = trainer.evaluate()
     assert sum(metrics[f"eval_loss/{point}"] for point in POINTS) == pytest.approx(float(expected.detach()), rel=1e-5)
 
@@ -226,10 +232,83 @@ def test_adam_leaves_an_expert_without_a_pair_in_a_step_as_it_is(accumulation, o
 
 
 def test_a_point_without_labels_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(ValueError, match="got 6 rows and none with two distinct ranks of logic"):
+    with pytest.raises(ValueError, match="got 6 rows and none with a pair of logic"):
         trained(tmp_path, rows=make_rows(logic=[1, 1, 1]))
-    with pytest.raises(ValueError, match="got 3 rows and none with two distinct ranks of logic"):
+    with pytest.raises(ValueError, match="got 3 rows and none with a pair of logic"):
         trained(tmp_path, eval_rows=make_rows(logic=[], count=3))
+
+
+# Labels that are pairs.
+
+
+def as_pairs(rows: list[PreferenceRow]) -> list[PreferenceRow]:
+    """The same labels, written as pairs from the last to the first."""
+    return [
+        replace(
+            row,
+            capability_ranks={},
+            capability_pairs={
+                point: [list(pair) for pair in reversed(row.pairs_of(point))] for point in row.labelled_points
+            },
+        )
+        for row in rows
+    ]
+
+
+class Gradients(TrainerCallback):
+    """The gradients of each expert in every step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({f"{point}/{n}": w.grad.clone() for point in POINTS for n, w in model.expert(point).items()})
+
+
+def test_pairs_that_say_what_ranks_say_train_the_same_experts(tmp_path):
+    """Loss, gradients, evaluation and weights, bit by bit, also where ties leave a partial order."""
+    runs = []
+    tied = make_rows(logic=[2, 1, 2])
+    for name, rows, eval_rows in (("ranks", tied, EVAL_ROWS), ("pairs", as_pairs(tied), as_pairs(EVAL_ROWS))):
+        formatter = Formatter(make_tokenizer(), 256)
+        data = ranked_dataset(rows, formatter, POINTS), ranked_dataset(eval_rows, formatter, POINTS)
+        model = Experts(untrained_experts(base(), POINTS, seed=0))
+        trainer = ExpertsTrainer(model, settings(tmp_path / name, max_steps=4), *data, formatter.tokenizer)
+        gradients = Gradients()
+        trainer.add_callback(gradients)
+        train(trainer)
+        metrics = {
+            (entry["step"], key): value
+            for entry in trainer.state.log_history
+            for key, value in entry.items()
+            if key.partition("/")[0].removeprefix("eval_") in ("loss", "accuracy", "margin")
+        }
+        runs.append((gradients.steps, metrics, model))
+    (ranks_gradients, ranks_metrics, ranked), (pairs_gradients, pairs_metrics, paired) = runs
+    assert len(ranks_gradients) == 4 and all(map(same, ranks_gradients, pairs_gradients))
+    assert ranks_metrics == pairs_metrics
+    assert {key for _, key in ranks_metrics} >= {f"eval_loss/{point}" for point in POINTS}
+    for point in POINTS:
+        assert same(ranked.expert(point), paired.expert(point))
+
+
+def test_an_expert_learns_the_pairs_that_were_decided_and_no_others(tmp_path):
+    """The third response is in no pair of the point, so what it says is of no account; a cycle trains too."""
+    pairs = {"logic": [[1, 0]], "情感": [[0, 1], [1, 2], [2, 0]]}
+    labels = {"capability_ranks": {"empathy ability": [1, 2, 3]}, "capability_pairs": pairs}
+    rows = [replace(row, **labels) for row in ROWS]
+    other_text = [replace(row, responses=[*row.responses[:2], f"Nobody asked. {i}"]) for i, row in enumerate(rows)]
+    (first, histories), (second, _) = (
+        trained(tmp_path / str(i), rows=r, eval_rows=r[:3]) for i, r in enumerate((rows, other_text))
+    )
+    close(expert_of(first, "logic"), expert_of(second, "logic"))
+    assert not same(expert_of(first, "empathy ability"), expert_of(second, "empathy ability"))
+    assert not same(expert_of(first, "logic"), expert_of(untrained_experts(base(), POINTS, seed=42), "logic"))
+    accuracy = {point: [e["eval_accuracy"] for e in histories[point] if "eval_accuracy" in e] for point in POINTS}
+    assert max(accuracy["logic"]) == 1
+    assert 0 < max(accuracy["情感"]) < 1  # no rewards are in the order of a cycle
+    loss = [entry["eval_loss"] for entry in histories["情感"] if "eval_loss" in entry]
+    assert all(math.isfinite(value) for value in loss)
 
 
 # Best weights and patience.

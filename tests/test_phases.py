@@ -1,6 +1,7 @@
 """The router and the three phases: what each trains, what it leaves bit-equal, and what it starts from."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from dmoerm_trl.training.phases import (
     phase2,
     phase3,
     ranked_dataset,
+    routing_metrics,
     train_router,
 )
 from dmoerm_trl.training.trainer import PhaseConfig, RankedRewardTrainer
@@ -69,7 +71,7 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 # The rows as the trainer takes them.
 
 
-def test_ranked_dataset_drops_only_the_rows_without_labels_of_the_point(formatter):
+def test_ranked_dataset_drops_only_the_rows_without_a_pair_of_the_point(formatter):
     rows = [
         row(0, logic=[1, 2, 3]),
         row(1),
@@ -77,23 +79,23 @@ def test_ranked_dataset_drops_only_the_rows_without_labels_of_the_point(formatte
         row(3, correctness=[1, 2, 3]),
         row(4, logic=[3, 1, 1]),
     ]
-    assert ranked_dataset(rows, formatter)["ranks"] == [r.ranks for r in rows]
+    assert ranked_dataset(rows, formatter)["pairs"] == [[[0, *pair] for pair in r.pairs_of()] for r in rows]
     labelled = ranked_dataset(rows, formatter, ["logic"])
-    assert labelled["ranks"] == [[[1, 2, 3]], [[3, 1, 1]]]
+    assert labelled["pairs"] == [[[0, 0, 1], [0, 0, 2], [0, 1, 2]], [[0, 1, 0], [0, 2, 0]]]
     encodings, _ = formatter.encode_rows([rows[0], rows[4]])
     assert labelled["input_ids"] == [[encoding.input_ids for encoding in row] for row in encodings]
     assert labelled["prompt_lengths"] == [[encoding.prompt_length for encoding in row] for row in encodings]
 
 
 def test_ranked_dataset_without_a_labelled_row_is_an_error_that_names_the_point(formatter):
-    with pytest.raises(ValueError, match="got 4 rows and none with two distinct ranks of correctness"):
+    with pytest.raises(ValueError, match="got 4 rows and none with a pair of correctness, need one.*: label the rows"):
         ranked_dataset(ROWS, formatter, ["logic", "correctness"])
 
 
-def test_ranked_dataset_of_several_points_keeps_the_rows_with_labels_of_some(formatter):
+def test_ranked_dataset_of_several_points_keeps_the_rows_with_a_pair_of_some(formatter):
     rows = [row(0, logic=[1, 2, 3]), row(1), row(2, correctness=[2, 1, 1], logic=[1, 1, 1]), row(3, logic=[1, 1, 1])]
     data = ranked_dataset(rows, formatter, ["correctness", "logic"])
-    assert data["ranks"] == [[[], [1, 2, 3]], [[2, 1, 1], []]]
+    assert data["pairs"] == [[[1, 0, 1], [1, 0, 2], [1, 1, 2]], [[0, 1, 0], [0, 2, 0]]]
     encodings, _ = formatter.encode_rows([rows[0], rows[2]])
     assert data["input_ids"] == [[encoding.input_ids for encoding in row] for row in encodings]
 
@@ -117,8 +119,47 @@ def test_the_routers_training_moves_all_of_it_and_learns_the_tasks(base, formatt
     router, history = train_router(base, list(PROMPTS), rows, rows, formatter, args)
     assert moved(before, weights_of(router.backbone)) == before.keys()
     assert not router.training
-    assert [entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry][-1] == 1.0
+    evaluations = [entry for entry in history if "eval_accuracy" in entry]
+    assert evaluations[-1]["eval_accuracy"] == evaluations[-1]["eval_macro_f1"] == 1.0
     assert list(router.config.tasks) == list(PROMPTS)
+
+
+@pytest.mark.parametrize(("balanced", "share"), [(False, 5 / 6), (True, 1 / 2)])
+def test_balanced_tasks_weigh_the_same_however_many_rows_they_have(balanced, share, base, formatter, tmp_path):
+    """Six times the same prompt, five of them of one task: the share of it in the rows, or in the loss."""
+    rows = [replace(row(0), task=task) for task in 5 * ["chitchat"] + ["maths"]]
+    tasks = ["chitchat", "maths", "story writing"]  # the last has no rows
+    args = settings(tmp_path, max_steps=40, eval_steps=40, per_device_train_batch_size=6)
+    router, _ = train_router(base, tasks, rows, rows, formatter, args, balanced=balanced)
+    encoding = formatter.encode(rows[0].prompt, "")
+    prompt = torch.tensor([encoding.input_ids[: encoding.prompt_length]])
+    probabilities = router.probabilities(prompt, torch.ones_like(prompt))[0]
+    assert float(probabilities[0]) == pytest.approx(share, abs=0.05)
+    assert float(probabilities[2]) < 0.05
+
+
+def test_the_balanced_loss_does_not_depend_on_how_a_step_is_batched(base, formatter, tmp_path):
+    rows = router_rows(RESPONSES, 2)[1:6]  # tasks of one row and of two
+    histories = []
+    for size in (5, 1):
+        args = settings(
+            tmp_path / str(size),
+            max_steps=1,
+            eval_steps=1,
+            logging_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=5 // size,
+        )
+        histories.append(train_router(base, list(PROMPTS), rows, rows, formatter, args, balanced=True)[1])
+    for name in ("loss", "grad_norm"):
+        whole, in_parts = (next(entry[name] for entry in history if name in entry) for history in histories)
+        assert in_parts == pytest.approx(whole, rel=1e-4)
+
+
+def test_routing_metrics_by_hand():
+    """F1 of the tasks: 2 / (2 + 1), 2 / (1 + 3), 0 / (1 + 0); task 3 occurs nowhere."""
+    metrics = routing_metrics([0, 0, 1, 2], [0, 1, 1, 1])
+    assert metrics == {"accuracy": 1 / 2, "macro_f1": pytest.approx((2 / 3 + 1 / 2 + 0) / 3)}
 
 
 def test_the_router_never_sees_a_response(base, formatter, tmp_path):
@@ -224,7 +265,7 @@ def test_phase_2_trains_on_the_labels_of_its_point_alone(single, formatter, tmp_
         model, _ = phase2(deepcopy(single), ["logic"], rows, ROWS, formatter, settings(tmp_path / name))
         return {name: weight for name, weight in weights_of(model).items() if "aggregator" not in name}
 
-    turned = [PreferenceRow(r.prompt, r.responses, r.ranks[::-1], r.task, r.capability_ranks) for r in ROWS]
+    turned = [replace(r, ranks=r.ranks[::-1]) for r in ROWS]
     first = expert("first", ROWS)
     assert not moved(first, expert("turned", turned))
     assert not moved(first, expert("more", [row(8), *ROWS, row(9, correctness=[1, 2, 3])]))
@@ -267,10 +308,8 @@ def test_the_accuracy_of_phase_3_is_that_of_the_model_that_it_returns(inner, ada
     model, history = phase3(base, adapters, ROWS, ROWS[:2], formatter, settings(tmp_path, max_steps=6))
     right = pairs = 0
     for row_rewards, r in zip(score_rows(model, ROWS[:2], formatter), ROWS[:2], strict=True):
-        for better in range(3):
-            for worse in range(3):
-                if r.ranks[better] < r.ranks[worse]:
-                    pairs, right = pairs + 1, right + (row_rewards[better] > row_rewards[worse])
+        for better, worse in r.pairs_of():
+            pairs, right = pairs + 1, right + (row_rewards[better] > row_rewards[worse])
     assert right / pairs == max(entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry)
 
 
@@ -370,7 +409,7 @@ def test_embeddings_are_computed_once_also_by_a_run_that_was_killed(inner, adapt
 
 
 def test_rows_without_a_pair_are_an_error_in_phase_3(inner, adapters, formatter, tmp_path):
-    with pytest.raises(ValueError, match="got 0 rows and none with two distinct ranks of the overall preference"):
+    with pytest.raises(ValueError, match="got 0 rows and none with a pair of the overall preference"):
         phase3(base_reward_model(inner, "chitchat"), adapters, ROWS, [], formatter, settings(tmp_path))
 
 

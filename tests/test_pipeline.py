@@ -70,6 +70,8 @@ def make_rows() -> list[dict]:
         labels = {point: ranks() for point in {*POINTS.get(task, []), *OVERALL_POINTS}}
         prompt = f"{PROMPTS.get(task, 'Translate this.')} {number}"
         row = {"prompt": prompt, "responses": texts, "ranks": ranks(), "task": task, "capability_ranks": labels}
+        if labels.pop("empathy ability", None):  # a judge decided one pair or two
+            row["capability_pairs"] = {"empathy ability": [[0, 1], [2, 1]][: len(texts) - 1]}
         rows.append(row)
     return rows
 

@@ -2,13 +2,16 @@
 
 import json
 import re
+from dataclasses import replace
+from itertools import combinations
 
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmoerm_trl.data.rows import PreferenceRow, check_capability_labels, load_rows, rows_from_dataset, write_rows
+from dmoerm_trl.data.preference_row import PreferenceRow, check_row
+from dmoerm_trl.data.rows import check_capability_labels, load_rows, rows_from_dataset, write_rows
 from dmoerm_trl.tasks import TaskTable
 
 TASKS = TaskTable.paper()
@@ -80,6 +83,18 @@ def test_trl_preference_format(tmp_path, row, prompt, responses):
     assert load_one(tmp_path, row) == PreferenceRow(user(prompt), responses, [1, 2])
 
 
+def test_capability_pairs_beside_capability_ranks(tmp_path):
+    three = GOOD | {"responses": ["A", "B", "C"], "ranks": [1, 2, 2]}
+    labels = {
+        "capability_ranks": {"logic": [2, 1, 2]},
+        "capability_pairs": {"readability": [[2, 0], [1, 2], [0, 1]]},
+    }
+    row = load_one(tmp_path, three | labels)
+    assert (row.capability_ranks, row.capability_pairs) == tuple(labels.values())
+    pair = {"prompt": "Sky?", "chosen": "Blue.", "rejected": "No.", "capability_pairs": {"logic": [[1, 0]]}}
+    assert load_one(tmp_path, pair).capability_pairs == {"logic": [[1, 0]]}
+
+
 def test_the_papers_published_rows(tmp_path):
     row = {
         "src": ["你好", "讲个笑话"],
@@ -101,10 +116,10 @@ def test_the_papers_published_rows(tmp_path):
 
 @pytest.mark.parametrize("kind", ["parquet", "json", "folder", "saved"])
 def test_what_datasets_loads(tmp_path, kind):
-    labelled = GOOD | {
-        "capability_ranks": {"logic": None, "empathy ability": [1, 2]}
-    }  # None: how arrow writes absence
-    dataset, path = Dataset.from_list([labelled]), tmp_path / "source"
+    """In arrow a point that is absent from a row and present in another is None."""
+    labelled = GOOD | {"capability_ranks": {"empathy ability": [1, 2]}, "capability_pairs": {"readability": [[1, 0]]}}
+    other = GOOD | {"prompt": "Where?", "capability_ranks": {"readability": [1, 1]}, "capability_pairs": {"logic": []}}
+    dataset, path = Dataset.from_list([labelled, other, GOOD | {"prompt": "When?"}]), tmp_path / "source"
     if kind == "saved":
         dataset.save_to_disk(path)
     else:
@@ -112,11 +127,14 @@ def test_what_datasets_loads(tmp_path, kind):
         file = path / ("train.parquet" if kind != "json" else "train.json")
         dataset.to_parquet(file) if kind != "json" else dataset.to_json(file)
         path = path if kind == "folder" else file
-    [row], report = load_rows(path, tasks=TASKS)
-    assert row == PreferenceRow(
-        user(GOOD["prompt"]), GOOD["responses"], [1, 2], "roleplay", {"empathy ability": [1, 2]}
-    )
-    assert str(report) == f"{path}: 1 rows"
+    rows, report = load_rows(path, tasks=TASKS)
+    assert [(row.capability_ranks, row.capability_pairs) for row in rows] == [
+        ({"empathy ability": [1, 2]}, {"readability": [[1, 0]]}),
+        ({"readability": [1, 1]}, {"logic": []}),
+        ({}, {}),
+    ]
+    assert (rows[0].prompt, rows[0].responses, rows[0].ranks) == (user(GOOD["prompt"]), GOOD["responses"], [1, 2])
+    assert str(report) == f"{path}: 3 rows"
 
 
 def test_a_source_that_is_not_there(tmp_path):
@@ -167,6 +185,42 @@ MORE_BAD = [
     ("ranks that are not integers", {"capability_ranks": {"logic": [0.5, 1]}}, "field `capability_ranks.logic`"),
     ("bad capability_ranks", {"capability_ranks": [1, 2]}, "need point -> ranks"),
     ("unknown capability point", {"task": "others", "capability_ranks": {"empathy ability": [1, 2]}}, "does not have"),
+    (
+        "unknown capability point",
+        {"capability_pairs": {"expressiveness": [[0, 1]]}},
+        "field `capability_pairs`: got the point 'expressiveness', which task 'roleplay' does not have",
+    ),
+    ("bad capability_pairs", {"capability_pairs": [[0, 1]]}, "field `capability_pairs`.*need point -> pairs"),
+    (
+        "capability point with ranks and pairs",
+        {"capability_ranks": {"logic": [1, 2]}, "capability_pairs": {"logic": [[0, 1]]}},
+        "`capability_ranks` and `capability_pairs`: got the point 'logic' in both",
+    ),
+    (
+        "pairs that are not of two responses",
+        {"capability_pairs": {"logic": [[0, 2]]}},
+        r"field `capability_pairs.logic`: got the pair \[0, 2\] for 2 responses, need two different indices from 0 to 1",
+    ),
+    ("pairs that are not of two responses", {"capability_pairs": {"logic": [[-1, 0]]}}, "indices from 0 to 1"),
+    ("pairs that are not of two responses", {"capability_pairs": {"logic": [[1, 1]]}}, "two different indices"),
+    (
+        "pairs given twice or both ways round",
+        {"capability_pairs": {"logic": [[0, 1], [0, 1]]}},
+        r"field `capability_pairs.logic`: got the pair \[0, 1\] twice, need at most one",
+    ),
+    (
+        "pairs given twice or both ways round",
+        {"capability_pairs": {"logic": [[0, 1], [1, 0]]}},
+        r"got the pair \[1, 0\] and \[0, 1\], need at most one",
+    ),
+    *(
+        (
+            "pairs that are not two integers",
+            {"capability_pairs": {"logic": pairs}},
+            r"write each pair as \[better, worse\]",
+        )
+        for pairs in (7, [0, 1], [[0, 1, 1]], [[0]], [[0, 1.0]], [["0", "1"]], [[False, True]], {"0": 1})
+    ),
 ]
 
 
@@ -235,6 +289,30 @@ def test_duplicates_are_removed_and_counted(tmp_path):
     assert "2 rows; 3 duplicates removed (1 of them with other labels)" in str(report)
 
 
+def test_duplicates_contradict_when_they_mean_other_labels_not_when_they_write_them_otherwise(tmp_path):
+    three = {"prompt": "Who are you?", "responses": ["a", "b", "c"], "ranks": [1, 2, 3]}
+    first = three | {"capability_ranks": {"logic": [1, 2, 2]}}
+    same = [
+        three | {"capability_pairs": {"logic": [[0, 2], [0, 1]]}},
+        {
+            "prompt": "Who are you?",
+            "responses": ["c", "a", "b"],
+            "ranks": [9, 4, 5],
+            "capability_pairs": {"logic": [[1, 0], [1, 2]]},
+        },
+    ]
+    _, report = load_rows(write(tmp_path / "rows.jsonl", first, *same), tasks=TASKS)
+    assert (report.rows, report.duplicates, report.contradictions) == (1, 2, 0)
+    other = [
+        three | {"capability_pairs": {"logic": [[0, 1]]}},
+        three | {"capability_pairs": {"logic": [[0, 1], [2, 0]]}},
+        three | {"capability_ranks": {"readability": [1, 2, 2]}},
+        three,
+    ]
+    _, report = load_rows(write(tmp_path / "rows.jsonl", first, *other), tasks=TASKS)
+    assert (report.rows, report.duplicates, report.contradictions) == (1, 4, 4)
+
+
 text = st.text(alphabet='aé你😀 \n\u2028"\\', max_size=12).map(lambda t: t + ".")
 
 
@@ -244,12 +322,17 @@ def preference_rows(draw) -> PreferenceRow:
     ranks = st.lists(st.integers(1, 4), min_size=count, max_size=count)
     distinct = st.permutations([1, 2, *draw(ranks)[2:]])
     task = draw(st.sampled_from([None, "others", *TASKS.tasks]))
+    points = st.sampled_from([*TASKS.tasks.get(task, ()), *TASKS.overall])
+    labels = draw(st.dictionaries(points, ranks))
+    pairs = st.lists(st.sampled_from([*combinations(range(count), 2)]), unique=True)
+    either_way = pairs.flatmap(lambda pairs: st.tuples(*(st.permutations(pair) for pair in pairs)).map(list))
     return PreferenceRow(
         prompt=[{"role": "system", "content": draw(text)}, *user(draw(text))],
         responses=draw(st.lists(text, min_size=count, max_size=count)),
         ranks=draw(distinct),
         task=task,
-        capability_ranks=draw(st.dictionaries(st.sampled_from([*TASKS.tasks.get(task, ()), *TASKS.overall]), ranks)),
+        capability_ranks=labels,
+        capability_pairs=draw(st.dictionaries(points.filter(lambda point: point not in labels), either_way)),
     )
 
 
@@ -273,6 +356,31 @@ def test_the_prompt_id_is_stable():
 # ----------------------------------------------------------------------------------------- capability labels
 
 
+def test_the_pairs_of_a_row():
+    row = PreferenceRow(
+        user("a"),
+        ["b", "c", "d"],
+        [2, 1, 2],
+        capability_ranks={"wit": [3, 7, 3], "rhyme": [1, 1, 1]},
+        capability_pairs={"logic": [[2, 0], [1, 2], [0, 1]], "brevity": []},  # logic: a cycle
+    )
+    assert row.pairs_of() == row.pairs_of(None) == [(1, 0), (1, 2)]
+    assert row.pairs_of("wit") == [(0, 1), (2, 1)]
+    assert row.pairs_of("logic") == [(0, 1), (1, 2), (2, 0)]
+    assert row.pairs_of("rhyme") == row.pairs_of("brevity") == row.pairs_of("grammar") == []
+    assert set(row.labelled_points) == {"wit", "rhyme", "logic", "brevity"}
+
+
+@given(ranks=st.lists(st.integers(-3, 3), min_size=2, max_size=6), data=st.data())
+def test_ranks_and_the_pairs_that_they_imply_are_the_same_labels(ranks, data):
+    texts = [str(number) for number in range(len(ranks))]
+    implied = [[i, j] for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+    ranked = PreferenceRow(user("a"), texts, [1, *[2] * (len(ranks) - 1)], "chitchat", {"logic": ranks})
+    paired = replace(ranked, capability_ranks={}, capability_pairs={"logic": data.draw(st.permutations(implied))})
+    check_row(paired, TASKS)
+    assert paired.pairs_of("logic") == ranked.pairs_of("logic") == [tuple(pair) for pair in implied]
+
+
 def test_every_capability_point_needs_labels():
     table = TaskTable({"poetry": ("rhyme", "wit"), "prose": ("wit",)}, overall=("wit",))
 
@@ -280,7 +388,9 @@ def test_every_capability_point_needs_labels():
         return PreferenceRow(user("a"), ["b", "c"], [1, 2], task, labels)
 
     check_capability_labels([row("poetry", rhyme=[1, 2], wit=[2, 1]), row("prose", wit=[1, 2])], table)
-    tied = [row("poetry", rhyme=[1, 1], wit=[2, 1])]
+    paired = PreferenceRow(user("a"), ["b", "c"], [1, 2], "poetry", capability_pairs={"rhyme": [[1, 0]]})
+    check_capability_labels([paired, row("poetry", wit=[2, 1]), row("prose", wit=[1, 2])], table)
+    tied = [row("poetry", rhyme=[1, 1], wit=[2, 1]), replace(paired, capability_pairs={"rhyme": []})]
     with pytest.raises(ValueError, match=r"task 'poetry': 'rhyme'; task 'prose': 'wit'\. Need `capability_ranks`"):
         check_capability_labels(tied, table)
     with pytest.raises(ValueError, match="task 'overall': 'wit'"):

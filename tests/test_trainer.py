@@ -5,7 +5,7 @@ import math
 import os
 import socket
 from copy import deepcopy
-from itertools import combinations
+from itertools import permutations
 
 import pytest
 import torch
@@ -39,9 +39,11 @@ def softplus(x: float) -> float:
     return math.log(1 + math.exp(x))
 
 
-def loss_of(rewards: list[float], ranks: list[int], groups: list[int] | None = None) -> tuple[float, list[float]]:
-    groups = groups or [0] * len(ranks)
-    loss, margins, _ = ranking_loss(torch.tensor(rewards), torch.tensor(ranks), torch.tensor(groups))
+def loss_of(
+    rewards: list[float], pairs: list[tuple[int, int]], groups: list[int] | None = None
+) -> tuple[float, list[float]]:
+    groups = groups or [0] * len(rewards)
+    loss, margins, _ = ranking_loss(torch.tensor(rewards), torch.tensor(pairs), torch.tensor(groups))
     return float(loss), margins.tolist()
 
 
@@ -66,33 +68,44 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def test_the_loss_of_two_responses():
-    loss, margins = loss_of([0.5, 2.0], [2, 1])
+    loss, margins = loss_of([0.5, 2.0], [(1, 0)])
     assert loss == pytest.approx(softplus(-1.5)) and margins == [1.5]
-    assert loss_of([0.5, 2.0], [1, 2])[0] == pytest.approx(softplus(1.5))
+    assert loss_of([0.5, 2.0], [(0, 1)])[0] == pytest.approx(softplus(1.5))
 
 
 def test_the_loss_of_three_responses_is_the_mean_over_their_three_pairs():
-    loss, margins = loss_of([1.0, 3.0, 2.0], [2, 1, 3])
-    assert sorted(margins) == [-1.0, 1.0, 2.0]
+    loss, margins = loss_of([1.0, 3.0, 2.0], [(0, 2), (1, 0), (1, 2)])
+    assert margins == [-1.0, 2.0, 1.0]
     assert loss == pytest.approx((softplus(-2) + softplus(-1) + softplus(1)) / 3)
 
 
-def test_tied_responses_are_no_pair():
-    loss, margins = loss_of([0.0, 1.0, 4.0, 6.0], [1, 2, 2, 3])
-    assert sorted(margins) == [-6.0, -5.0, -4.0, -2.0, -1.0]
-    assert loss == pytest.approx(sum(map(softplus, (6, 5, 4, 2, 1))) / 5)
+def test_a_partial_order_is_the_mean_over_the_pairs_that_it_has():
+    loss, margins = loss_of([0.0, 1.0, 4.0, 6.0], [(0, 1), (3, 2)])
+    assert margins == [-1.0, 2.0]
+    assert loss == pytest.approx((softplus(1) + softplus(-2)) / 2)
+
+
+def test_a_cycle_of_pairs_pulls_the_rewards_together():
+    rewards = torch.tensor([3.0, 2.0, 0.0], requires_grad=True)
+    loss, margins, _ = ranking_loss(rewards, torch.tensor([(0, 1), (1, 2), (2, 0)]), torch.zeros(3, dtype=torch.long))
+    loss.backward()
+    assert margins.tolist() == [1.0, 2.0, -3.0]
+    assert float(loss) == pytest.approx((softplus(-1) + softplus(-2) + softplus(3)) / 3)
+    assert rewards.grad[0] > 0 > rewards.grad[2]
+    assert loss_of([1.0, 1.0, 1.0], [(0, 1), (1, 2), (2, 0)])[0] == pytest.approx(math.log(2))
 
 
 def test_every_prompt_weighs_the_same_however_many_pairs_it_has():
-    three, two, tied = softplus(0.0), softplus(-1.0), 0.0
-    loss, margins = loss_of([0.0, 0.0, 0.0, 1.0, 0.0, 5.0, 7.0], [1, 2, 3, 1, 2, 1, 1], [0, 0, 0, 1, 1, 2, 2])
+    pairs = [(0, 1), (0, 2), (1, 2), (3, 4)]
+    loss, margins = loss_of([0.0, 0.0, 0.0, 1.0, 0.0, 5.0, 7.0], pairs, [0, 0, 0, 1, 1, 2, 2])
     assert len(margins) == 4
-    assert loss == pytest.approx((three + two) / 2 + tied)  # a prompt with ties alone has no say
+    assert loss == pytest.approx((softplus(0) + softplus(-1)) / 2)  # a prompt without a pair has no say
 
 
-def test_ties_alone_give_zero_loss_and_zero_gradient():
+def test_no_pair_gives_zero_loss_and_zero_gradient():
     rewards = torch.tensor([0.3, -2.0, 1.0], requires_grad=True)
-    loss, margins, _ = ranking_loss(rewards, torch.tensor([1, 1, 1]), torch.tensor([0, 0, 0]))
+    no_pairs = torch.zeros(0, 2, dtype=torch.long)
+    loss, margins, _ = ranking_loss(rewards, no_pairs, torch.tensor([0, 0, 0]))
     loss.backward()
     assert loss == 0 and len(margins) == 0
     assert torch.equal(rewards.grad, torch.zeros(3))
@@ -100,16 +113,16 @@ def test_ties_alone_give_zero_loss_and_zero_gradient():
 
 def test_the_gradient_is_that_of_equation_7():
     rewards = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64, requires_grad=True)
-    ranks, groups = torch.tensor([2, 1, 2]), torch.zeros(3, dtype=torch.long)
-    ranking_loss(rewards, ranks, groups)[0].backward()
-    low, high = 1 / (1 + math.exp(1.5)), 1 / (1 + math.exp(1.0))  # sigmoid(-margin) of the pairs (1, 0) and (1, 2)
+    pairs, groups = torch.tensor([(1, 0), (1, 2)]), torch.zeros(3, dtype=torch.long)
+    ranking_loss(rewards, pairs, groups)[0].backward()
+    low, high = 1 / (1 + math.exp(1.5)), 1 / (1 + math.exp(1.0))  # sigmoid(-margin) of the two
     assert rewards.grad.tolist() == pytest.approx([low / 2, -(low + high) / 2, high / 2])
-    assert torch.autograd.gradcheck(lambda r: ranking_loss(r, ranks, groups)[0], rewards)
+    assert torch.autograd.gradcheck(lambda r: ranking_loss(r, pairs, groups)[0], rewards)
 
 
 def test_margins_of_a_thousand_do_not_overflow():
     rewards = torch.tensor([-1000.0, 1000.0], requires_grad=True)
-    loss, _, _ = ranking_loss(rewards, torch.tensor([1, 2]), torch.tensor([0, 0]))
+    loss, _, _ = ranking_loss(rewards, torch.tensor([(0, 1)]), torch.tensor([0, 0]))
     loss.backward()
     assert loss == 2000 and rewards.grad.tolist() == [-1, 1]
 
@@ -121,17 +134,18 @@ def test_margins_of_a_thousand_do_not_overflow():
 )
 @settings(deadline=None)
 def test_the_loss_is_the_mean_over_prompts_of_trls_pairwise_loss_over_all_pairs(prompts):
-    means = []
-    for prompt in prompts:
-        pairs = [pair if pair[0][1] < pair[1][1] else pair[::-1] for pair in combinations(prompt, 2)]
-        pairs = [pair for pair in pairs if pair[0][1] != pair[1][1]]
-        if pairs:
-            chosen, rejected = (torch.tensor([pair[side][0] for pair in pairs]) for side in (0, 1))
-            means.append(-torch.nn.functional.logsigmoid(chosen - rejected).mean())  # as in trl.RewardTrainer
     rewards = torch.tensor([reward for prompt in prompts for reward, _ in prompt])
-    ranks = torch.tensor([rank for prompt in prompts for _, rank in prompt])
+    ranks = [rank for prompt in prompts for _, rank in prompt]
     groups = torch.tensor([index for index, prompt in enumerate(prompts) for _ in prompt])
-    loss, _, _ = ranking_loss(rewards, ranks, groups)
+    pairs, means = [], []
+    for group in range(len(prompts)):
+        responses = (groups == group).nonzero().squeeze(1).tolist()
+        of_prompt = [(i, j) for i, j in permutations(responses, 2) if ranks[i] < ranks[j]]
+        if of_prompt:
+            chosen, rejected = rewards[[i for i, _ in of_prompt]], rewards[[j for _, j in of_prompt]]
+            means.append(-torch.nn.functional.logsigmoid(chosen - rejected).mean())  # as in trl.RewardTrainer
+        pairs += of_prompt
+    loss, _, _ = ranking_loss(rewards, torch.tensor(pairs, dtype=torch.long).view(-1, 2), groups)
     assert float(loss) == pytest.approx(float(torch.stack(means).mean()) if means else 0.0, rel=1e-5, abs=1e-6)
 
 
@@ -176,7 +190,7 @@ def test_each_response_goes_through_the_model_once_a_step(single, tokenizer, tmp
 def test_with_a_budget_of_tokens_every_prompt_is_trained_on_once_an_epoch(single, tokenizer, tmp_path, caplog):
     data = dataset(*[[1, 2], [2, 1, 3], [1, 2]] * 4)
     budget = sorted(distinct_tokens(row["input_ids"], row["prompt_lengths"]) for row in data)[-2] * 2
-    whole = {"input_ids": [[3] * budget, [3] * 5], "prompt_lengths": [1, 1], "ranks": [1, 2]}
+    whole = {"input_ids": [[3] * budget, [3] * 5], "prompt_lengths": [1, 1], "pairs": [[0, 0, 1]]}
     data = data.add_item(whole)
     args = PhaseConfig(
         str(tmp_path), num_train_epochs=3, eval_steps=100, train_tokens_per_batch=budget, save_total_limit=2, **QUIET
@@ -232,7 +246,10 @@ def rows_of(*prompts: list[tuple[int, int]]) -> Dataset:
         {
             "input_ids": [[[token, 1, 2] for token, _ in prompt] for prompt in prompts],
             "prompt_lengths": [[1] * len(prompt) for prompt in prompts],
-            "ranks": [[rank for _, rank in prompt] for prompt in prompts],
+            "pairs": [
+                [[0, i, j] for i, j in permutations(range(len(prompt)), 2) if prompt[i][1] < prompt[j][1]]
+                for prompt in prompts
+            ],
         }
     )
 
@@ -311,10 +328,10 @@ def test_a_reward_that_is_nan_is_no_right_order(single, tokenizer, tmp_path):
     assert trainer.evaluate()["eval_accuracy"] == 0
 
 
-def test_a_step_whose_pairs_are_all_tied_is_no_error(single, tokenizer, tmp_path):
+def test_a_step_without_a_pair_is_no_error(single, tokenizer, tmp_path):
     args = PhaseConfig(str(tmp_path), max_steps=1, eval_steps=5, **QUIET)
-    tied = dataset([1, 2]).map(lambda row: {"ranks": [1, 1]})
-    model, history = fit(single, args, tied, dataset([1, 2], start=5), tokenizer)
+    data = dataset([1, 2]).map(lambda row: {"pairs": []})
+    model, history = fit(single, args, data, dataset([1, 2], start=5), tokenizer)
     assert history[0]["loss"] == 0 and "accuracy" not in history[0]
 
 

@@ -1,6 +1,5 @@
-"""Preference rows: one prompt, two or more ranked responses. Reading, checking, writing; see recipes/DATA.md."""
+"""Preference rows from files and datasets, and back to files; see recipes/DATA.md."""
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -14,39 +13,9 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from tqdm.auto import tqdm
 
 from ..tasks import OTHERS, OVERALL, TaskTable
+from .preference_row import PreferenceRow, RowError, check_row, short
 
 OnError = Literal["raise", "skip"]
-
-
-@dataclass(frozen=True)
-class PreferenceRow:
-    """
-    One prompt with its ranked responses.
-
-    Args:
-        prompt (`list[dict]`):
-            Turns with `role` and `content`, oldest first; the last is the user's.
-        responses (`list[str]`):
-            K >= 2 answers to the last turn.
-        ranks (`list[int]`):
-            One rank a response, 1 is best, ties allowed.
-        task (`str`, *optional*):
-            Name of the task, `"others"`, or `None` where it is not known.
-        capability_ranks (`dict[str, list[int]]`):
-            Capability point -> one rank a response. A point that is absent is unlabelled for this row.
-    """
-
-    prompt: list[dict]
-    responses: list[str]
-    ranks: list[int]
-    task: str | None = None
-    capability_ranks: dict[str, list[int]] = field(default_factory=dict)
-
-    @property
-    def prompt_id(self) -> str:
-        """A stable id of the prompt, in which neither case nor the amount of white space matters."""
-        turns = [[turn["role"], " ".join(turn["content"].split()).casefold()] for turn in self.prompt]
-        return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -76,14 +45,6 @@ class LoadReport:
         return "; ".join(parts)
 
 
-class RowError(ValueError):
-    """A row that cannot be used. `reason` names the kind of fault, under which skipped rows are counted."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-
 # --------------------------------------------------------------------------------------------------- reading
 
 
@@ -110,10 +71,22 @@ def load_rows(
     Raises:
         `ValueError`: For the first bad row, naming the source, the line (from 1), the field and the way out.
     """
-    path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        return _collect(_read_jsonl(path), str(path), "line", tasks, on_error)
-    return rows_from_dataset(_open_dataset(path, split), tasks=tasks, on_error=on_error, name=str(source))
+    return _collect(*_numbered(source, split), tasks, on_error)
+
+
+def iter_rows(
+    source: str | os.PathLike,
+    *,
+    tasks: TaskTable,
+    split: str = "train",
+    on_error: OnError = "raise",
+    report: LoadReport | None = None,
+) -> Iterator[PreferenceRow]:
+    """
+    As [`load_rows`], one row at a time, so that the rows need not fit into memory. Duplicates are among them; `report`, if
+    there is one, counts what is read.
+    """
+    return _checked(*_numbered(source, split), tasks, on_error, report or LoadReport(str(source)))
 
 
 def rows_from_dataset(
@@ -166,13 +139,25 @@ def _open_dataset(path: Path, split: str) -> Dataset:
     return load_dataset(str(path), split=split)
 
 
-def _collect(
-    numbered: Iterable[tuple[int, Any]], source: str, unit: str, tasks: TaskTable, on_error: OnError
-) -> tuple[list[PreferenceRow], LoadReport]:
+def _numbered(source: str | os.PathLike, split: str) -> tuple[Iterable[tuple[int, Any]], str, str]:
+    """(number, what stands there) of a source's rows, the source's name, and what is numbered."""
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        return _read_jsonl(path), str(path), "line"
+    return enumerate(_open_dataset(path, split), start=1), str(source), "row"
+
+
+def _checked(
+    numbered: Iterable[tuple[int, Any]],
+    source: str,
+    unit: str,
+    tasks: TaskTable,
+    on_error: OnError,
+    report: LoadReport,
+) -> Iterator[PreferenceRow]:
     if on_error not in ("raise", "skip"):
         raise ValueError(f"got on_error={on_error!r}, need 'raise' or 'skip'.")
-    rows, seen, report = [], {}, LoadReport(source)
-    for number, raw in tqdm(numbered, desc=f"reading {source}", unit=" rows", delay=3):
+    for number, raw in numbered:
         try:
             row = _parse(raw, tasks, report)
             check_row(row, tasks)
@@ -181,22 +166,41 @@ def _collect(
                 way_out = "To leave such rows out and count them: on_error='skip'."
                 raise ValueError(f"{source}, {unit} {number}: {error} {way_out}") from error
             report.skipped[error.reason] += 1
-            continue
-        labels = (row.task, [sorted(zip(row.responses, ranks, strict=True)) for ranks in _all_ranks(row).values()])
-        first = seen.setdefault((row.prompt_id, tuple(sorted(row.responses))), labels)
-        if first is labels:
+        else:
+            report.rows += 1
+            yield row
+
+
+def _collect(
+    numbered: Iterable[tuple[int, Any]], source: str, unit: str, tasks: TaskTable, on_error: OnError
+) -> tuple[list[PreferenceRow], LoadReport]:
+    rows, seen, report = [], {}, LoadReport(source)
+    checked = _checked(numbered, source, unit, tasks, on_error, report)
+    for row in tqdm(checked, desc=f"reading {source}", unit=" rows", delay=3):
+        first = seen.setdefault((row.prompt_id, tuple(sorted(row.responses))), row)
+        if first is row:
             rows.append(row)
         else:
             report.duplicates += 1
-            report.contradictions += first != labels
-    report.rows = len(rows)
+            report.contradictions += _labels(first) != _labels(row)
+    report.rows = len(rows)  # without the duplicates
     return rows, report
+
+
+def _labels(row: PreferenceRow) -> tuple[str | None, dict[str | None, list[tuple[str, str]]]]:
+    """What a row says of its responses, in whatever order and whichever way it says it."""
+    texts = row.responses
+    return row.task, {
+        point: sorted((texts[better], texts[worse]) for better, worse in row.pairs_of(point))
+        for point in (None, *row.labelled_points)
+    }
 
 
 # --------------------------------------------------------------------------------------------------- formats
 
-_OURS = {"prompt", "messages", "responses", "ranks", "task", "capability_ranks"}
-_TRL = {"prompt", "chosen", "rejected", "task", "capability_ranks"}
+_CAPABILITIES = {"capability_ranks": "ranks", "capability_pairs": "pairs"}
+_OURS = {"prompt", "messages", "responses", "ranks", "task", *_CAPABILITIES}
+_TRL = {"prompt", "chosen", "rejected", "task", *_CAPABILITIES}
 _PUBLISHED = {"src", "tgt", "response", "rank", "label"}
 
 
@@ -205,7 +209,7 @@ def _parse(raw: Any, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
     if isinstance(raw, RowError):
         raise raw
     if not isinstance(raw, dict):
-        raise RowError("unknown format", f"got {_short(raw)}, need an object with `prompt`, `responses` and `ranks`.")
+        raise RowError("unknown format", f"got {short(raw)}, need an object with `prompt`, `responses` and `ranks`.")
     raw = {name: value for name, value in raw.items() if value is not None}  # None: how `datasets` writes an absence
     if raw.keys() & {"responses", "ranks"}:
         fields, row = _OURS, _parse_ours(raw)
@@ -237,10 +241,8 @@ def _parse_ours(raw: dict) -> PreferenceRow:
     missing = {"responses", "ranks"} - raw.keys()
     if missing:
         raise RowError("missing field", f"got no field `{missing.pop()}`, need it with one entry a response: add it.")
-    capability_ranks = _capability_ranks(raw)
-    return PreferenceRow(
-        _turns(raw[given[0]], given[0]), raw["responses"], raw["ranks"], raw.get("task"), capability_ranks
-    )
+    prompt = _turns(raw[given[0]], given[0])
+    return PreferenceRow(prompt, raw["responses"], raw["ranks"], raw.get("task"), **_capability_labels(raw))
 
 
 def _parse_trl(raw: dict) -> PreferenceRow:
@@ -249,7 +251,7 @@ def _parse_trl(raw: dict) -> PreferenceRow:
     if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
         raise RowError(
             "bad responses",
-            f"fields `chosen` and `rejected`: got {_short(chosen)} and {_short(rejected)}, "
+            f"fields `chosen` and `rejected`: got {short(chosen)} and {short(rejected)}, "
             "need both as text or both as turns.",
         )
     prompt = raw.get("prompt")
@@ -267,7 +269,7 @@ def _parse_trl(raw: dict) -> PreferenceRow:
                 "without the field `prompt` that is the prompt: add `prompt`.",
             )
     responses = [_completion(chosen, "chosen"), _completion(rejected, "rejected")]
-    return PreferenceRow(_turns(prompt, "prompt"), responses, [1, 2], raw.get("task"), _capability_ranks(raw))
+    return PreferenceRow(_turns(prompt, "prompt"), responses, [1, 2], raw.get("task"), **_capability_labels(raw))
 
 
 def _parse_published(raw: dict, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
@@ -279,7 +281,7 @@ def _parse_published(raw: dict, tasks: TaskTable, report: LoadReport) -> Prefere
     if not isinstance(users, list) or not isinstance(assistants, list) or len(users) != len(assistants) + 1:
         raise RowError(
             "bad prompt",
-            f"fields `src` and `tgt`: got {_short(users)} and {_short(assistants)}, need lists "
+            f"fields `src` and `tgt`: got {short(users)} and {short(assistants)}, need lists "
             "with one more in `src` because the last user turn is the one to answer: mend the row.",
         )
     turns = [{"role": "user", "content": users[0]}]
@@ -299,11 +301,11 @@ def _turns(prompt: Any, name: str) -> list[dict]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
-        raise RowError("bad prompt", f"field `{name}`: got {_short(prompt)}, need text or a list of turns.")
+        raise RowError("bad prompt", f"field `{name}`: got {short(prompt)}, need text or a list of turns.")
     for turn in prompt:
         if not (isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
             raise RowError(
-                "bad prompt", f"field `{name}`: got the turn {_short(turn)}, need `role` and `content` as text."
+                "bad prompt", f"field `{name}`: got the turn {short(turn)}, need `role` and `content` as text."
             )
     return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
 
@@ -322,94 +324,18 @@ def _completion(completion: str | list, name: str) -> str:
     return turns[0]["content"]
 
 
-def _capability_ranks(raw: dict) -> dict[str, list[int]]:
-    labels = raw.get("capability_ranks", {})
-    if not isinstance(labels, dict):
-        raise RowError("bad capability_ranks", f"field `capability_ranks`: got {_short(labels)}, need point -> ranks.")
-    return {point: ranks for point, ranks in labels.items() if ranks is not None}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _capability_labels(raw: dict) -> dict[str, dict[str, list]]:
+    """The fields of capability labels without the points that are None."""
+    fields = {}
+    for name, kind in _CAPABILITIES.items():
+        labels = raw.get(name, {})
+        if not isinstance(labels, dict):
+            raise RowError(f"bad {name}", f"field `{name}`: got {short(labels)}, need point -> {kind}.")
+        fields[name] = {point: of_point for point, of_point in labels.items() if of_point is not None}
+    return fields
 
 
 # ---------------------------------------------------------------------------------------------------- checks
-
-
-def check_row(row: PreferenceRow, tasks: TaskTable) -> None:
-    """
-    Checks the values of one row.
-
-    Raises:
-        [`RowError`]: If the row cannot be used; the text names the field, what was got, what is needed, and the way out.
-    """
-    if not row.prompt or not row.prompt[-1]["content"].strip():
-        raise RowError("empty prompt", "field `prompt`: got an empty one, need a question: write it or drop the row.")
-    if row.prompt[-1]["role"] != "user":
-        raise RowError(
-            "last turn not the user's",
-            f"field `prompt`: got a last turn of {row.prompt[-1]['role']!r}, need one of 'user' because the responses "
-            "answer it: move a last turn of the assistant into `responses`.",
-        )
-    if not isinstance(row.responses, list) or len(row.responses) < 2:
-        raise RowError(
-            "fewer than two responses",
-            f"field `responses`: got {_short(row.responses)}, need a list of two or more because one alone has no rank.",
-        )
-    for number, response in enumerate(row.responses, start=1):
-        if not isinstance(response, str) or not response.strip():
-            raise RowError(
-                "empty response",
-                f"field `responses`: got {_short(response)} as response {number}, need text because an empty response "
-                "says nothing about quality: drop it together with its rank.",
-            )
-    for name, ranks in _all_ranks(row).items():
-        _check_ranks(name, ranks, len(row.responses))
-    if len(set(row.ranks)) < 2:
-        raise RowError(
-            "no two distinct ranks",
-            f"field `ranks`: got {row.ranks}, need two distinct ranks because a row without a better and a worse "
-            "response teaches nothing: rank the responses or drop the row.",
-        )
-    if row.task is not None and row.task != OTHERS and row.task not in tasks.tasks:
-        raise RowError(
-            "unknown task",
-            f"field `task`: got {row.task!r}, need one of {[*tasks.tasks, OTHERS]}, or none where the task is not "
-            "known: rename it, or add it to the task table.",
-        )
-    if row.task is None:
-        known = {point for points in tasks.tasks.values() for point in points} | set(tasks.overall)
-    else:
-        known = {*tasks.tasks.get(row.task, ()), *tasks.overall}
-    for point in row.capability_ranks:
-        if point not in known:
-            raise RowError(
-                "unknown capability point",
-                f"field `capability_ranks`: got the point {point!r}, which task {row.task!r} does not have, need some of "
-                f"{sorted(known)}: rename it, or add it to the task table.",
-            )
-
-
-def _check_ranks(name: str, ranks: Any, count: int) -> None:
-    if not isinstance(ranks, list) or len(ranks) != count:
-        got = f"{len(ranks)} ranks" if isinstance(ranks, list) else _short(ranks)
-        raise RowError(
-            "ranks and responses of different lengths",
-            f"field `{name}`: got {got} for {count} responses, need one rank a response: add or remove some.",
-        )
-    if not all(type(rank) is int for rank in ranks):
-        raise RowError(
-            "ranks that are not integers",
-            f"field `{name}`: got {_short(ranks)}, need integers, 1 for the best: turn scores into ranks.",
-        )
-
-
-def _all_ranks(row: PreferenceRow) -> dict[str, list[int]]:
-    """The ranks and the capability ranks, by the name of their field, in one order whatever the order in the file."""
-    return {"ranks": row.ranks} | {
-        f"capability_ranks.{point}": row.capability_ranks[point] for point in sorted(row.capability_ranks)
-    }
 
 
 def check_capability_labels(rows: Iterable[PreferenceRow], tasks: TaskTable, *, overall: bool = True) -> None:
@@ -420,7 +346,7 @@ def check_capability_labels(rows: Iterable[PreferenceRow], tasks: TaskTable, *, 
         rows (`Iterable[PreferenceRow]`):
             The rows for training.
         tasks (`TaskTable`):
-            Each point of each task needs a row of that task in which two responses have distinct ranks on the point.
+            Each point of each task needs a row of that task in which one response is better than another on the point.
         overall (`bool`, *optional*, defaults to `True`):
             Whether the overall points (those of DMoERM-w/o-Outer) need such a row too, of whatever task.
 
@@ -429,7 +355,7 @@ def check_capability_labels(rows: Iterable[PreferenceRow], tasks: TaskTable, *, 
     """
     labelled = set()
     for row in rows:
-        points = [point for point, ranks in row.capability_ranks.items() if len(set(ranks)) > 1]
+        points = [point for point in row.labelled_points if row.pairs_of(point)]
         labelled |= {(task, point) for task in (row.task, OVERALL) for point in points}
     needed = tasks.tasks | ({OVERALL: tasks.overall} if overall else {})
     missing = {task: [point for point in points if (task, point) not in labelled] for task, points in needed.items()}
@@ -437,7 +363,7 @@ def check_capability_labels(rows: Iterable[PreferenceRow], tasks: TaskTable, *, 
     if missing:
         listed = "; ".join(f"task {task!r}: {', '.join(map(repr, points))}" for task, points in missing.items())
         raise ValueError(
-            f"got no labels for the capability points of {listed}. Need `capability_ranks` with two distinct ranks on at "
-            "least one row of the task, because an expert is trained on them: label the rows, or take the points out of "
-            "the task table."
+            f"got no labels for the capability points of {listed}. Need `capability_ranks` with two distinct ranks or "
+            "`capability_pairs` with a pair on at least one row of the task, because an expert is trained on them: label "
+            "the rows, or take the points out of the task table."
         )

@@ -284,6 +284,7 @@ class World:
             lengths = [len(response) for response in row.responses]
             repeated += [len(clauses) > len(set(clauses)) for clauses in map(clauses_of, row.responses)]
             annotators = [(_annotate(rng, golds), _annotate(rng, golds)) for _ in range(20)]
+            pairs = {point: set(row.pairs_of(point)) for point in row.labelled_points}
             for i, j in itertools.combinations(range(len(golds)), 2):
                 label = _sign(row.ranks[j] - row.ranks[i])  # 1 where i is the better
                 tied.append(label == 0)
@@ -294,9 +295,10 @@ class World:
                     product = _sign(one[j] - one[i]) * _sign(other[j] - other[i])
                     if product:
                         agreed.append(product == 1)
-                for point, ranks in row.capability_ranks.items():
+                for point, of_point in pairs.items():
                     agreement, labelled, equal = judge[point]
-                    truth, label = _sign(levels[i][point] - levels[j][point]), _sign(ranks[j] - ranks[i])
+                    truth = _sign(levels[i][point] - levels[j][point])
+                    label = ((i, j) in of_point) - ((j, i) in of_point)
                     if not truth:
                         equal.append(label == 0)
                     else:

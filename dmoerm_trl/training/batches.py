@@ -1,6 +1,7 @@
 """Batches of ranked responses: what a batch holds, and which rows go into one under a budget of tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,16 +15,23 @@ def collate_ranked(examples: list[dict[str, Any]], pad_token_id: int) -> dict[st
 
     Args:
         examples (`list[dict]`): each with `input_ids` (K lists of tokens, prompt included), `prompt_lengths` (K numbers)
-            and `ranks`, or with `texts` (K indices of embeddings) in place of the first two. `ranks` are K numbers, or for
-            each of several capability points a list of K numbers, empty where the prompt has no labels of the point.
+            and `pairs`, or with `texts` (K indices of embeddings) in place of the first two. `pairs` are lists
+            `[ranking, better, worse]`: the index of what is labelled (0 where that is one thing), of a response, and of
+            one that is worse.
 
     Returns:
         The model's inputs with N = the sum of all K in the first dimension, `groups` of shape (N,), the index of the
-        prompt, and `ranks` of shape (N,), or of shape (N, points) with 0 for "no label".
+        prompt, and `pairs` of shape (pairs, 3), whose responses are counted through the batch.
     """
     sizes = [len(example["texts" if "texts" in example else "input_ids"]) for example in examples]
+    starts = [0, *accumulate(sizes)][:-1]
+    pairs = [
+        [ranking, start + better, start + worse]
+        for example, start in zip(examples, starts, strict=True)
+        for ranking, better, worse in example["pairs"]
+    ]
     batch = {
-        "ranks": torch.cat([_ranks(example["ranks"], size) for example, size in zip(examples, sizes, strict=True)]),
+        "pairs": torch.tensor(pairs, dtype=torch.long).view(-1, 3),  # also without a pair
         "groups": torch.arange(len(examples)).repeat_interleave(torch.tensor(sizes)),
     }
     if "texts" in examples[0]:
@@ -36,12 +44,6 @@ def collate_ranked(examples: list[dict[str, Any]], pad_token_id: int) -> dict[st
         "prompt_lengths": torch.tensor([length for example in examples for length in example["prompt_lengths"]]),
         **batch,
     }
-
-
-def _ranks(ranks: list[int] | list[list[int]], size: int) -> Tensor:
-    if isinstance(ranks[0], list):
-        return torch.tensor([of_point or [0] * size for of_point in ranks]).T
-    return torch.tensor(ranks)
 
 
 def distinct_tokens(input_ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> int:

@@ -87,9 +87,9 @@ class Experts(DMoERMPreTrainedModel):
 
 class ExpertsTrainer(RankedRewardTrainer):
     """
-    [`RankedRewardTrainer`] on several rankings of the same responses, one a capability point: `ranks` of a row are a list
-    for each of the model's points, empty where it has no labels. The loss is the sum over points of equation 7 over the
-    prompts that have labels of the point. Metrics are named after the point: `eval_accuracy/<point>`.
+    [`RankedRewardTrainer`] on several rankings of the same responses, one a capability point, whose index among the model's
+    points each of a row's `pairs` begins with. The loss is the sum over points of equation 7 over the prompts that have a
+    pair of the point. Metrics are named after the point: `eval_accuracy/<point>`.
 
     Every expert is trained as if it were alone: it has its own labels, its own gradient norm is clipped, Adam leaves it as it
     is in a step without a pair of its point, and it has its own best weights and patience ([`BestExperts`]). With LoRA dropout
@@ -133,18 +133,12 @@ class ExpertsTrainer(RankedRewardTrainer):
 
     def rank(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         inputs = dict(inputs)
-        ranks, groups = inputs.pop("ranks"), inputs.pop("groups")
-        rows = {
-            point: labelled.nonzero().squeeze(1) for point, labelled in zip(self.model.points, ranks.T, strict=True)
-        }
+        pairs, groups = inputs.pop("pairs"), inputs.pop("groups")
+        pairs = {point: pairs[pairs[:, 0] == index, 1:] for index, point in enumerate(self.model.points)}
         active = self.model.active
-        points = [point for point in active if len(rows[point])] or active[:1]  # one, so that all processes take part
+        points = [point for point in active if len(pairs[point])] or active[:1]  # one, so that all processes take part
         rewards = model(**inputs, points=points).logits
-        columns = [self.model.points.index(point) for point in points]
-        return {
-            f"/{point}": (rewards[rows[point], i], ranks[rows[point], column], groups[rows[point]])
-            for i, (point, column) in enumerate(zip(points, columns, strict=True))
-        }
+        return {f"/{point}": (rewards[:, i], pairs[point], groups) for i, point in enumerate(points)}
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Before an optimizer step: an expert without a pair since the last one has no gradient, which Adam takes for rest."""

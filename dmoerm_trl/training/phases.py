@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from torch import Tensor
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, Trainer, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -40,34 +42,36 @@ def ranked_dataset(
 
     Args:
         points (`Sequence[str]`, *optional*): take the labels of these capability points in place of the overall ranks, and
-            only the rows that have some of a point, with two ranks that differ.
+            only the rows that have a pair of some point.
 
     Raises:
-        ValueError: if no row has two distinct ranks, or none of one of the points.
+        ValueError: if no row has a pair, or none of one of the points.
     """
-    if points is None:
-        rankings = {"the overall preference": [row.ranks for row in rows]}
-    else:
-        rankings = {point: [row.capability_ranks.get(point, []) for row in rows] for point in points}
-    kept = _rows_with_pairs(rankings)
-    ranks = [[of_row if len(set(of_row)) > 1 else [] for of_row in ranking] for ranking in rankings.values()]
-    encodings, _ = formatter.encode_rows([rows[index] for index in kept])
+    rows, pairs = _labelled(rows, [None] if points is None else points)
+    encodings, _ = formatter.encode_rows(rows)
     return Dataset.from_dict(
         {
             "input_ids": [[encoding.input_ids for encoding in row] for row in encodings],
             "prompt_lengths": [[encoding.prompt_length for encoding in row] for row in encodings],
-            "ranks": [ranks[0][i] if points is None else [ranking[i] for ranking in ranks] for i in kept],
+            "pairs": pairs,
         }
     )
 
 
-def _rows_with_pairs(rankings: Mapping[str, Sequence[Sequence[int]]]) -> list[int]:
-    """Indices of the rows that have two distinct ranks in some ranking; an error where a ranking has no such row."""
-    pairs = {name: [i for i, ranks in enumerate(rows) if len(set(ranks)) > 1] for name, rows in rankings.items()}
-    for name, indices in pairs.items():
-        if not indices:
-            raise ValueError(f"got {len(rankings[name])} rows and none with two distinct ranks of {name}.")
-    return sorted(set().union(*pairs.values()))
+def _labelled(
+    rows: Sequence[PreferenceRow], points: Sequence[str | None]
+) -> tuple[list[PreferenceRow], list[list[list[int]]]]:
+    """The rows that have a pair of some point (None: of the overall preference), and their `pairs` of [`collate_ranked`]."""
+    pairs = [[[i, *pair] for i, point in enumerate(points) for pair in row.pairs_of(point)] for row in rows]
+    found = {i for of_row in pairs for i, _, _ in of_row}
+    for i, point in enumerate(points):
+        if i not in found:
+            raise ValueError(
+                f"got {len(rows)} rows and none with a pair of {point or 'the overall preference'}, need one in which a "
+                "response is better than another because there is nothing to learn without: label the rows."
+            )
+    kept = [i for i, of_row in enumerate(pairs) if of_row]
+    return [rows[i] for i in kept], [pairs[i] for i in kept]
 
 
 def train_router(
@@ -79,14 +83,17 @@ def train_router(
     args: PhaseConfig,
     *,
     num_layers: int | None = None,
+    balanced: bool = False,
     trust_remote_code: bool = False,
 ) -> tuple[Router, History]:
     """
-    Trains the gate of equation 1 on the task labels of prompts, by cross-entropy. Rows of other tasks are not used.
+    Trains the gate of equation 1 on the task labels of prompts, by cross-entropy. Rows of other tasks are not used. An
+    evaluation gives `eval_accuracy` and `eval_macro_f1`, the mean over tasks of F1, in which each task counts the same.
 
     Args:
         base (`str`): a pretrained backbone with the tokenizer of the reward model.
         num_layers (`int`, *optional*): how many of its layers to keep, from the bottom; all if not given.
+        balanced (`bool`): whether each task has the same weight in the loss, however many rows it has.
 
     Raises:
         ValueError: if the backbone has fewer layers, or a weight that is not finite, or for a budget of tokens.
@@ -124,20 +131,51 @@ def train_router(
             "labels": torch.tensor([example["labels"] for example in examples]),
         }
 
-    def accuracy(prediction: Any) -> dict[str, float]:
-        return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+    def metrics(prediction: Any) -> dict[str, float]:
+        return routing_metrics(prediction.predictions.argmax(-1), prediction.label_ids)
+
+    train_dataset = dataset(train_rows)
+    weights = _balanced_weights(torch.tensor(train_dataset["labels"]), len(tasks)).to(args.device)
+
+    def balanced_loss(outputs: SequenceClassifierOutput, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        losses = nn.functional.cross_entropy(outputs.logits, labels, weights, reduction="sum")
+        return losses / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     trainer = Trainer(
         router,
         args,
         data_collator=collate,
-        train_dataset=dataset(train_rows),
+        train_dataset=train_dataset,
         eval_dataset=dataset(eval_rows),
-        compute_metrics=accuracy,
+        compute_loss_func=balanced_loss if balanced else None,
+        compute_metrics=metrics,
         callbacks=args.callbacks,
     )
     train(trainer)
     return router.eval(), trainer.state.log_history
+
+
+def _balanced_weights(labels: Tensor, tasks: int) -> Tensor:
+    """One weight a task, inversely as many as its rows, with mean 1 over the rows; 0 for a task without rows."""
+    counts = torch.bincount(labels, minlength=tasks)
+    return torch.where(counts > 0, len(labels) / (int((counts > 0).sum()) * counts.clamp(min=1)), 0.0)
+
+
+def routing_metrics(routes: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """
+    How well prompts were sent to their tasks: `accuracy`, the share of right routes, and `macro_f1`, the mean of F1 over the
+    tasks that occur among the routes or the labels, in which a rare task counts as much as a frequent one.
+
+    Args:
+        routes, labels (array of shape (N,)): index of the chosen and of the right task.
+    """
+    routes, labels = np.asarray(routes), np.asarray(labels)
+    right = routes == labels
+    f1 = [
+        2 * (right & (labels == task)).sum() / ((routes == task).sum() + (labels == task).sum())
+        for task in np.union1d(routes, labels)
+    ]
+    return {"accuracy": float(right.mean()), "macro_f1": float(np.mean(f1))}
 
 
 def phase1(
@@ -230,12 +268,12 @@ def phase3(
     encodings: list[Encoding] = []
     datasets = []
     for rows in (train_rows, eval_rows):
-        texts, rows = [], [rows[i] for i in _rows_with_pairs({"the overall preference": [row.ranks for row in rows]})]
+        (rows, pairs), texts = _labelled(rows, [None]), []
         for row in formatter.encode_rows(rows)[0]:
             texts.append(list(range(len(encodings), len(encodings) + len(row))))
             encodings += row
         lengths = [len(experts) * len(row) for row in texts]  # a batch's budget counts embeddings
-        datasets.append(Dataset.from_dict({"texts": texts, "ranks": [row.ranks for row in rows], "length": lengths}))
+        datasets.append(Dataset.from_dict({"texts": texts, "pairs": pairs, "length": lengths}))
     z = embeddings_on_disk(model, encodings, formatter.tokenizer.pad_token_id, Path(args.output_dir))
     inner = model.model.inner_models[slug(task)]
     inner.aggregator.start_from(list(inner.expert_heads.values()), z[:: -(-len(z) // CHUNK)].to(args.device))

@@ -83,21 +83,21 @@ class PhaseConfig(RewardConfig):
         return [EarlyStoppingCallback(self.patience)] if self.patience else []
 
 
-def ranking_loss(rewards: Tensor, ranks: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, int]:
+def ranking_loss(rewards: Tensor, pairs: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, int]:
     """
-    Equation 7 for several prompts: the mean over prompts of the mean over a prompt's non-tied pairs (w better than l) of
+    Equation 7 for several prompts: the mean over prompts of the mean over a prompt's pairs (w better than l) of
     `-log(sigmoid(r_w - r_l))`.
 
     Args:
         rewards (`Tensor` of shape (N,)): r of every response.
-        ranks (`Tensor` of shape (N,)): its rank within its prompt, 1 is best; tied responses are no pair.
-        groups (`Tensor` of shape (N,)): index of its prompt.
+        pairs (`Tensor` of shape (pairs, 2)): indices of w and l, two responses to one prompt.
+        groups (`Tensor` of shape (N,)): index of every response's prompt.
 
     Returns:
-        The loss, a scalar, 0 without pairs; the margins `r_w - r_l` of all pairs, shape (pairs,); the number of prompts
-        that have a pair.
+        The loss, a scalar, 0 without pairs; the margins `r_w - r_l`, shape (pairs,); the number of prompts that have a
+        pair.
     """
-    better, worse = ((groups.unsqueeze(1) == groups) & (ranks.unsqueeze(1) < ranks)).nonzero(as_tuple=True)
+    better, worse = pairs.unbind(1)
     margins = rewards[better] - rewards[worse]
     in_group = torch.bincount(groups[better])
     prompts = int((in_group > 0).sum())
@@ -155,7 +155,7 @@ class RankedRewardTrainer(RewardTrainer):
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "prompt_lengths", "ranks", "texts"]
+        self._signature_columns = ["input_ids", "prompt_lengths", "pairs", "texts"]
 
     def get_train_dataloader(self) -> DataLoader:
         if self.args.train_tokens_per_batch is None:
@@ -185,10 +185,10 @@ class RankedRewardTrainer(RewardTrainer):
     # The loss.
 
     def rank(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Runs the model: one of `rankings` -> the rewards, ranks and groups, shape (N,) each, that equation 7 takes."""
+        """Runs the model: one of `rankings` -> the rewards, its pairs and the groups, as [`ranking_loss`] takes them."""
         inputs = dict(inputs)
-        ranks, groups = inputs.pop("ranks"), inputs.pop("groups")
-        return {"": (model(**inputs).logits.squeeze(-1), ranks, groups)}
+        pairs, groups = inputs.pop("pairs"), inputs.pop("groups")
+        return {"": (model(**inputs).logits.squeeze(-1), pairs[:, 1:], groups)}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -196,7 +196,8 @@ class RankedRewardTrainer(RewardTrainer):
         ranked = self.rank(model, inputs)
         loss, totals = self._equation_7(ranked)
         if self.args.center_rewards_coefficient is not None:
-            squares = [rewards.square().sum() / max(len(rewards), 1) for rewards, _, _ in ranked.values()]
+            labelled = [r[torch.isin(groups, groups[pairs[:, 0]])] for r, pairs, groups in ranked.values()]
+            squares = [rewards.square().sum() / max(len(rewards), 1) for rewards in labelled]
             loss = loss + self.args.center_rewards_coefficient * torch.stack(squares).sum()
         self._seen += totals
         return (loss, ranked) if return_outputs else loss

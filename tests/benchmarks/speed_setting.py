@@ -6,7 +6,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import permutations
 from statistics import NormalDist
 from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
@@ -284,6 +283,5 @@ def pairs(rows: Sequence[PreferenceRow], setting: Setting) -> list[dict[str, lis
     return [
         {"chosen_ids": encoded[better].input_ids, "rejected_ids": encoded[worse].input_ids}
         for row, encoded in zip(rows, setting.formatter.encode_rows(rows)[0], strict=True)
-        for better, worse in permutations(range(len(row.ranks)), 2)
-        if row.ranks[better] < row.ranks[worse]
+        for better, worse in row.pairs_of()
     ]

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -203,7 +204,7 @@ def ranking_loss(scores: Tensor, rows: Sequence[PreferenceRow], point: str) -> T
     """Equation 7, pair by pair."""
     losses, remaining = [], iter(scores)
     for row in rows:
-        ranked = sorted(zip(row.capability_ranks[point], remaining, strict=False), key=lambda pair: pair[0])
-        margins = [better - worse for i, (_, better) in enumerate(ranked) for _, worse in ranked[i + 1 :]]
+        rewards = list(islice(remaining, len(row.responses)))
+        margins = [rewards[better] - rewards[worse] for better, worse in row.pairs_of(point)]
         losses.append(-nn.functional.logsigmoid(torch.stack(margins)).mean())
     return torch.stack(losses).mean()

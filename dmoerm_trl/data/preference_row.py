@@ -1,0 +1,178 @@
+"""A preference row: one prompt, two or more responses, and which are the better; what must hold of it."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import Any
+
+from ..tasks import OTHERS, TaskTable
+
+
+@dataclass(frozen=True)
+class PreferenceRow:
+    """
+    One prompt with its ranked responses.
+
+    Args:
+        prompt (`list[dict]`):
+            Turns with `role` and `content`, oldest first; the last is the user's.
+        responses (`list[str]`):
+            K >= 2 answers to the last turn.
+        ranks (`list[int]`):
+            One rank a response, 1 is best, ties allowed.
+        task (`str`, *optional*):
+            Name of the task, `"others"`, or `None` where it is not known.
+        capability_ranks (`dict[str, list[int]]`):
+            Capability point -> one rank a response. A point that is absent here and below is unlabelled for this row.
+        capability_pairs (`dict[str, list[list[int]]]`):
+            Capability point -> the pairs `[better, worse]` of responses that a judge decided, by their indices from 0: a
+            partial order, and because judges are not transitive, not even always an order.
+    """
+
+    prompt: list[dict]
+    responses: list[str]
+    ranks: list[int]
+    task: str | None = None
+    capability_ranks: dict[str, list[int]] = field(default_factory=dict)
+    capability_pairs: dict[str, list[list[int]]] = field(default_factory=dict)
+
+    @property
+    def prompt_id(self) -> str:
+        """A stable id of the prompt, in which neither case nor the amount of white space matters."""
+        turns = [[turn["role"], " ".join(turn["content"].split()).casefold()] for turn in self.prompt]
+        return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:16]
+
+    @property
+    def labelled_points(self) -> list[str]:
+        """The capability points with labels of either kind."""
+        return [*self.capability_ranks, *self.capability_pairs]
+
+    def pairs_of(self, point: str | None = None) -> list[tuple[int, int]]:
+        """
+        The labels of a capability point, or without one those of `ranks`, as pairs (better, worse) of indices of responses,
+        sorted. Ranks give a pair for every two that differ. Empty where nothing is labelled, or all is tied.
+        """
+        if point in self.capability_pairs:
+            return sorted((better, worse) for better, worse in self.capability_pairs[point])
+        ranks = self.ranks if point is None else self.capability_ranks.get(point, [])
+        return [(i, j) for i, j in permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
+
+
+class RowError(ValueError):
+    """A row that cannot be used. `reason` names the kind of fault, under which skipped rows are counted."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def check_row(row: PreferenceRow, tasks: TaskTable) -> None:
+    """
+    Checks the values of one row.
+
+    Raises:
+        [`RowError`]: If the row cannot be used; the text names the field, what was got, what is needed, and the way out.
+    """
+    if not row.prompt or not row.prompt[-1]["content"].strip():
+        raise RowError("empty prompt", "field `prompt`: got an empty one, need a question: write it or drop the row.")
+    if row.prompt[-1]["role"] != "user":
+        raise RowError(
+            "last turn not the user's",
+            f"field `prompt`: got a last turn of {row.prompt[-1]['role']!r}, need one of 'user' because the responses "
+            "answer it: move a last turn of the assistant into `responses`.",
+        )
+    if not isinstance(row.responses, list) or len(row.responses) < 2:
+        raise RowError(
+            "fewer than two responses",
+            f"field `responses`: got {short(row.responses)}, need a list of two or more because one alone has no rank.",
+        )
+    for number, response in enumerate(row.responses, start=1):
+        if not isinstance(response, str) or not response.strip():
+            raise RowError(
+                "empty response",
+                f"field `responses`: got {short(response)} as response {number}, need text because an empty response "
+                "says nothing about quality: drop it together with its rank.",
+            )
+    _check_ranks("ranks", row.ranks, len(row.responses))
+    for point, ranks in row.capability_ranks.items():
+        _check_ranks(f"capability_ranks.{point}", ranks, len(row.responses))
+    for point, pairs in row.capability_pairs.items():
+        _check_pairs(f"capability_pairs.{point}", pairs, len(row.responses))
+    if len(set(row.ranks)) < 2:
+        raise RowError(
+            "no two distinct ranks",
+            f"field `ranks`: got {row.ranks}, need two distinct ranks because a row without a better and a worse "
+            "response teaches nothing: rank the responses or drop the row.",
+        )
+    if row.task is not None and row.task != OTHERS and row.task not in tasks.tasks:
+        raise RowError(
+            "unknown task",
+            f"field `task`: got {row.task!r}, need one of {[*tasks.tasks, OTHERS]}, or none where the task is not "
+            "known: rename it, or add it to the task table.",
+        )
+    if row.task is None:
+        known = {point for points in tasks.tasks.values() for point in points} | set(tasks.overall)
+    else:
+        known = {*tasks.tasks.get(row.task, ()), *tasks.overall}
+    for name, labels in (("capability_ranks", row.capability_ranks), ("capability_pairs", row.capability_pairs)):
+        if unknown := [point for point in labels if point not in known]:
+            raise RowError(
+                "unknown capability point",
+                f"field `{name}`: got the point {unknown[0]!r}, which task {row.task!r} does not have, need some of "
+                f"{sorted(known)}: rename it, or add it to the task table.",
+            )
+    if both := [point for point in row.capability_pairs if point in row.capability_ranks]:
+        raise RowError(
+            "capability point with ranks and pairs",
+            f"fields `capability_ranks` and `capability_pairs`: got the point {both[0]!r} in both, need it in one because a "
+            "row has one set of labels of a point: take it out of one of them.",
+        )
+
+
+def _check_ranks(name: str, ranks: Any, count: int) -> None:
+    if not isinstance(ranks, list) or len(ranks) != count:
+        got = f"{len(ranks)} ranks" if isinstance(ranks, list) else short(ranks)
+        raise RowError(
+            "ranks and responses of different lengths",
+            f"field `{name}`: got {got} for {count} responses, need one rank a response: add or remove some.",
+        )
+    if not all(type(rank) is int for rank in ranks):
+        raise RowError(
+            "ranks that are not integers",
+            f"field `{name}`: got {short(ranks)}, need integers, 1 for the best: turn scores into ranks.",
+        )
+
+
+def _check_pairs(name: str, pairs: Any, count: int) -> None:
+    """Longer cycles than two responses, each better than the other, are let be: judges are not transitive."""
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(index) is int for index in pair) for pair in pairs
+    ):
+        raise RowError(
+            "pairs that are not two integers",
+            f"field `{name}`: got {short(pairs)}, need a list of pairs of integers, the index of the better response and "
+            "that of the worse: write each pair as [better, worse].",
+        )
+    seen = set()
+    for better, worse in pairs:
+        if better == worse or not (0 <= better < count and 0 <= worse < count):
+            raise RowError(
+                "pairs that are not of two responses",
+                f"field `{name}`: got the pair {[better, worse]} for {count} responses, need two different indices from 0 "
+                f"to {count - 1}: count the responses from 0.",
+            )
+        if seen & {(better, worse), (worse, better)}:
+            what = "twice" if (better, worse) in seen else f"and {[worse, better]}"
+            raise RowError(
+                "pairs given twice or both ways round",
+                f"field `{name}`: got the pair {[better, worse]} {what}, need at most one pair of the same two responses: "
+                "keep one, or none where the judge contradicts itself.",
+            )
+        seen.add((better, worse))
+
+
+def short(value: Any) -> str:
+    """What a message quotes of a value."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
