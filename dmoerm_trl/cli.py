@@ -7,6 +7,8 @@ from dmoerm_trl import __version__
 
 COMMANDS = {
     "world": "write the simulated preference world to a JSONL file",
+    "prepare": "turn a public preference set into rows, with a report of what is in them",
+    "label": "buy capability labels from a judge: a server, a local model, a function",
     "train": "train a DMoERM from preference rows: router, three phases, baselines",
     "eval": "print and save the consistency table",
     "score": "score responses and explain them",

@@ -35,7 +35,7 @@ def test_unknown_command_exits_2_and_lists_the_commands(capsys):
     assert main(["trian", "--help"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "got command 'trian', need one of world, train, eval, score, demo." in printed.err
+    assert f"got command 'trian', need one of {', '.join(COMMANDS)}." in printed.err
     assert all(what in printed.err for what in COMMANDS.values())
 
 

@@ -1,0 +1,71 @@
+"""Converters of sets of pairs: one example, two responses, which of them is preferred."""
+
+from typing import Any
+
+from ..preference_row import PreferenceRow, RowError, short
+from .prompts import helpsteer2_prompt, transcript, turns_of
+from .scores import number, overall_ranks
+
+
+def hh(example: dict[str, Any]) -> PreferenceRow:
+    """Anthropic's HH: two transcripts that differ in the assistant's last turn."""
+    chosen, rejected = transcript(example["chosen"]), transcript(example["rejected"])
+    if chosen[:-1] != rejected[:-1] or not chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
+        raise RowError(
+            "transcripts that differ before the last answer",
+            f"got {short(chosen)} and {short(rejected)}, need the same turns up to one answer of the assistant at the end "
+            "of both, because responses are compared on one prompt.",
+        )
+    return PreferenceRow(chosen[:-1], [chosen[-1]["content"], rejected[-1]["content"]], [1, 2])
+
+
+def shp(example: dict[str, Any], *, tie_margin: float = 0.0, min_score_ratio: float = 1.0) -> PreferenceRow:
+    """
+    Stanford Human Preferences: two comments on a post with their scores, the votes for them.
+
+    Comments whose `score_ratio`, the greater score over the smaller, is below `min_score_ratio` are left out.
+    """
+    if example["score_ratio"] < min_score_ratio:
+        raise RowError(
+            "score ratio below the least", f"got score_ratio={example['score_ratio']}, need {min_score_ratio} or more."
+        )
+    ranks = overall_ranks([example["score_A"], example["score_B"]], tie_margin)
+    if ranks not in ({1: [1, 2], 0: [2, 1]}.get(example["labels"]), [1, 1]):
+        raise RowError(
+            "label against the scores",
+            f"got labels={short(example['labels'])} for the scores {example['score_A']} and {example['score_B']}, need 1 "
+            "where A has more, 0 where B has.",
+        )
+    return PreferenceRow(turns_of(example["history"]), [example["human_ref_A"], example["human_ref_B"]], ranks)
+
+
+def helpsteer2_preference(example: dict[str, Any], *, tie_margin: float = 0.0) -> PreferenceRow:
+    """HelpSteer 2's preferences: `preference_strength` from -3, the first response is much better, to 3, the second is."""
+    ranks = overall_ranks([0, example["preference_strength"]], tie_margin)
+    return PreferenceRow(helpsteer2_prompt(example["prompt"]), [example["response_1"], example["response_2"]], ranks)
+
+
+def helpsteer3(example: dict[str, Any], *, tie_margin: float = 0.0, annotators_agree: bool = False) -> PreferenceRow:
+    """
+    HelpSteer 3's preferences: `overall_preference` from -3, the first response is much better, to 3, the second is.
+
+    With `annotators_agree`, pairs are left out unless every score of `individual_preference` is on the same side.
+    """
+    if annotators_agree:
+        scores = [number(annotation.get("score")) for annotation in example["individual_preference"]]
+        if None in scores or not (scores and (max(scores) < 0 or min(scores) > 0)):
+            raise RowError(
+                "annotators who disagree", f"got the individual preferences {scores}, need all on one side."
+            )
+    ranks = overall_ranks([0, example["overall_preference"]], tie_margin)
+    return PreferenceRow(turns_of(example["context"]), [example["response1"], example["response2"]], ranks)
+
+
+def pairs(example: dict[str, Any]) -> PreferenceRow:
+    """Any set of pairs with `prompt`, `response_1`, `response_2` and `preferred`: 1, 2, or 0 for a tie."""
+    ranks = {0: [1, 1], 1: [1, 2], 2: [2, 1]}.get(example["preferred"])
+    if ranks is None:
+        raise RowError(
+            "unknown preference", f"field `preferred`: got {short(example['preferred'])}, need 1, 2, or 0 for a tie."
+        )
+    return PreferenceRow(turns_of(example["prompt"]), [example["response_1"], example["response_2"]], ranks)

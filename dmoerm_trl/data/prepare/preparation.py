@@ -1,0 +1,162 @@
+"""From the examples of a set to checked rows; what makes no row is counted by its reason."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ...tasks import OTHERS, TaskTable
+from ..preference_row import PreferenceRow, RowError, check_row
+from . import personal_data
+from .audit import PartAudit
+from .reading import Examples, columns_of, read_examples
+from .sets import PreferenceSet
+
+GENERAL = "general"
+"""The task of the rows of a set that brings its own capability points and no tasks."""
+
+
+@dataclass
+class Preparation:
+    """
+    What becomes of the examples of a set, in whatever split.
+
+    Args:
+        preference_set (`PreferenceSet`):
+            How examples become rows.
+        columns (`Mapping[str, str]`):
+            Name of a column as the set of that name has it -> its name in this source.
+        tasks (`TaskTable`, *optional*):
+            The table that the rows must fit. Without it the rows' own tasks and points make one, see [`table`].
+        task (`str`, *optional*):
+            The task of rows that have none.
+        task_column (`str`, *optional*):
+            The column that holds the task. A suffix `_<split>`, as of SHP's domains, is taken off.
+        task_names (`Mapping[str, str]`):
+            Value of `task_column` -> task. Others stay as they are.
+        points (`Mapping[str, str | None]`):
+            The set's name of a capability point -> the name to write, or None to leave the point out. Others stay.
+        where (`Mapping[str, Any]`):
+            Column -> the value, or list of values, of the examples to take.
+        drop_personal_data (`bool`, *optional*, defaults to `False`):
+            Leave out rows that look as if they held personal data.
+        phone_region (`str`, *optional*, defaults to `"US"`):
+            The country in whose way phone numbers without a country code are read.
+
+    Raises:
+        ValueError: if `points` names a point that the set does not have, or the names do not make a table.
+        ImportError: if personal data is to be dropped and the extra `prepare` is not installed.
+    """
+
+    preference_set: PreferenceSet
+    columns: Mapping[str, str] = field(default_factory=dict)
+    tasks: TaskTable | None = None
+    task: str | None = None
+    task_column: str | None = None
+    task_names: Mapping[str, str] = field(default_factory=dict)
+    points: Mapping[str, str | None] = field(default_factory=dict)
+    where: Mapping[str, Any] = field(default_factory=dict)
+    drop_personal_data: bool = False
+    phone_region: str | None = "US"
+
+    def __post_init__(self):
+        own = self.preference_set.points
+        if unknown := [point for point in self.points if point not in own]:
+            raise ValueError(f"`points`: got {unknown[0]!r}, which the set does not have, need some of {list(own)}.")
+        if self.own_points:
+            TaskTable({GENERAL: self.own_points}, self.own_points)  # checks the names
+        if self.drop_personal_data and not personal_data.is_available():
+            raise ImportError(
+                "got drop_personal_data without the packages `phonenumbers` and `python-stdnum`, need them to find personal "
+                "data: pip install 'dmoerm-trl[prepare]'."
+            )
+
+    @cached_property
+    def own_points(self) -> tuple[str, ...]:
+        """The capability points of the set, as they are written."""
+        names = [self.points.get(point, point) for point in self.preference_set.points]
+        return tuple(name for name in names if name is not None)
+
+    def rows(
+        self, dataset: Examples, audit: PartAudit, *, split: str = "train", source: str = "set"
+    ) -> Iterator[PreferenceRow]:
+        """
+        The rows of a split, one by one; `audit` is told of each and of what was skipped.
+
+        Raises:
+            ValueError: if a column is missing, or there is no row at all.
+        """
+        self._check_columns(dataset, source)
+        examples = read_examples(dataset, self.columns, self.preference_set.group_by, self.preference_set.consecutive)
+        look = personal_data.is_available()
+        for group in tqdm(examples, desc=f"preparing {source} {split}", unit=" examples", delay=3):
+            try:
+                row = self._row(group, split)
+            except RowError as error:
+                audit.skipped[error.reason] += 1
+                continue
+            if look:
+                kinds = personal_data.kinds_in(row, self.phone_region)
+                audit.flag(kinds)
+                if kinds and self.drop_personal_data:
+                    audit.skipped["personal data"] += 1
+                    continue
+            audit.add(row)
+            yield row
+        if not audit.rows:
+            raise ValueError(
+                f"{source}, split {split!r}: got no row that can be used, need some; skipped were {dict(audit.skipped)}: "
+                "see recipes/PREPARE.md."
+            )
+
+    def table(self, seen: Iterable[str | None]) -> TaskTable | None:
+        """The task table of rows of the tasks `seen`, where the set brings points and no table was given."""
+        if self.tasks is not None or not self.own_points:
+            return None
+        named = [task for task in seen if task not in (None, OTHERS)]
+        return TaskTable(dict.fromkeys(named, self.own_points), self.own_points)
+
+    def _check_columns(self, dataset: Examples, source: str) -> None:
+        got = columns_of(dataset)
+        needed = [*self.preference_set.columns, *([self.task_column] if self.task_column else []), *self.where]
+        if missing := [name for name in needed if self.columns.get(name, name) not in got]:
+            raise ValueError(
+                f"{source}: got the columns {got}, need {needed}; missing are {missing}: take the set that has these "
+                "columns, or say with `columns` what they are called here."
+            )
+
+    def _row(self, group: list[dict[str, Any]], split: str) -> PreferenceRow:
+        first = group[0]
+        for column, wanted in self.where.items():
+            if first.get(column) not in (wanted if isinstance(wanted, list) else [wanted]):
+                raise RowError("left out by `where`", f"got {column}={first.get(column)!r}, need {wanted!r}.")
+        for column in self.preference_set.columns:  # a rating may be absent
+            if column not in self.preference_set.points and any(example.get(column) is None for example in group):
+                raise RowError(f"no `{column}`", f"got no `{column}`, need one.")
+        row = self.preference_set.convert(group if self.preference_set.group_by else first)
+        row = replace(
+            row,
+            task=self._task(row, first, split),
+            capability_ranks=self._renamed(row.capability_ranks),
+            capability_pairs=self._renamed(row.capability_pairs),
+        )
+        if self.tasks is not None:
+            check_row(row, self.tasks)
+        else:  # the table is made of the rows, so only what is not of the table is checked
+            check_row(replace(row, task=None, capability_ranks={}, capability_pairs={}), TaskTable.paper())
+        return row
+
+    def _task(self, row: PreferenceRow, example: Mapping[str, Any], split: str) -> str | None:
+        named = example.get(self.task_column) if self.task_column else None
+        if named is not None:
+            named = str(named).removesuffix(f"_{split}")
+            return self.task_names.get(named, named)
+        default = GENERAL if self.tasks is None and self.own_points else None
+        return row.task or self.task or default
+
+    def _renamed(self, labels: Mapping[str, list]) -> dict[str, list]:
+        named = {self.points.get(point, point): of_point for point, of_point in labels.items()}
+        named.pop(None, None)
+        return named

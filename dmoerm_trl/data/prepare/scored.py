@@ -1,0 +1,71 @@
+"""Converters of sets in which each response has scores: the overall one makes the ranks, aspects the capability labels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..preference_row import PreferenceRow, RowError, short
+from .prompts import helpsteer2_prompt, turns_of
+from .scores import capability_labels, overall_ranks
+
+ULTRAFEEDBACK_ASPECTS = ("instruction_following", "helpfulness", "honesty", "truthfulness")
+HELPSTEER2_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
+
+def ultrafeedback(example: dict[str, Any], *, tie_margin: float = 0.0) -> PreferenceRow:
+    """UltraFeedback: four completions with an `overall_score` and `annotations`, a `Rating` an aspect that may be `"N/A"`."""
+    completions = example["completions"]
+    ratings = {
+        aspect: [((completion.get("annotations") or {}).get(aspect) or {}).get("Rating") for completion in completions]
+        for aspect in ULTRAFEEDBACK_ASPECTS
+    }
+    return PreferenceRow(
+        turns_of(example["instruction"]),
+        [completion.get("response") for completion in completions],
+        overall_ranks([completion.get("overall_score") for completion in completions], tie_margin),
+        **capability_labels(ratings, tie_margin),
+    )
+
+
+def helpsteer2(examples: Sequence[dict[str, Any]], *, tie_margin: float = 0.0) -> PreferenceRow:
+    """HelpSteer 2: the responses to a prompt in examples that follow each other; helpfulness is the overall score too."""
+    ratings = {attribute: [example[attribute] for example in examples] for attribute in HELPSTEER2_ATTRIBUTES}
+    return PreferenceRow(
+        helpsteer2_prompt(examples[0]["prompt"]),
+        [example["response"] for example in examples],
+        overall_ranks(ratings["helpfulness"], tie_margin),
+        **capability_labels(ratings, tie_margin),
+    )
+
+
+def scored(example: dict[str, Any], *, tie_margin: float = 0.0, aspects: Sequence[str] = ()) -> PreferenceRow:
+    """Any set with `prompt`, `responses` and `scores`; each of `aspects` is a column with one rating a response."""
+    responses = example["responses"]
+    for column in ("scores", *aspects):
+        if len(example[column]) != len(responses):
+            raise RowError(
+                "scores and responses of different lengths",
+                f"field `{column}`: got {short(example[column])} for {len(responses)} responses, need one a response.",
+            )
+    return PreferenceRow(
+        turns_of(example["prompt"]),
+        responses,
+        overall_ranks(example["scores"], tie_margin),
+        **capability_labels({aspect: example[aspect] for aspect in aspects}, tie_margin),
+    )
+
+
+def table(
+    examples: Sequence[dict[str, Any]], *, tie_margin: float = 0.0, aspects: Sequence[str] = ()
+) -> PreferenceRow:
+    """Any set with an example a response: `prompt`, `response`, `score`, and a column for each of `aspects`."""
+    columns = {name: [example[name] for example in examples] for name in ("prompt", "response", "score", *aspects)}
+    if any(prompt != columns["prompt"][0] for prompt in columns["prompt"]):
+        raise RowError(
+            "several prompts of one id", f"got the prompts {short(columns['prompt'])}, need one a prompt_id."
+        )
+    return scored(
+        {"prompt": columns["prompt"][0], "responses": columns["response"], "scores": columns["score"]}
+        | {aspect: columns[aspect] for aspect in aspects},
+        tie_margin=tie_margin,
+        aspects=aspects,
+    )
