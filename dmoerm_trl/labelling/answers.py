@@ -1,0 +1,119 @@
+"""The answers of judges, on disk: each is stored as it comes, so that nothing is asked and paid for twice."""
+
+import hashlib
+import json
+import os
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .judges import Answer, Question
+
+
+class Spent(NamedTuple):
+    """What the stored answers of a judge took."""
+
+    calls: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class AnswerStore:
+    """
+    The answers of one judge, in an SQLite file that may hold those of other judges too.
+
+    An answer is found again by the SHA-256 of all that it depends on: the judge's identity and the question. It is in the
+    file when [`add`] returns and outlives the process, however that ends; a power cut may take the last ones. One process at
+    a time has the file.
+
+    Args:
+        path (`str`):
+            The file, made if it is not there; `":memory:"` for a store that is not kept.
+        identity (`dict`):
+            The judge's, see [`~dmoerm_trl.labelling.judges.Judge`].
+        forget_unreadable (`bool`, *optional*, defaults to `False`):
+            Whether the unreadable answers that are there count as not given, so that they are asked for again.
+
+    Raises:
+        ValueError: if another process has the file, or it is no store of answers.
+    """
+
+    def __init__(self, path: str | os.PathLike, identity: dict[str, Any], *, forget_unreadable: bool = False):
+        written = json.dumps(identity, sort_keys=True)
+        self._judge = hashlib.sha256(written.encode()).digest()
+        try:
+            self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)  # each statement is committed
+            self._connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._connection.executescript(_TABLES)
+            self._connection.execute("INSERT OR IGNORE INTO judges VALUES (?, ?)", (self._judge, written))
+        except sqlite3.DatabaseError as error:
+            in_use = "locked" in str(error)
+            raise ValueError(
+                f"{Path(path)}: got {'a file that another process uses' if in_use else f'no store of answers ({error})'}, "
+                f"need one for itself: {'wait for the other `dmoerm label`, or end it' if in_use else 'move the file away'}."
+            ) from error
+        (last,) = self._connection.execute("SELECT coalesce(max(id), 0) FROM answers").fetchone()
+        self._readable_up_to = last if forget_unreadable else 0
+
+    def key(self, question: Question) -> bytes:
+        """What a question's answer is found by."""
+        return hashlib.sha256(self._judge + json.dumps(vars(question), sort_keys=True).encode()).digest()
+
+    def get(self, key: bytes) -> Answer | None:
+        """The answer to a question, the last one if it was asked again; `None` if there is none."""
+        found = self._connection.execute(
+            "SELECT choice, text, prompt_tokens, completion_tokens FROM answers "
+            "WHERE key = ? AND (choice IS NOT NULL OR id > ?) ORDER BY id DESC LIMIT 1",
+            (key, self._readable_up_to),
+        ).fetchone()
+        return None if found is None else Answer(*found)
+
+    def add(self, key: bytes, answer: Answer) -> None:
+        """Stores an answer. One that was given before stays in the file, as a record of what was paid for."""
+        answer = answer._replace(text=answer.text.encode(errors="replace").decode())  # JSON may hold half a character
+        self._connection.execute(
+            "INSERT INTO answers (key, judge, choice, text, prompt_tokens, completion_tokens, time) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (key, self._judge, *answer, time.time()),
+        )
+
+    @property
+    def spent(self) -> Spent:
+        """What this judge's answers took, those of earlier runs included."""
+        return Spent(
+            *self._connection.execute(
+                "SELECT count(*), coalesce(sum(prompt_tokens), 0), coalesce(sum(completion_tokens), 0) "
+                "FROM answers WHERE judge = ?",
+                (self._judge,),
+            ).fetchone()
+        )
+
+    def count_once(self, key: bytes) -> bool:
+        """Whether this is the first call with the key since the store was opened or [`start_counting`] was called."""
+        return self._connection.execute("INSERT OR IGNORE INTO temp.counted VALUES (?)", (key,)).rowcount == 1
+
+    def start_counting(self) -> None:
+        self._connection.execute("DELETE FROM temp.counted")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> "AnswerStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS judges (judge BLOB PRIMARY KEY, identity TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS answers (
+    id INTEGER PRIMARY KEY, key BLOB NOT NULL, judge BLOB NOT NULL, choice INTEGER, text TEXT NOT NULL,
+    prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, time REAL NOT NULL
+);
+CREATE INDEX IF NOT EXISTS answers_by_key ON answers (key);
+CREATE TEMP TABLE counted (key BLOB PRIMARY KEY) WITHOUT ROWID;
+"""

@@ -1,0 +1,252 @@
+"""Judges on this machine: a language model, a reward model, a Python function."""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from ..data.formatting import Formatter
+from ..evaluation.scorers import ScorerSource, file_digest, weights_digest
+from ..modeling.forest import passes
+from ..rl.reward_functions import TextRewards
+from ..rl.rollout import check_chat_template, check_dtype
+from .judges import Answer, JudgeError, Question
+from .template import Template
+
+
+class ModelJudge:
+    """
+    Asks a causal language model of transformers, by its own chat template, and takes the likelier of the answers 1 and 2.
+
+    Both likelihoods come from one forward pass over the question: nothing is sampled, every answer can be read, and a
+    response that holds text of the kind "Answer: 1" meets no parser. A model that has to reason first is better asked
+    through a server. Answers of equal likelihood are no choice.
+
+    Args:
+        model (`str`): folder or hub name.
+        template (`str`), example (`str`, *optional*): see [`~dmoerm_trl.labelling.template.Template`].
+        max_length (`int`): tokens of a question; a longer one is not asked and has no choice.
+        tokens_per_batch (`int`): tokens of a forward pass, padding left out of account; questions of like length share one.
+        batch_size (`int`): questions to give to one call of `ask`.
+        dtype (`str`): in which the model computes.
+    """
+
+    concurrency = 1
+    samples = False
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        template: str = "en",
+        example: str | None = None,
+        max_length: int = 8192,
+        tokens_per_batch: int = 16_384,
+        batch_size: int = 64,
+        dtype: str = "float32",
+    ):
+        check_dtype(dtype)
+        self.batch_size, self._max_length, self._tokens_per_batch = batch_size, max_length, tokens_per_batch
+        self._template = Template(template, example=example)
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        check_chat_template(self._tokenizer)
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval().to(device)
+        self.identity = {
+            "kind": "model",
+            "model": model,
+            "sha256 of the weights": weights_digest(model),
+            "dtype": dtype,
+            "max_length": max_length,
+            "template": self._template.digest,
+        }
+
+    async def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        return await asyncio.to_thread(self._answer, questions)
+
+    def estimate_tokens(self, question: Question) -> tuple[int, int]:
+        return len(self._encode(question).input_ids), 1
+
+    async def close(self) -> None:
+        pass
+
+    def _answer(self, questions: Sequence[Question]) -> list[Answer]:
+        encoded = [self._encode(question) for question in questions]
+        lengths = [len(question.input_ids) for question in encoded]
+        answers = [
+            Answer(None, f"no answer: the question has {length} tokens, more than max_length={self._max_length}")
+            for length in lengths
+        ]
+        fitting = [index for index, length in enumerate(lengths) if length <= self._max_length]
+        for batch in passes([encoded[index].input_ids for index in fitting], self._tokens_per_batch, share=False):
+            indices = [fitting[place] for place in batch]
+            likelihoods = self._log_likelihoods([encoded[index] for index in indices])
+            for index, (one, two) in zip(indices, likelihoods, strict=True):
+                choice = None if one == two else 1 if one > two else 2
+                text = f"log p(1) = {one:.4f}, log p(2) = {two:.4f}"
+                answers[index] = Answer(choice, text, lengths[index], 1)
+        return answers
+
+    @torch.no_grad()
+    def _log_likelihoods(self, questions: Sequence["_Encoded"]) -> list[list[float]]:
+        """The log-likelihoods of the answers 1 and 2 to each question."""
+        ids = {"input_ids": [question.input_ids for question in questions]}
+        batch = self._tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(self._model.device)
+        output = self._model.generate(
+            **batch,
+            max_new_tokens=1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=self._tokenizer.pad_token_id,
+        )
+        log_likelihoods = output.logits[0].float().log_softmax(-1)
+        tokens = torch.tensor([question.answers for question in questions], device=self._model.device)
+        return log_likelihoods.gather(1, tokens).tolist()
+
+    def _encode(self, question: Question) -> "_Encoded":
+        """The two chats that end in the answers 1 and 2, up to where they part: so any chat template and tokenizer will do."""
+        turns = self._template.messages(question)
+        one, two = (
+            self._tokenizer.apply_chat_template(
+                [*turns, {"role": "assistant", "content": answer}], return_dict=False, sanitize_control_tokens=True
+            )
+            for answer in ("1", "2")
+        )
+        part = next(place for place, (left, right) in enumerate(zip(one, two, strict=False)) if left != right)
+        return _Encoded(one[:part], (one[part], two[part]))
+
+
+class _Encoded(NamedTuple):
+    """A question as tokens, and the tokens of its two answers."""
+
+    input_ids: list[int]
+    answers: tuple[int, int]
+
+
+class _Text(NamedTuple):
+    """What is scored: one response at one point."""
+
+    prompt: list[dict]
+    response: str
+    point: str | None
+    task: str | None
+
+
+class _ScoreJudge:
+    """Prefers the response with the higher score; equal scores, or one that is None, are no choice."""
+
+    concurrency = 1
+    samples = False
+
+    async def ask(self, questions: Sequence[Question]) -> list[Answer]:
+        return await asyncio.to_thread(self._answer, questions)
+
+    def estimate_tokens(self, question: Question) -> tuple[int, int]:
+        return 0, 0
+
+    async def close(self) -> None:
+        pass
+
+    def _answer(self, questions: Sequence[Question]) -> list[Answer]:
+        pairs = [[_Text(q.prompt, text, q.point, q.task) for text in (q.first, q.second)] for q in questions]
+        texts = {repr(text): text for pair in pairs for text in pair}  # the other order has the same ones
+        scores = dict(zip(texts, self._score(list(texts.values())), strict=True))
+        answers = []
+        for first, second in ((scores[repr(first)], scores[repr(second)]) for first, second in pairs):
+            undecided = first is None or second is None or first == second
+            answers.append(Answer(None if undecided else 1 if first > second else 2, f"scores {first} and {second}"))
+        return answers
+
+    def _score(self, texts: list[_Text]) -> list[float | None]:
+        raise NotImplementedError
+
+
+class RewardJudge(_ScoreJudge):
+    """
+    Prefers the higher reward. A DMoERM judges a capability point by its own score for it, which is no choice where its router
+    sends the prompt to a task without the point; any other reward model has one reward, whatever the point.
+
+    Args:
+        model (`str`): folder or hub name of a reward model, which is read by its own tokenizer and chat template.
+        max_length (`int`): tokens of prompt and response; older turns are cut.
+        batch_size (`int`): questions to give to one call of `ask`.
+        dtype (`str`): in which the model computes.
+    """
+
+    def __init__(self, model: str, *, max_length: int = 2048, batch_size: int = 64, dtype: str = "float32"):
+        source = ScorerSource(model, max_length, dtype)
+        if source.is_program:
+            raise ValueError(f"got model={model!r}, need a reward model: judge by the kind 'function' instead.")
+        self.batch_size = batch_size
+        self.identity = {"kind": "reward_model", **source.settings()}
+        if source.is_standardised:
+            dmoerm = AutoModelForSequenceClassification.from_pretrained(model, dtype=getattr(torch, dtype))
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            self._rewards = TextRewards(dmoerm.to(device), Formatter(tokenizer, max_length))
+        else:
+            self._rewards, self._scorer = None, source.load()
+
+    def _score(self, texts: list[_Text]) -> list[float | None]:
+        if self._rewards is None:
+            return [float(self._scorer({"prompt": text.prompt}, [text.response])) for text in texts]
+        names = ["reward", *self._rewards.points]
+        wanted = ["reward" if text.point is None else text.point for text in texts]
+        if unknown := set(wanted) - set(names):
+            raise JudgeError(
+                f"got the capability points {sorted(unknown)}, need some of {self._rewards.points} because a DMoERM judges by "
+                "the scores of its own: take another judge for them."
+            )
+        table = self._rewards.scores([text.prompt for text in texts], [text.response for text in texts])
+        columns = torch.tensor([names.index(name) for name in wanted])
+        scores = table.gather(1, columns.unsqueeze(1)).squeeze(1)
+        return [None if math.isnan(score) else score for score in scores.tolist()]
+
+
+class FunctionJudge(_ScoreJudge):
+    """
+    Prefers the higher score that a Python function gives.
+
+    Args:
+        function (`str`): `"module:function"`, called as `function(prompt=, response=, point=, task=)`, with the prompt as
+            turns. It returns a number, higher is better at the point, or None where it has no opinion. It is called in one
+            thread at a time, and its result must depend on its arguments alone.
+        batch_size (`int`): questions to give to one call of `ask`.
+    """
+
+    def __init__(self, function: str, *, batch_size: int = 256):
+        try:
+            self._function = resolve_name(function)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"got function={function!r}, need an importable module:function: {error}. Put its folder on PYTHONPATH."
+            ) from error
+        try:
+            inspect.signature(self._function).bind(prompt=[], response="", point="", task="")
+        except TypeError as error:
+            raise ValueError(
+                f"{function}: {error}. It is called as function(prompt=, response=, point=, task=): give it `**_` for those "
+                "that it does not read."
+            ) from error
+        self.batch_size, self._name = batch_size, function
+        source = inspect.getsourcefile(inspect.unwrap(self._function))
+        self.identity = {"kind": "function", "function": function, "sha256 of its file": file_digest([Path(source)])}
+
+    def _score(self, texts: list[_Text]) -> list[float | None]:
+        scores: list[Any] = [self._function(**text._asdict()) for text in texts]
+        for text, score in zip(texts, scores, strict=True):
+            if score is not None and not (isinstance(score, (int, float)) and math.isfinite(score)):
+                raise JudgeError(
+                    f"{self._name}: got {score!r} for the response {text.response[:80]!r} at {text.point!r}, need a finite "
+                    "number, or None where the function has no opinion: mend it."
+                )
+        return [None if score is None else float(score) for score in scores]

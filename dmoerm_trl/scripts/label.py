@@ -1,0 +1,181 @@
+"""
+`dmoerm label --config label.yaml`: buys capability labels from a judge: every pair of responses, at every capability point of
+the row's task, in both orders; see recipes/LABELLING.md. A run that was stopped, by whatever, goes on when it is started again.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trl import TrlParser
+
+from ..data.rows import LoadReport, iter_rows
+from ..evaluation.scorers import file_digest
+from ..labelling.answers import AnswerStore
+from ..labelling.budget import Budget, Prices
+from ..labelling.judges import judge_from_config
+from ..labelling.labeller import Labeller
+from ..labelling.plan import Plan
+from ..labelling.report import Report
+from ..tasks import TaskTable
+
+
+@dataclass
+class LabelArguments:
+    """What `dmoerm label` reads: the rows, which questions, the judge, what it may cost."""
+
+    rows: str = field(metadata={"help": "Preference rows: a JSONL file or what `datasets` loads; recipes/DATA.md."})
+    output_dir: str = field(metadata={"help": "Folder of the answers, the labelled rows and the report."})
+    judge: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Who is asked: `kind` and its settings, see recipes/LABELLING.md; JSON on the command line."
+        },
+    )
+    tasks: str = field(default="paper", metadata={"help": "The rows' tasks: 'paper', 'paper-zh', or a YAML file."})
+    split: str = field(default="train", metadata={"help": "Split of a folder or of a dataset on the hub."})
+    on_error: str = field(default="raise", metadata={"help": "For a bad row: 'raise', or 'skip' and count."})
+
+    # Which questions
+    points: list[str] | None = field(default=None, metadata={"help": "These capability points alone."})
+    overall_points: bool = field(
+        default=False, metadata={"help": "Ask of rows of a task at the overall points too, for DMoERM-w/o-Outer."}
+    )
+    without_task: str = field(
+        default="raise", metadata={"help": "For a row without a task: 'raise', or ask at the 'overall' points."}
+    )
+    order: str = field(default="all", metadata={"help": "'all' compares every pair of a row, 'sort' fewer."})
+    max_pairs: int | None = field(
+        default=None, metadata={"help": "The most pairs of a row at a point, drawn by seed."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the pairs that are drawn, and of the order of sorting."})
+
+    # What it may cost; what earlier runs spent counts
+    max_calls: int | None = field(default=None, metadata={"help": "The most answers; 0 asks nothing, but writes."})
+    max_tokens: int | None = field(default=None, metadata={"help": "The most tokens, of questions and answers."})
+    max_cost: float | None = field(default=None, metadata={"help": "The most to pay, in the unit of the prices."})
+    price_per_million_prompt_tokens: float | None = field(default=None, metadata={"help": "Of the questions."})
+    price_per_million_completion_tokens: float | None = field(default=None, metadata={"help": "Of the answers."})
+
+    # How
+    dry_run: bool = field(default=False, metadata={"help": "Say what would be asked and what it costs; ask nothing."})
+    stop_early: bool = field(
+        default=True, metadata={"help": "Stop at a judge that nearly always names one position, or is unreadable."}
+    )
+    ask_again_unreadable: bool = field(
+        default=False, metadata={"help": "Ask again what was answered before in a way that could not be read."}
+    )
+    answers: str | None = field(
+        default=None, metadata={"help": "File of the answers, if not in `output_dir`; labellings may share one."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.judge, str):
+            try:
+                self.judge = json.loads(self.judge)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"`judge`: got {self.judge!r}, need JSON: {error}.") from error
+        if not isinstance(self.judge, dict):
+            raise ValueError(f"`judge`: got {self.judge!r}, need `kind` and its settings, see recipes/LABELLING.md.")
+        self.prices  # noqa: B018, so that a mistake is found before anything is read
+        self.budget  # noqa: B018
+
+    @property
+    def plan(self) -> Plan:
+        names = ("points", "overall_points", "order", "max_pairs", "seed", "without_task")
+        return Plan(TaskTable.load(self.tasks), **{name: getattr(self, name) for name in names})
+
+    @property
+    def prices(self) -> Prices | None:
+        given = (self.price_per_million_prompt_tokens, self.price_per_million_completion_tokens)
+        if given == (None, None):
+            return None
+        if None in given:
+            raise ValueError(
+                f"got prices {given}, need both `price_per_million_prompt_tokens` and "
+                "`price_per_million_completion_tokens`: add the other one, 0 if it is free."
+            )
+        return Prices(*given)
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.max_calls, self.max_tokens, self.max_cost, self.prices)
+
+
+FINISHED, UNFINISHED = "labelled.jsonl", "labelled.partial.jsonl"
+
+
+def label(arguments: LabelArguments) -> Report | None:
+    """
+    Counts, asks, writes.
+
+    Returns:
+        The report, whose `incomplete` says how many rows still lack labels, or `None` after a dry run.
+
+    Raises:
+        ValueError: for a mistake in the arguments or in the rows, before anything is asked.
+    """
+    plan, judge, folder = arguments.plan, judge_from_config(arguments.judge), Path(arguments.output_dir)
+    store = claim(folder, arguments, judge.identity)
+    read = partial(iter_rows, arguments.rows, tasks=plan.tasks, split=arguments.split, on_error=arguments.on_error)
+    with AnswerStore(store, judge.identity, forget_unreadable=arguments.ask_again_unreadable) as answers:
+        labeller = Labeller(read, plan, judge, answers, arguments.budget, stop_early=arguments.stop_early)
+        found = LoadReport(arguments.rows)
+        estimate = labeller.estimate(partial(read, report=found), tokens=arguments.dry_run)
+        print(f"{found}\n{estimate.to_text(arguments.prices)}")
+        if arguments.dry_run:
+            return None
+        stopped = labeller.ask(estimate.calls)
+        report = labeller.write(folder / UNFINISHED)
+    if report.incomplete:
+        report.stopped = stopped
+    else:
+        (folder / UNFINISHED).replace(folder / FINISHED)
+    report.save(folder)
+    return report
+
+
+def claim(folder: Path, arguments: LabelArguments, identity: dict[str, Any]) -> str:
+    """
+    Makes a folder that of one labelling, unless this is a dry run, and returns where its answers are.
+
+    Raises:
+        ValueError: if it is that of another one.
+    """
+    rows = Path(arguments.rows)
+    plan = arguments.plan
+    settings = asdict(plan) | {name: getattr(arguments, name) for name in ("rows", "split", "on_error")}
+    settings["sha256 of rows"] = file_digest([rows]) if rows.is_file() else None
+    settings |= {f"judge.{name}": value for name, value in identity.items()}
+    settings = json.loads(json.dumps(settings))
+    path, store = folder / "settings.json", Path(arguments.answers or folder / "answers.sqlite")
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    if changed := sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name)):
+        raise ValueError(
+            f"{folder}: got the folder of a labelling with other settings of {changed}, need the same to go on: choose another "
+            f"`output_dir`; with `answers: {store}` it uses the answers that are there where the questions are the same."
+        )
+    if arguments.dry_run:
+        return str(store) if store.exists() else ":memory:"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+    return str(store)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = TrlParser((LabelArguments,), prog="dmoerm label", description=__doc__)
+    (arguments,) = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    report = label(arguments)
+    if report is None:
+        return
+    print(report.to_markdown())
+    if report.incomplete:
+        sys.exit(
+            f"stopped: {report.stopped}\n{arguments.output_dir}: every answer that came is kept, and the {report.rows:,} rows "
+            f"that are complete are in {UNFINISHED}; {report.incomplete:,} are not. Run the same command to go on."
+        )
+    print(f"labelled rows: {Path(arguments.output_dir) / FINISHED}")
