@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small model, one repetition: within a minute")
     parser.add_argument("--repeats", type=int, help="repetitions; 5, and 1 with --quick")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
+    parser.add_argument("--spread", type=float, help="standard deviation of the logarithm of the texts' lengths; 0.9")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="which cases; all")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -193,6 +194,8 @@ def main() -> None:
 
     start = time.perf_counter()
     setting = replace(QUICK if options.quick else Setting(), device="cuda" if torch.cuda.is_available() else "cpu")
+    if options.spread is not None:
+        setting = replace(setting, spread=options.spread)
     repeats = options.repeats or (1 if options.quick else 5)
     about = {"setting": asdict(setting), "repeats": repeats, "environment": environment()}
     options.json.parent.mkdir(parents=True, exist_ok=True)
