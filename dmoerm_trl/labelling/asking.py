@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import NamedTuple
 
 from .answers import AnswerStore
@@ -17,6 +18,7 @@ class Stopped(Exception):
 
 
 class _Waiting(NamedTuple):
+    number: int
     key: bytes
     question: Question
     answer: asyncio.Future
@@ -49,7 +51,8 @@ class Asking:
         self.under_way = 0  # questions that the judge has
         self._failure: Exception | None = None
         self._known: dict[bytes, asyncio.Future] = {}  # of questions that wait or are under way
-        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
+        self._queue: asyncio.PriorityQueue[_Waiting] = asyncio.PriorityQueue()  # what is put back keeps its place
+        self._numbers = count()
         self._settled = asyncio.Event()
 
     async def __aenter__(self) -> "Asking":
@@ -78,15 +81,13 @@ class Asking:
             raise Stopped
         if key not in self._known:
             self._known[key] = asyncio.get_running_loop().create_future()
-            self._queue.put_nowait(_Waiting(key, question, self._known[key]))
+            self._queue.put_nowait(_Waiting(next(self._numbers), key, question, self._known[key]))
         return await self._known[key]
 
     def stop(self, reason: str) -> None:
-        """Asks no more. What is under way is waited for; the first reason stays."""
+        """Asks no more: what waits is given up, what is under way is waited for. The first reason stays."""
         if self.stopped is None:
             self.stopped = reason
-        while not self._queue.empty():
-            self._give_up(self._queue.get_nowait())
         self._settled.set()
 
     def fail(self, error: Exception) -> None:
@@ -135,7 +136,7 @@ class Asking:
         finally:
             self.under_way -= len(batch)
             for reserved in tokens:
-                self.budget.spend(-1, *(-count for count in reserved))
+                self.budget.spend(-1, *(-number for number in reserved))
             self._settled.set()
 
     async def _reserve(self, questions: Sequence[Question]) -> list[tuple[int, int]]:
@@ -148,10 +149,10 @@ class Asking:
         ]
         while self.stopped is None:
             reason = None
-            for count, tokens in enumerate(estimates):
+            for place, tokens in enumerate(estimates):
                 if reason := self.budget.reserve(*tokens):
-                    if count:
-                        return estimates[:count]
+                    if place:
+                        return estimates[:place]
                     break
             if reason is None:
                 return estimates

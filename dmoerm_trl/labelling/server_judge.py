@@ -283,13 +283,14 @@ def _read_key(variable: str | None) -> str | None:
 def _client(base_url: str, key: str | None, timeout: float) -> tuple[Any, dict[str, Any]]:
     """A client that leaves retries to us, and the options of its requests."""
     try:
-        from openai import AsyncOpenAI, Omit
+        from openai import AsyncOpenAI, DefaultAioHttpClient, Omit
     except ImportError as error:
         raise ImportError(
             'got no package `openai`, need it to ask a server: pip install "dmoerm-trl[label]"'
         ) from error
     # Without an explicit key the client would send the one of OPENAI_API_KEY.
-    client = AsyncOpenAI(base_url=base_url, api_key=key or "none", timeout=timeout, max_retries=0)
+    options = {"api_key": key or "none", "timeout": timeout, "max_retries": 0}
+    client = AsyncOpenAI(base_url=base_url, http_client=DefaultAioHttpClient(timeout=timeout), **options)
     return client, {} if key else {"headers": {"Authorization": Omit()}}
 
 

@@ -162,7 +162,9 @@ def claim(folder: Path, arguments: LabelArguments, identity: dict[str, Any]) -> 
         return str(store) if store.exists() else ":memory:"
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+        partial_file = path.with_suffix(".partial")
+        partial_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+        partial_file.replace(path)
     return str(store)
 
 

@@ -39,7 +39,9 @@ def write_pairs(path: Path, pairs: int) -> None:
     def rows() -> Iterator[PreferenceRow]:
         for number in range(pairs):
             prompt = [{"role": "user", "content": f"Tell me of number {number}. " * 20}]
-            responses = [f"Of {number} there is this and that to say. " * (10 + (number * step) % 7) for step in (2, 3)]
+            responses = [
+                f"Of {number} there is this and that to say. " * (10 + (number * step) % 7) for step in (2, 3)
+            ]
             yield PreferenceRow(prompt, [f"{text}{place}" for place, text in enumerate(responses)], [1, 2], "chat")
 
     write_rows(rows(), path)

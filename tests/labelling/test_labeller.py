@@ -204,7 +204,7 @@ def test_calls_end_exactly_at_the_budget_and_go_on_from_there(batch_size, tmp_pa
     assert "max_calls above 26: raise it to go on" in first.ask()
     assert len(judge.asked) == first.answers.spent.calls == 26
     rows, report = written(first, tmp_path)
-    assert (report.rows, report.incomplete) == (2, 1) and rows[0].prompt == ROWS[0].prompt
+    assert report.rows == len(rows) == 3 - report.incomplete in (1, 2) and rows[0].prompt == ROWS[0].prompt
     first.answers.close()
     again = labeller(ROWS, judge, budget=Budget(max_calls=QUESTIONS), path=tmp_path / "a.sqlite")
     assert again.ask() is None
@@ -384,7 +384,9 @@ def test_rows_are_read_as_they_are_needed():
             yield MANY[number]
 
     ahead = []
-    judge = ScriptedJudge(lambda question: ahead.append(len(read) - len(judge.asked) / 2) or longer(question), seconds=0.001)
+    judge = ScriptedJudge(
+        lambda question: ahead.append(len(read) - len(judge.asked) / 2) or longer(question), seconds=0.001
+    )
     labelling = labeller([], judge)
     labelling.rows = rows
     labelling.ask(600)
