@@ -143,7 +143,11 @@ def best_of_n_in_world(arguments: DemoArguments, run: Pipeline) -> BestOfN:
 def reward_models(run: Pipeline) -> dict[str, str | dict[str, list[str]]]:
     """The reward models of a training that policies are optimised against, as best of n and PPO take them."""
     members = [str(run.root / "ensemble" / str(member)) for member in range(run.recipe.ensemble_size)]
-    return {"DMoERM": str(run.root / "model"), "single": members[0], **{name: {name: members} for name in AGGREGATIONS}}
+    return {
+        "DMoERM": str(run.root / "model"),
+        "single": members[0],
+        **{name: {name: members} for name in AGGREGATIONS},
+    }
 
 
 def held_out(run: Pipeline, count: int) -> list[PreferenceRow]:
