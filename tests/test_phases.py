@@ -124,13 +124,13 @@ def test_the_routers_training_moves_all_of_it_and_learns_the_tasks(base, formatt
     assert list(router.config.tasks) == list(PROMPTS)
 
 
-@pytest.mark.parametrize(("balanced", "share"), [(False, 5 / 6), (True, 1 / 2)])
-def test_balanced_tasks_weigh_the_same_however_many_rows_they_have(balanced, share, base, formatter, tmp_path):
-    """Six times the same prompt, five of them of one task: the share of it in the rows, or in the loss."""
+@pytest.mark.parametrize(("balance", "share"), [(0, 5 / 6), (0.5, 5 / (5 + 5**0.5)), (1, 1 / 2)])
+def test_the_balance_says_how_much_a_rare_task_weighs(balance, share, base, formatter, tmp_path):
+    """Six times the same prompt, five of them of one task: what is learned is that task's share of the loss."""
     rows = [replace(row(0), task=task) for task in 5 * ["chitchat"] + ["maths"]]
     tasks = ["chitchat", "maths", "story writing"]  # the last has no rows
     args = settings(tmp_path, max_steps=40, eval_steps=40, per_device_train_batch_size=6)
-    router, _ = train_router(base, tasks, rows, rows, formatter, args, balanced=balanced)
+    router, _ = train_router(base, tasks, rows, rows, formatter, args, balance=balance)
     encoding = formatter.encode(rows[0].prompt, "")
     prompt = torch.tensor([encoding.input_ids[: encoding.prompt_length]])
     probabilities = router.probabilities(prompt, torch.ones_like(prompt))[0]
@@ -150,10 +150,16 @@ def test_the_balanced_loss_does_not_depend_on_how_a_step_is_batched(base, format
             per_device_train_batch_size=size,
             gradient_accumulation_steps=5 // size,
         )
-        histories.append(train_router(base, list(PROMPTS), rows, rows, formatter, args, balanced=True)[1])
+        histories.append(train_router(base, list(PROMPTS), rows, rows, formatter, args, balance=1)[1])
     for name in ("loss", "grad_norm"):
         whole, in_parts = (next(entry[name] for entry in history if name in entry) for history in histories)
         assert in_parts == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("balance", [-0.1, 1.1])
+def test_a_balance_outside_0_to_1_is_an_error(balance, base, formatter, tmp_path):
+    with pytest.raises(ValueError, match=f"got balance={balance}, need 0 .* to 1"):
+        train_router(base, list(PROMPTS), ROWS, ROWS, formatter, settings(tmp_path), balance=balance)
 
 
 def test_routing_metrics_by_hand():

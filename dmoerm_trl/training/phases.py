@@ -83,7 +83,7 @@ def train_router(
     args: PhaseConfig,
     *,
     num_layers: int | None = None,
-    balanced: bool = False,
+    balance: float = 0.0,
     trust_remote_code: bool = False,
 ) -> tuple[Router, History]:
     """
@@ -93,11 +93,15 @@ def train_router(
     Args:
         base (`str`): a pretrained backbone with the tokenizer of the reward model.
         num_layers (`int`, *optional*): how many of its layers to keep, from the bottom; all if not given.
-        balanced (`bool`): whether each task has the same weight in the loss, however many rows it has.
+        balance (`float`): how far the loss makes up for tasks of few rows, from 0 (each row weighs the same) to 1 (each task
+            does): a row's weight is its task's number of rows to the power of `-balance`.
 
     Raises:
-        ValueError: if the backbone has fewer layers, or a weight that is not finite, or for a budget of tokens.
+        ValueError: if the backbone has fewer layers, or a weight that is not finite, for a budget of tokens, or a `balance`
+            that is not within 0 and 1.
     """
+    if not 0 <= balance <= 1:
+        raise ValueError(f"got balance={balance}, need 0 (each row weighs the same) to 1 (each task does).")
     if args.train_tokens_per_batch is not None:
         raise ValueError(
             f"got train_tokens_per_batch={args.train_tokens_per_batch} for the router, need None, because a batch of the "
@@ -135,7 +139,7 @@ def train_router(
         return routing_metrics(prediction.predictions.argmax(-1), prediction.label_ids)
 
     train_dataset = dataset(train_rows)
-    weights = _balanced_weights(torch.tensor(train_dataset["labels"]), len(tasks)).to(args.device)
+    weights = _task_weights(torch.tensor(train_dataset["labels"]), len(tasks), balance).to(args.device)
 
     def balanced_loss(outputs: SequenceClassifierOutput, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         losses = nn.functional.cross_entropy(outputs.logits, labels, weights, reduction="sum")
@@ -147,7 +151,7 @@ def train_router(
         data_collator=collate,
         train_dataset=train_dataset,
         eval_dataset=dataset(eval_rows),
-        compute_loss_func=balanced_loss if balanced else None,
+        compute_loss_func=balanced_loss if balance else None,
         compute_metrics=metrics,
         callbacks=args.callbacks,
     )
@@ -155,10 +159,10 @@ def train_router(
     return router.eval(), trainer.state.log_history
 
 
-def _balanced_weights(labels: Tensor, tasks: int) -> Tensor:
-    """One weight a task, inversely as many as its rows, with mean 1 over the rows; 0 for a task without rows."""
-    counts = torch.bincount(labels, minlength=tasks)
-    return torch.where(counts > 0, len(labels) / (int((counts > 0).sum()) * counts.clamp(min=1)), 0.0)
+def _task_weights(labels: Tensor, tasks: int, balance: float) -> Tensor:
+    """One weight a task, its number of rows to the power of `-balance`, with mean 1 over the rows."""
+    weights = torch.bincount(labels, minlength=tasks).clamp(min=1).float() ** -balance
+    return weights / weights[labels].mean()
 
 
 def routing_metrics(routes: ArrayLike, labels: ArrayLike) -> dict[str, float]:

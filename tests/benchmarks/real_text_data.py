@@ -1,0 +1,243 @@
+"""The real data of real_text.py: read, cut to the encoder's means, labelled by weak functions, split by prompt."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from dmoerm_trl.data.preference_row import PreferenceRow
+from dmoerm_trl.labelling.weak import weak_ranks
+from dmoerm_trl.tasks import OTHERS, TaskTable
+
+CUT = " ... "
+"""Stands where a text was cut."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of the data is used, so that a small encoder on two cores can."""
+
+    router_tokens: int = 96
+    """Tokens of a prompt for the router."""
+    prompt_tokens: int = 48
+    """Tokens of a prompt's last turn for the reward models."""
+    response_tokens: int = 224
+    """Tokens of a response; the fewer, the less of what the weak points of the whole text say can be seen."""
+    responses: int = 8
+    """Responses of a training row, drawn from the prompt's about 48 without replacement."""
+    rows: int = 2
+    """Training rows a prompt."""
+    prompts: int | None = None
+    """Arena prompts, drawn by the seed; all if None."""
+    test_share: float = 0.15
+    """Share of the arena's prompts for the test, with all their responses."""
+    task_prompts: int = 30
+    """A task with fewer training prompts has no inner model: its rows are `others`."""
+    labelled: float = 0.95
+    """A capability point that tells responses apart in fewer of a task's training prompts is left out of the task."""
+    pairs: int = 300
+    """Pairs of each of the two sets of pairs, drawn once for all seeds."""
+    router_rows: int | None = None
+    """Labelled prompts for the router, 100 of them to watch its training; all if None."""
+
+
+class Cutter:
+    """Cuts long texts to their first two thirds and last third of so many tokens, and counts what it cut."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.texts, self.cut = Counter(), Counter()
+
+    def __call__(self, text: str, tokens: int, what: str) -> str:
+        self.texts[what] += 1
+        offsets = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        ).offset_mapping
+        if len(offsets) <= tokens:
+            return text
+        self.cut[what] += 1
+        tail = tokens // 3
+        return text[: offsets[tokens - tail - 1][1]] + CUT + text[offsets[-tail][0] :]
+
+    def __str__(self) -> str:
+        return "; ".join(f"{self.cut[what]} of {total} {what} were cut" for what, total in self.texts.items())
+
+
+@dataclass
+class TestSet:
+    """
+    Rows that are never trained on.
+
+    Args:
+        rows (`list[PreferenceRow]`): the texts as the models read them, cut.
+        gold (`list[list[float]]`): what is true of each response, higher is better.
+        lengths (`list[list[int]]`): characters of each response before it was cut.
+        keys (`list[str]`): the prompt of each row; rows of one prompt in several seeds have one key.
+    """
+
+    __test__ = False  # pytest collects classes by this name
+
+    rows: list[PreferenceRow] = field(default_factory=list)
+    gold: list[list[float]] = field(default_factory=list)
+    lengths: list[list[int]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+    def add(self, row: PreferenceRow, gold: Sequence[float], responses: Sequence[str], key: str) -> None:
+        self.rows.append(row)
+        self.gold.append(list(gold))
+        self.lengths.append([len(response) for response in responses])
+        self.keys.append(key)
+
+    def matched(self, row: int, share: float) -> list[tuple[int, int]]:
+        """The pairs of a row whose lengths differ by at most this share of the longer."""
+        lengths = self.lengths[row]
+        pairs = combinations(range(len(lengths)), 2)
+        return [(i, j) for i, j in pairs if abs(lengths[i] - lengths[j]) <= share * max(lengths[i], lengths[j])]
+
+
+class ArenaPrompt(NamedTuple):
+    key: str
+    prompt: str
+    responses: list[str]
+    gold: list[float]
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def prompt_row(prompt: str, task: str | None = None) -> PreferenceRow:
+    """A prompt as `train_router` takes it, which does not read the responses."""
+    return PreferenceRow(_turns(prompt), ["a", "b"], [1, 2], task)
+
+
+def router_rows(path: Path, sizes: Sizes, cut: Cutter) -> list[PreferenceRow]:
+    """Labelled prompts."""
+    return [prompt_row(cut(row["prompt"], sizes.router_tokens, "prompts"), row["task"]) for row in read_jsonl(path)]
+
+
+def read_arena(path: Path) -> list[ArenaPrompt]:
+    prompts: dict[int, ArenaPrompt] = {}
+    for row in pq.read_table(path).to_pylist():
+        key = row["prompt_id"]
+        prompt = prompts.setdefault(key, ArenaPrompt(f"arena {key}", row["instruction"], [], []))
+        prompt.responses.append(row["response"])
+        prompt.gold.append(row["gold"])
+    return [prompts[key] for key in sorted(prompts)]
+
+
+def arena_split(
+    prompts: Sequence[ArenaPrompt], tasks: Sequence[str], table: TaskTable, sizes: Sizes, cut: Cutter, seed: int
+) -> tuple[TaskTable, list[PreferenceRow], TestSet]:
+    """
+    Training rows of K responses with weak labels, and the test set, which share no prompt.
+
+    Args:
+        tasks (`Sequence[str]`): the task of each prompt, by a router.
+
+    Returns:
+        The table without the tasks and points that have too few prompts, the training rows, and the test set.
+    """
+    draw = random.Random(seed)
+    order = draw.sample(range(len(prompts)), sizes.prompts or len(prompts))
+    tested = max(round(sizes.test_share * len(order)), 1)
+    training = order[tested:]
+    counts = Counter(tasks[index] for index in training)
+    kept = {task: points for task, points in table.tasks.items() if counts[task] >= sizes.task_prompts}
+
+    def row_of(prompt: ArenaPrompt, task: str, chosen: Sequence[int], label: bool) -> PreferenceRow:
+        responses, gold = [prompt.responses[i] for i in chosen], [prompt.gold[i] for i in chosen]
+        task = task if task in kept else OTHERS
+        points = dict.fromkeys([*kept.get(task, ()), *table.overall]) if label else ()
+        return PreferenceRow(
+            _turns(cut(prompt.prompt, sizes.prompt_tokens, "prompts")),
+            [cut(response, sizes.response_tokens, "responses") for response in responses],
+            [1 + sum(other > value for other in gold) for value in gold],
+            task,
+            {point: weak_ranks(prompt.prompt, responses, point) for point in points},  # of the whole texts
+        )
+
+    rows = []
+    for index in training:
+        prompt = prompts[index]
+        shuffled = draw.sample(range(len(prompt.responses)), len(prompt.responses))
+        for start in range(0, sizes.rows * sizes.responses, sizes.responses):
+            chosen = shuffled[start : start + sizes.responses]
+            if len({prompt.gold[i] for i in chosen}) > 1:  # else there is nothing to learn
+                rows.append(row_of(prompt, tasks[index], chosen, label=True))
+    table = TaskTable({task: _labelled(points, task, rows, sizes) for task, points in kept.items()}, table.overall)
+    test = TestSet()
+    for index in order[:tested]:
+        prompt = prompts[index]
+        everything = range(len(prompt.responses))
+        test.add(row_of(prompt, tasks[index], everything, label=False), prompt.gold, prompt.responses, prompt.key)
+    known = {task: {*points, *table.overall} for task, points in table.tasks.items()} | {OTHERS: {*table.overall}}
+    rows = [
+        replace(row, capability_ranks={p: ranks for p, ranks in row.capability_ranks.items() if p in known[row.task]})
+        for row in rows
+    ]
+    return table, rows, test
+
+
+def _labelled(points: Sequence[str], task: str, rows: Sequence[PreferenceRow], sizes: Sizes) -> tuple[str, ...]:
+    """The points at which enough of a task's prompts have a better response and a worse one."""
+    of_task = [row for row in rows if row.task == task]
+    prompts = {row.prompt_id for row in of_task}
+    enough = []
+    for point in points:
+        told_apart = {row.prompt_id for row in of_task if len(set(row.capability_ranks[point])) > 1}
+        if len(told_apart) >= sizes.labelled * len(prompts):
+            enough.append(point)
+        else:
+            print(
+                f"{task}: {point!r} is left out, it tells responses apart in {len(told_apart)} of {len(prompts)} prompts"
+            )
+    return tuple(enough)
+
+
+def human_pairs(path: Path, sizes: Sizes, cut: Cutter) -> TestSet:
+    """Pairs labelled by people, without their ties."""
+    rows = [
+        (row["prompt"], [row["response_1"], row["response_2"]], [row["preferred"] == 1, row["preferred"] == 2])
+        for row in read_jsonl(path)
+        if row["preferred"]
+    ]
+    return _pairs(rows, "human", sizes, cut)
+
+
+def harmless_pairs(path: Path, sizes: Sizes, cut: Cutter) -> TestSet:
+    """Pairs of last turns of a conversation, labelled by people for harmlessness."""
+    rows = [
+        (row["prompt"], [row["chosen"][-1]["content"], row["rejected"][-1]["content"]], [True, False])
+        for row in read_jsonl(path)
+    ]
+    return _pairs(rows, "harmless", sizes, cut)
+
+
+def _pairs(rows: Sequence[tuple], name: str, sizes: Sizes, cut: Cutter) -> TestSet:
+    test = TestSet()
+    usable = [index for index, (_, responses, _) in enumerate(rows) if all(text.strip() for text in responses)]
+    print(f"{name} pairs: {len(rows)} without ties, {len(rows) - len(usable)} of them left out for an empty response")
+    for index in random.Random(0).sample(usable, min(sizes.pairs, len(usable))):
+        prompt, responses, gold = rows[index]
+        turns = _turns(prompt) if isinstance(prompt, str) else prompt
+        last = cut(turns[-1]["content"], sizes.prompt_tokens, f"{name} prompts")
+        row = PreferenceRow(
+            [*turns[:-1], {**turns[-1], "content": last}],
+            [cut(response, sizes.response_tokens, f"{name} responses") for response in responses],
+            [1 if better else 2 for better in gold],
+        )
+        test.add(row, [float(better) for better in gold], responses, f"{name} {index}")
+    return test
+
+
+def _turns(prompt: str) -> list[dict]:
+    return [{"role": "user", "content": prompt}]
