@@ -88,10 +88,10 @@ def make_backbone(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> PreTrain
     return AutoModel.from_config(qwen2_config(tokenizer)).eval()
 
 
-def make_policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> PreTrainedModel:
-    """A language model with the reward models' tokenizer, and its weights tied, as those of small models are."""
+def make_policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **kwargs) -> PreTrainedModel:
+    """A language model with the reward models' tokenizer."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(qwen2_config(tokenizer, tie_word_embeddings=True))
+    return AutoModelForCausalLM.from_config(qwen2_config(tokenizer, **kwargs))
 
 
 def make_value_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> PreTrainedModel:

@@ -16,9 +16,10 @@ QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_st
 
 
 def write_run(folder: Path, *, prompts: int = 10) -> dict[str, str]:
-    """A policy, a DMoERM and prompts of one task in a folder, as the keys of the examples."""
+    """A policy (with tied weights, as small ones have), a DMoERM and prompts of one task in a folder, as the examples' keys."""
     tokenizer = make_tokenizer()
-    for name, model in (("policy", make_policy(tokenizer)), ("reward_model", make_dmoerm(tokenizer))):
+    policy = make_policy(tokenizer, tie_word_embeddings=True)
+    for name, model in (("policy", policy), ("reward_model", make_dmoerm(tokenizer))):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     write_prompts(folder / "prompts.jsonl", [f"{PROMPTS['chitchat']} {number}" for number in range(prompts)])
