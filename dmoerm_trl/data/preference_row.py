@@ -67,6 +67,20 @@ class RowError(ValueError):
         self.reason = reason
 
 
+def turns_of(prompt: Any, name: str) -> list[dict]:
+    """Text is one turn of the user; of turns the `role` and the `content` are kept. Errors call the field `name`."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list):
+        raise RowError("bad prompt", f"field `{name}`: got {short(prompt)}, need text or a list of turns.")
+    for turn in prompt:
+        if not (isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
+            raise RowError(
+                "bad prompt", f"field `{name}`: got the turn {short(turn)}, need `role` and `content` as text."
+            )
+    return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+
+
 def check_row(row: PreferenceRow, tasks: TaskTable) -> None:
     """
     Checks the values of one row.

@@ -9,11 +9,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..tasks import OTHERS, OVERALL, TaskTable
-from .preference_row import PreferenceRow, RowError, check_row, short
+from .preference_row import PreferenceRow, RowError, check_row, short, turns_of
+from .prepare.reading import open_set
 
 OnError = Literal["raise", "skip"]
 
@@ -120,31 +121,12 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                     )
 
 
-def _open_dataset(path: Path, split: str) -> Dataset:
-    loaders = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
-    if path.is_file() and path.suffix in loaders:
-        return load_dataset(loaders[path.suffix], data_files=str(path), split="train")
-    if path.is_file() or (not path.exists() and (path.suffix in loaders or path.is_absolute())):
-        problem = "a kind that is not read" if path.is_file() else "which does not exist"
-        raise FileNotFoundError(
-            f"got {str(path)!r}, {problem}: need a file ending in {', '.join(loaders)}, a folder or a hub name."
-        )
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        dataset = load_from_disk(str(path))
-        if isinstance(dataset, DatasetDict):
-            if split not in dataset:
-                raise ValueError(f"{path}: got split {split!r}, need one of {sorted(dataset)}.")
-            dataset = dataset[split]
-        return dataset
-    return load_dataset(str(path), split=split)
-
-
 def _numbered(source: str | os.PathLike, split: str) -> tuple[Iterable[tuple[int, Any]], str, str]:
     """(number, what stands there) of a source's rows, the source's name, and what is numbered."""
     path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
         return _read_jsonl(path), str(path), "line"
-    return enumerate(_open_dataset(path, split), start=1), str(source), "row"
+    return enumerate(open_set(str(source), split, streaming=False), start=1), str(source), "row"
 
 
 def _checked(
@@ -241,7 +223,7 @@ def _parse_ours(raw: dict) -> PreferenceRow:
     missing = {"responses", "ranks"} - raw.keys()
     if missing:
         raise RowError("missing field", f"got no field `{missing.pop()}`, need it with one entry a response: add it.")
-    prompt = _turns(raw[given[0]], given[0])
+    prompt = turns_of(raw[given[0]], given[0])
     return PreferenceRow(prompt, raw["responses"], raw["ranks"], raw.get("task"), **_capability_labels(raw))
 
 
@@ -269,7 +251,7 @@ def _parse_trl(raw: dict) -> PreferenceRow:
                 "without the field `prompt` that is the prompt: add `prompt`.",
             )
     responses = [_completion(chosen, "chosen"), _completion(rejected, "rejected")]
-    return PreferenceRow(_turns(prompt, "prompt"), responses, [1, 2], raw.get("task"), **_capability_labels(raw))
+    return PreferenceRow(turns_of(prompt, "prompt"), responses, [1, 2], raw.get("task"), **_capability_labels(raw))
 
 
 def _parse_published(raw: dict, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
@@ -294,27 +276,14 @@ def _parse_published(raw: dict, tasks: TaskTable, report: LoadReport) -> Prefere
             report.read_as_others[str(task)] += 1
             english = OTHERS
         task = english
-    return PreferenceRow(_turns(turns, "src"), raw["response"], raw["rank"], task)
-
-
-def _turns(prompt: Any, name: str) -> list[dict]:
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list):
-        raise RowError("bad prompt", f"field `{name}`: got {short(prompt)}, need text or a list of turns.")
-    for turn in prompt:
-        if not (isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
-            raise RowError(
-                "bad prompt", f"field `{name}`: got the turn {short(turn)}, need `role` and `content` as text."
-            )
-    return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+    return PreferenceRow(turns_of(turns, "src"), raw["response"], raw["rank"], task)
 
 
 def _completion(completion: str | list, name: str) -> str:
     """The text of a side of TRL's format, which as turns must be one turn of the assistant."""
     if isinstance(completion, str):
         return completion
-    turns = _turns(completion, name)
+    turns = turns_of(completion, name)
     if [turn["role"] for turn in turns] != ["assistant"]:
         raise RowError(
             "bad responses",

@@ -278,7 +278,9 @@ def interrupts(asking: Asking) -> Iterator[None]:
             tqdm.write(f"waiting for {asking.under_way} answers under way; Ctrl-C again leaves them", file=sys.stderr)
         asking.stop("interrupted")
 
-    with suppress(NotImplementedError, ValueError, RuntimeError):  # Windows, or not in the main thread
+    with suppress(
+        NotImplementedError, ValueError, RuntimeError
+    ):  # no handlers on Windows, nor outside the main thread
         for number in signals:
             loop.add_signal_handler(number, interrupted)
     try:

@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -141,7 +142,7 @@ class _Text(NamedTuple):
     task: str | None
 
 
-class _ScoreJudge:
+class _ScoreJudge(ABC):
     """Prefers the response with the higher score; equal scores, or one that is None, are no choice."""
 
     concurrency = 1
@@ -154,7 +155,7 @@ class _ScoreJudge:
         return 0, 0
 
     async def close(self) -> None:
-        pass
+        return None  # there is nothing to give back
 
     def _answer(self, questions: Sequence[Question]) -> list[Answer]:
         pairs = [[_Text(q.prompt, text, q.point, q.task) for text in (q.first, q.second)] for q in questions]
@@ -166,8 +167,9 @@ class _ScoreJudge:
             answers.append(Answer(None if undecided else 1 if first > second else 2, f"scores {first} and {second}"))
         return answers
 
+    @abstractmethod
     def _score(self, texts: list[_Text]) -> list[float | None]:
-        raise NotImplementedError
+        """A score for each text, None where there is none."""
 
 
 class RewardJudge(_ScoreJudge):

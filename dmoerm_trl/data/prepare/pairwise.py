@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ..preference_row import PreferenceRow, RowError, short
-from .prompts import helpsteer2_prompt, transcript, turns_of
+from ..preference_row import PreferenceRow, RowError, short, turns_of
+from .prompts import helpsteer2_prompt, transcript
 from .scores import number, overall_ranks
 
 
@@ -36,7 +36,9 @@ def shp(example: dict[str, Any], *, tie_margin: float = 0.0, min_score_ratio: fl
             f"got labels={short(example['labels'])} for the scores {example['score_A']} and {example['score_B']}, need 1 "
             "where A has more, 0 where B has.",
         )
-    return PreferenceRow(turns_of(example["history"]), [example["human_ref_A"], example["human_ref_B"]], ranks)
+    return PreferenceRow(
+        turns_of(example["history"], "history"), [example["human_ref_A"], example["human_ref_B"]], ranks
+    )
 
 
 def helpsteer2_preference(example: dict[str, Any], *, tie_margin: float = 0.0) -> PreferenceRow:
@@ -58,7 +60,7 @@ def helpsteer3(example: dict[str, Any], *, tie_margin: float = 0.0, annotators_a
                 "annotators who disagree", f"got the individual preferences {scores}, need all on one side."
             )
     ranks = overall_ranks([0, example["overall_preference"]], tie_margin)
-    return PreferenceRow(turns_of(example["context"]), [example["response1"], example["response2"]], ranks)
+    return PreferenceRow(turns_of(example["context"], "context"), [example["response1"], example["response2"]], ranks)
 
 
 def pairs(example: dict[str, Any]) -> PreferenceRow:
@@ -68,4 +70,4 @@ def pairs(example: dict[str, Any]) -> PreferenceRow:
         raise RowError(
             "unknown preference", f"field `preferred`: got {short(example['preferred'])}, need 1, 2, or 0 for a tie."
         )
-    return PreferenceRow(turns_of(example["prompt"]), [example["response_1"], example["response_2"]], ranks)
+    return PreferenceRow(turns_of(example["prompt"], "prompt"), [example["response_1"], example["response_2"]], ranks)

@@ -1,21 +1,8 @@
 """The ways in which sets write a prompt, as turns."""
 
 import re
-from typing import Any
 
 from ..preference_row import RowError, short
-
-
-def turns_of(prompt: Any) -> list[dict[str, str]]:
-    """Text is one turn of the user; of turns the `role` and the `content` are kept."""
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in prompt
-    ):
-        raise RowError("bad prompt", f"got the prompt {short(prompt)}, need text or turns with `role` and `content`.")
-    return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
 
 
 def transcript(text: str) -> list[dict[str, str]]:

@@ -33,7 +33,8 @@ def open_set(
         streaming (`bool`): read it as a stream, else by index.
 
     Raises:
-        ValueError: if the source cannot be read, or does not have the split.
+        FileNotFoundError: if the source is a file that is not there, or of a kind that is not read.
+        ValueError: if it is empty, or does not have the split.
     """
     path = Path(source)
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
@@ -43,7 +44,7 @@ def open_set(
         return load_dataset(LOADERS[suffix], data_files=str(path), split="train", streaming=streaming)
     if path.is_file() or (not path.exists() and (suffix in LOADERS or path.is_absolute())):
         problem = "a kind that is not read" if path.is_file() else "which does not exist"
-        raise ValueError(
+        raise FileNotFoundError(
             f"got {source!r}, {problem}: need a file ending in {', '.join(LOADERS)}, a folder or a hub name."
         )
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

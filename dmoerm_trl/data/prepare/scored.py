@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..preference_row import PreferenceRow, RowError, short
-from .prompts import helpsteer2_prompt, turns_of
+from ..preference_row import PreferenceRow, RowError, short, turns_of
+from .prompts import helpsteer2_prompt
 from .scores import capability_labels, overall_ranks
 
 ULTRAFEEDBACK_ASPECTS = ("instruction_following", "helpfulness", "honesty", "truthfulness")
@@ -19,7 +19,7 @@ def ultrafeedback(example: dict[str, Any], *, tie_margin: float = 0.0) -> Prefer
         for aspect in ULTRAFEEDBACK_ASPECTS
     }
     return PreferenceRow(
-        turns_of(example["instruction"]),
+        turns_of(example["instruction"], "instruction"),
         [completion.get("response") for completion in completions],
         overall_ranks([completion.get("overall_score") for completion in completions], tie_margin),
         **capability_labels(ratings, tie_margin),
@@ -47,7 +47,7 @@ def scored(example: dict[str, Any], *, tie_margin: float = 0.0, aspects: Sequenc
                 f"field `{column}`: got {short(example[column])} for {len(responses)} responses, need one a response.",
             )
     return PreferenceRow(
-        turns_of(example["prompt"]),
+        turns_of(example["prompt"], "prompt"),
         responses,
         overall_ranks(example["scores"], tie_margin),
         **capability_labels({aspect: example[aspect] for aspect in aspects}, tie_margin),

@@ -124,12 +124,16 @@ def test_kinds_of_sources(tmp_path, kind):
 def test_sources_that_are_not_there(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "rows.txt").write_text("Hi")
-    for source, message in (
-        (tmp_path / "missing.jsonl", "missing.jsonl', which does not exist: need a file ending in .jsonl"),
-        (tmp_path / "rows.txt", "a kind that is not read"),
-        (tmp_path / "empty.jsonl", "an empty file"),
+    for source, error, message in (
+        (
+            tmp_path / "missing.jsonl",
+            FileNotFoundError,
+            "missing.jsonl', which does not exist: need a file ending in .jsonl",
+        ),
+        (tmp_path / "rows.txt", FileNotFoundError, "a kind that is not read"),
+        (tmp_path / "empty.jsonl", ValueError, "an empty file"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             reading.open_set(str(source))
     with pytest.raises(OSError, match="some/set"):  # tests have no network
         reading.open_set("some/set")
