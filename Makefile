@@ -18,7 +18,7 @@ demo: $(READY)
 	$(VENV)/bin/dmoerm demo
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --maxfail 5 $(PYTEST_ARGS)
 
 # TRL's contracts once more, with the newest TRL, which has no PPO.
 test-newest: .venv-newest/.installed

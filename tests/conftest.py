@@ -15,6 +15,7 @@ from importlib.util import find_spec  # noqa: E402
 
 import models  # noqa: E402
 import pytest  # noqa: E402
+from processes import start  # noqa: E402, F401
 from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
 from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification  # noqa: E402

@@ -2,8 +2,6 @@
 
 import json
 import math
-import multiprocessing
-import os
 import time
 from copy import deepcopy
 from dataclasses import replace
@@ -448,31 +446,21 @@ def test_a_killed_and_resumed_phase_2_gives_the_experts_of_an_unbroken_one(event
         assert curves[0] == curves[1]
 
 
-def train_quietly(folder: Path) -> None:
+def train_experts(folder: Path) -> None:
     """What a child process of the next test does: it leaves the experts in one file."""
-    for stream in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    folder.mkdir(exist_ok=True)
     model, _ = trained(folder, dropout=0.2, max_steps=30, patience=4)
     torch.save(weights_of(model), folder / "experts.pt")
 
 
 @pytest.mark.slow
-def test_a_phase_2_killed_by_the_system_at_any_moment_ends_with_the_same_experts(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dmoerm_trl.training.phases", "trl.trainer.reward_trainer"])
-
-    def start(folder: Path) -> multiprocessing.Process:
-        folder.mkdir(exist_ok=True)
-        process = context.Process(target=train_quietly, args=(folder,))
-        process.start()
-        return process
-
-    process = start(tmp_path / "unbroken")
+def test_a_phase_2_killed_by_the_system_at_any_moment_ends_with_the_same_experts(tmp_path, start):
+    process = start(train_experts, tmp_path / "unbroken")
     process.join()
     assert process.exitcode == 0
     killed, kills = tmp_path / "killed", 0
     for attempt in range(12):
-        process = start(killed)
+        process = start(train_experts, killed)
         before = len(list(killed.glob("*")))
         while process.is_alive() and len(list(killed.glob("*"))) == before:
             time.sleep(0.005)

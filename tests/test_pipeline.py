@@ -2,11 +2,9 @@
 
 import json
 import multiprocessing
-import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -249,7 +247,7 @@ def test_a_run_that_is_done_does_nothing(run, recipe):
     assert times() == before
 
 
-def test_a_changed_recipe_is_an_error_that_names_the_changed_keys(run, recipe, tmp_path):
+def test_a_changed_recipe_is_an_error_that_names_the_changed_keys(run, recipe, start, tmp_path):
     changed = replace(recipe, seed=3, phase1={**recipe.phase1, "max_steps": 5})
     with pytest.raises(ValueError, match=r"differs in \['phase1', 'seed'\].*choose another `output_dir`") as error:
         Pipeline(changed).run()
@@ -260,13 +258,13 @@ def test_a_changed_recipe_is_an_error_that_names_the_changed_keys(run, recipe, t
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-def test_a_changed_task_table_is_a_changed_recipe(run, recipe, tmp_path):
+def test_a_changed_task_table_is_a_changed_recipe(run, recipe, start, tmp_path):
     (tmp_path / "tasks.yaml").write_text(TABLE.replace("correctness", "brevity"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"differs in \['tasks'\]"):
         Pipeline(replace(recipe, tasks=str(tmp_path / "tasks.yaml"))).run()
 
 
-def test_a_run_can_go_on_elsewhere_and_with_other_workers(run, recipe, tmp_path):
+def test_a_run_can_go_on_elsewhere_and_with_other_workers(run, recipe, start, tmp_path):
     shutil.copytree(run.root, tmp_path / "moved")
     shutil.rmtree(tmp_path / "moved" / "model")
     Pipeline(replace(recipe, output_dir=str(tmp_path / "moved"), workers=1)).run()
@@ -276,30 +274,9 @@ def test_a_run_can_go_on_elsewhere_and_with_other_workers(run, recipe, tmp_path)
 # A training that is killed.
 
 
-def run_quietly(recipe: Recipe) -> None:
+def train(recipe: Recipe) -> None:
     """What a child process of these tests does."""
-    for stream in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     Pipeline(recipe).run()
-
-
-@pytest.fixture(scope="module")
-def start() -> Iterator[Callable[[Recipe], multiprocessing.Process]]:
-    """Starts a training in a process of its own, all from a server that has imported everything, to save time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dmoerm_trl.training.pipeline", "trl.trainer.reward_trainer", "test_pipeline"])
-    started = []
-
-    def start(recipe: Recipe) -> multiprocessing.Process:
-        process = context.Process(target=run_quietly, args=(recipe,))
-        process.start()
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.join()
 
 
 @pytest.mark.slow
@@ -308,7 +285,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(run, recipe, star
     root, draw, found = Path(recipe.output_dir), random.Random(1), []
     for attempt in range(40):
         done = len(list(root.rglob("history.json")))
-        process = start(recipe)
+        process = start(train, recipe)
         if attempt % 2:  # in the middle of a phase, while its first checkpoint is written or soon after
             while process.is_alive() and not list(root.glob("work/**/checkpoint-*")):
                 time.sleep(0.01)
@@ -332,7 +309,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights(run, recipe, star
 def test_workers_die_with_their_parent_and_give_the_weights_of_one_process(run, recipe, start, tmp_path):
     recipe = replace(recipe, output_dir=str(tmp_path / "killed"), workers=2)
     root = Path(recipe.output_dir)
-    process = start(recipe)
+    process = start(train, recipe)
     while not list(root.glob("work/*/**/checkpoint-*")):
         assert process.is_alive()
         time.sleep(0.05)

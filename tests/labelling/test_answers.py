@@ -1,9 +1,10 @@
 """The store of answers: what is in it is found again, by the same question to the same judge, however the process ended."""
 
 import multiprocessing
-import os
 import sqlite3
+from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -121,27 +122,25 @@ def test_half_a_character_is_stored_as_a_question_mark(path):
         assert store.get(store.key(QUESTION)).text == "? one"
 
 
-def _add_for_ever(path: Path, told: int) -> None:
+def add_for_ever(path: Path, told: Connection) -> None:
     with AnswerStore(path, IDENTITY) as store:
         for number in range(10**9):
             store.add(store.key(replace(QUESTION, first=f"{number}")), Answer(1, "1"))
-            os.write(told, b".")
+            told.send_bytes(b".")
 
 
 @pytest.mark.parametrize("after", [1, 300])
-def test_what_was_added_outlives_a_kill(path, after):
-    reader, writer = os.pipe()
-    process = multiprocessing.get_context("fork").Process(target=_add_for_ever, args=(path, writer))
-    process.start()
+def test_what_was_added_outlives_a_kill(path, after, start):
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    process = start(add_for_ever, path, writer)
+    writer.close()
     told = 0
-    while told < after:
-        told += len(os.read(reader, 1))
-    process.kill()
+    with suppress(EOFError):
+        while reader.recv_bytes():
+            told += 1
+            if told == after:
+                process.kill()
     process.join()
-    os.close(writer)
-    while rest := os.read(reader, 1 << 16):
-        told += len(rest)
-    os.close(reader)
     with AnswerStore(path, IDENTITY) as store:
         stored = [store.get(store.key(replace(QUESTION, first=f"{number}"))) for number in range(told)]
         assert stored == [Answer(1, "1")] * told

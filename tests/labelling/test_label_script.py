@@ -1,7 +1,6 @@
 """`dmoerm label` as a user runs it, against a real server on loopback that is slow, faulty, killed, and never asked twice."""
 
 import json
-import multiprocessing
 import os
 import random
 import runpy
@@ -145,11 +144,10 @@ def test_faults_of_the_server_are_weathered(serve, recipe, tmp_path):
     assert server.asked.total() > QUESTIONS
 
 
-def test_a_server_that_is_gone_stops_and_the_next_run_goes_on(serve_process, recipe, tmp_path):
+def test_a_server_that_is_gone_stops_and_the_next_run_goes_on(serve_process, recipe, start, tmp_path):
     process, url = serve_process(latency=0.02)
     config = recipe(url, judge={"retries": 1, "concurrency": 8})
-    run = multiprocessing.get_context("fork").Process(target=_quietly, args=(["label", "--config", config],))
-    run.start()
+    run = start(main, ["label", "--config", config])
     while not (tmp_path / "out").exists() or _count(tmp_path) < 60:
         time.sleep(0.02)
     process.kill()
@@ -175,12 +173,6 @@ def test_a_server_that_refuses_is_told_of_at_once(serve, recipe, tmp_path, setti
     assert not any("wrong-key" in path.read_text(errors="ignore") for path in (tmp_path / "out").iterdir())
 
 
-def _quietly(argv: list[str]) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(1, 2)
-    main(argv)
-
-
 def _count(tmp_path: Path) -> int:
     """The answers that are stored while the labeller has the file: it says so by the length of SQLite's log."""
     log = tmp_path / "out" / "answers.sqlite-wal"
@@ -189,7 +181,7 @@ def _count(tmp_path: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_nothing_that_was_stored_is_asked_again_after_kills(serve, recipe, tmp_path, seed):
+def test_nothing_that_was_stored_is_asked_again_after_kills(serve, recipe, start, tmp_path, seed):
     """Killed at moments drawn at random, with 8 questions under way: those alone may be asked twice."""
     rng = random.Random(seed)
     server = serve("longer", latency=0.01)
@@ -198,8 +190,7 @@ def test_nothing_that_was_stored_is_asked_again_after_kills(serve, recipe, tmp_p
     judge = judge_from_config(yaml.safe_load(Path(config).read_text())["judge"])
     texts = questions(judge.identity)
     while True:
-        run = multiprocessing.get_context("fork").Process(target=_quietly, args=(["label", "--config", config],))
-        run.start()
+        run = start(main, ["label", "--config", config])
         before = server.answered.total()
         stop_at = before + rng.randrange(1, 50)
         while run.is_alive() and server.answered.total() < stop_at:
@@ -238,11 +229,10 @@ def questions(identity: dict) -> dict[bytes, str]:
         }
 
 
-def test_ctrl_c_waits_for_what_is_under_way_and_keeps_it(serve, recipe, tmp_path):
+def test_ctrl_c_waits_for_what_is_under_way_and_keeps_it(serve, recipe, start, tmp_path):
     server = serve("longer", latency=0.05)
     config = recipe(server.url, judge={"concurrency": 8})
-    run = multiprocessing.get_context("fork").Process(target=_quietly, args=(["label", "--config", config],))
-    run.start()
+    run = start(main, ["label", "--config", config])
     while server.answered.total() < 40:
         time.sleep(0.01)
     os.kill(run.pid, signal.SIGINT)
