@@ -26,6 +26,10 @@ def test_the_demo_recipe_is_read_by_the_demo():
     assert recipe.output_dir == "runs/demo" and arguments.rows_per_task > 0
 
 
+def characters(*, response: str, **_: object) -> int:
+    return len(response)
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> tuple[Path, Path]:
     """A demo of very few steps: its folder and its recipe."""
@@ -80,6 +84,15 @@ def test_eval_and_score_read_the_demos_run(demo, capsys):
     assert "DMoERM-w/o-Outer" in capsys.readouterr().out
     after = json.loads((run / "consistency.json").read_text())["consistency"]
     assert after == {method: cells for method, cells in before.items() if method != "ceiling"}
+
+    judges = json.dumps({"longest": {"kind": "function", "function": "test_scripts:characters"}})
+    for most in ("100000", "0"):  # the second time there is nothing left to ask
+        main(["eval", "--config", str(train_recipe), "--judges", judges, "--max_calls", most])
+        assert "longest: " in capsys.readouterr().out
+        after = json.loads((run / "consistency.json").read_text())["consistency"]
+        assert after["longest"] == after["length only"]
+    with pytest.raises(ValueError, match="got the names .'single'., which are methods of the table"):
+        main(["eval", "--config", str(train_recipe), "--judges", judges.replace("longest", "single")])
 
     main(["score", "--model", str(run / "model"), "--prompt", "Tell me of tea.", "--response", "Here is tea."])
     scores = json.loads(capsys.readouterr().out)

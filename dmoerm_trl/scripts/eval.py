@@ -1,12 +1,19 @@
 """`dmoerm eval --config recipe.yaml`: prints and saves the consistency table of a finished training."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import TrlParser
 
 from ..data.rows import load_rows
 from ..evaluation.methods import method_scores
 from ..evaluation.table import Table, consistency_table
+from ..labelling.budget import Budget
+from ..labelling.generative import generative_verdicts
+from ..labelling.judges import judge_from_config
+from ..tasks import slug
 from ..training.pipeline import Pipeline
 from ..training.recipe import Recipe
 
@@ -17,20 +24,72 @@ class EvalArguments:
 
     rows: str | None = field(default=None, metadata={"help": "Rows to evaluate on; the run's test rows if absent."})
     resamples: int = field(default=1000, metadata={"help": "Bootstrap resamples of the prompts."})
+    judges: dict[str, Any] | str | None = field(
+        default_factory=dict,
+        metadata={
+            "help": "Generative baselines: name -> who is asked, as `judge` in recipes/LABELLING.md; JSON on the command line."
+        },
+    )
+    max_rounds: int = field(
+        default=1, metadata={"help": "How often a judge is asked about a pair until both orders agree."}
+    )
+    max_calls: int | None = field(
+        default=None, metadata={"help": "The most answers of a judge, earlier ones included."}
+    )
+
+    def __post_init__(self):
+        try:
+            self.judges = json.loads(self.judges) if isinstance(self.judges, str) else self.judges or {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`judges`: got {self.judges!r}, need JSON: {error}.") from error
 
 
-def evaluate(run: Pipeline, rows: str | None = None, resamples: int = 1000) -> Table:
-    """The consistency table of a finished training, saved as `consistency.md` and `consistency.json` in its folder."""
+def evaluate(
+    run: Pipeline,
+    rows: str | None = None,
+    resamples: int = 1000,
+    *,
+    judges: Mapping[str, Mapping[str, Any]] | None = None,
+    max_rounds: int = 1,
+    max_calls: int | None = None,
+) -> Table:
+    """
+    The consistency table of a finished training, saved as `consistency.md` and `consistency.json` in its folder.
+
+    Args:
+        rows (`str`, *optional*): other rows than the run's test rows.
+        judges (`Mapping`, *optional*): name of a row of the table -> a judge's settings, for the generative baseline of
+            appendix B.3.3; see [`~dmoerm_trl.labelling.generative.generative_verdicts`]. Its answers lie in `judges/`, and
+            none is asked for twice.
+        max_rounds (`int`), max_calls (`int`, *optional*): of each judge.
+
+    Raises:
+        FileNotFoundError: if the training is not finished.
+        JudgeError: if a judge could not be asked to the end; what it answered is there for the next time.
+        ValueError: for a judge named as a method is, or with settings that it does not have.
+    """
     if not run.finished:
         raise FileNotFoundError(
             f"{run.root}: the training is not finished, need its models: run `dmoerm train` first."
         )
+    asked = {name: judge_from_config(dict(settings)) for name, settings in (judges or {}).items()}
     if rows is None:
         evaluated = run.rows("test")
     else:
         evaluated, report = load_rows(rows, tasks=run.tasks, on_error=run.recipe.on_error)
         print(report)
-    table = consistency_table(method_scores(run, evaluated), evaluated, list(run.tasks.tasks), resamples=resamples)
+    scores = method_scores(run, evaluated)
+    if taken := [name for name in asked if name in scores]:
+        raise ValueError(f"`judges`: got the names {taken}, which are methods of the table, need other ones.")
+    for name, judge in asked.items():
+        answers = run.root / "judges" / f"{slug(name)}.sqlite"
+        answers.parent.mkdir(exist_ok=True)
+        verdicts = generative_verdicts(
+            judge, evaluated, max_rounds=max_rounds, answers=answers, budget=Budget(max_calls)
+        )
+        print(f"{name}: {verdicts}")
+        scores[name] = verdicts.scores
+    table = consistency_table(scores, evaluated, list(run.tasks.tasks), resamples=resamples)
     table.save(run.root / "consistency")
     return table
 
@@ -38,4 +97,4 @@ def evaluate(run: Pipeline, rows: str | None = None, resamples: int = 1000) -> T
 def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((EvalArguments, Recipe), prog="dmoerm eval", description=__doc__)
     arguments, recipe = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
-    print(evaluate(Pipeline(recipe), arguments.rows, arguments.resamples).to_markdown())
+    print(evaluate(Pipeline(recipe), **vars(arguments)).to_markdown())
