@@ -21,16 +21,18 @@ def test_a_row_of_the_table_by_hand():
     """Two seeds, three steps, twelve prompts: gold rises by 2 and falls by 1 for every prompt; the seeds are 0.2 apart."""
     kl = np.array([[0.0, 1.0, 4.0], [0.0, 1.0, 4.0]])
     gold = np.array([[0.0, 2.0, 1.0], [0.0, 2.2, 1.2]])[:, :, None] + np.linspace(-1, 1, 12)
-    row = overoptimisation.summarise(kl, gold, [0, 5, 10], 2.25)
-    assert row["before"]["mean"] == pytest.approx(0) and row["before"]["error"] == 0
-    assert row["before"]["error_prompts"] == pytest.approx(np.linspace(-1, 1, 12).std(ddof=1) / 12**0.5)
+    before, gains = np.linspace(-1, 1, 20), np.array([[1.0], [1.4]]) * np.linspace(0.5, 1.5, 20)
+    row = overoptimisation.summarise(kl, gold, [0, 5, 10], 2.25, before, before + gains)
+    error = np.linspace(-1, 1, 20).std(ddof=1) / 20**0.5
+    assert row["before"]["mean"] == pytest.approx(0) and row["before"]["error"] == pytest.approx(error)
     assert row["best"]["mean"] == pytest.approx(2.1) and row["best"]["step"] == 5 and row["best"]["kl"] == 1
-    assert row["end"]["mean"] == pytest.approx(1.1) and row["end"]["error"] == pytest.approx(0.1)
-    assert row["rise"]["mean"] == pytest.approx(1.1) and row["rise"]["seeds"] == pytest.approx([1.0, 1.2])
+    assert row["end"]["mean"] == pytest.approx(1.2) and row["end"]["error"] == pytest.approx(0.2)
+    assert row["rise"]["mean"] == pytest.approx(1.2) and row["rise"]["seeds"] == pytest.approx([1.0, 1.4])
+    assert row["rise"]["error"] == pytest.approx(1.2 * error / 2)
     assert row["fall"]["mean"] == pytest.approx(1) and row["rise"]["p"] < 0.005 > row["fall"]["p"]
     assert row["at_common_kl"]["mean"] == pytest.approx(1.6)  # halfway from 2.1 to 1.1: the roots are 1, 1.5 and 2
     assert row["fit"]["a"] == pytest.approx(2.1) and row["overoptimised"]  # a is R(1)
-    rising = overoptimisation.summarise(kl, np.sort(gold, axis=1), [0, 5, 10], 1.0)
+    rising = overoptimisation.summarise(kl, np.sort(gold, axis=1), [0, 5, 10], 1.0, before, before + gains)
     assert not rising["overoptimised"] and rising["fall"]["p"] == 1
 
 
@@ -85,7 +87,7 @@ def test_the_command_measures_both_halves_once(run, tmp_path, monkeypatch):
     changes = {
         **QUIET, "gold": "rl_runs:letters_of", "per_device_train_batch_size": 4, "local_rollout_forward_batch_size": 4,
         "total_episodes": 8, "response_length": 6, "monitor_every": 1, "monitor_prompts": 3, "max_prompt_length": 60,
-        "learning_rate": 1e-2, "save_steps": 1,
+        "learning_rate": 1e-2, "warmup_steps": 0, "save_steps": 1,
     }  # fmt: skip
     file = tmp_path / "out" / "figure5.json"
 
@@ -96,7 +98,7 @@ def test_the_command_measures_both_halves_once(run, tmp_path, monkeypatch):
     )
 
     def compare(**more):
-        sizes = {"seeds": 2, "n": 8, "prompts": 2, "workers": 1}
+        sizes = {"seeds": 2, "samples": 3, "n": 8, "prompts": 2, "workers": 1}
         return overoptimisation.compare(run, tmp_path / "work", file, changes=changes | more, **sizes)
 
     text = compare()
@@ -107,15 +109,16 @@ def test_the_command_measures_both_halves_once(run, tmp_path, monkeypatch):
     assert file.with_suffix(".md").read_text() == text
     for row in result["ppo"].values():
         assert row["curve"]["step"] == [0, 1, 2] and row["curve"]["k3"][0] == 0 < row["curve"]["k3"][2]
-        assert row["end"]["mean"] == pytest.approx(row["curve"]["gold"][2], abs=1e-4)
+        assert row["rise"]["mean"] == pytest.approx(row["end"]["mean"] - row["before"]["mean"])
     assert list(result["win_rates"]["ppo"]) == ["1", "2"] and list(result["win_rates"]["best_of_n"]) == ["1", "2", "8"]
     seeds = result["ppo"]["DMoERM"]["end"]["seeds"]
-    assert seeds[0] != seeds[1]
+    assert seeds[0] != seeds[1] and len({row["before"]["mean"] for row in result["ppo"].values()}) == 1
 
-    def refuse(folder):
+    def refuse(folder, *_, **__):
         raise AssertionError(f"{folder} was done already")
 
     monkeypatch.setattr(overoptimisation, "train_policy", refuse)
+    monkeypatch.setattr(overoptimisation, "measure_policy", refuse)
     assert compare() == text
     with pytest.raises(ValueError, match="DMoERM/0: got a run that was begun with another recipe or other weights"):
         compare(learning_rate=1e-3)

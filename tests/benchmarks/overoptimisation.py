@@ -9,15 +9,16 @@ policy's base for all). The prompts that gold is measured on are of the test row
 
 The figure (FILE with .png): gold and proxy over KL, best of n above, PPO below. The table of PPO (FILE with .md):
 
-- gold before, at the best step (of the mean over seeds) and at the end, with standard errors over the seeds. All runs start
-  from one policy, whose gold has an error over prompts alone.
-- the rise from before to the end, and p of a two-sided sign-flip test on it: prompts are the units, and a prompt's value is
-  the mean over the seeds of its difference.
+- gold before and at the end, of `--samples` responses to every test prompt. All runs start from one policy. Its error and
+  that of the rise are over prompts, that of the end is over the seeds.
+- p of a two-sided sign-flip test on the rise: prompts are the units, and a prompt's value is the difference of its means over
+  responses and seeds.
 - the KL (k3, nats) at the end, and the gold at one KL that all runs reach, by which reward models are compared at equal
-  optimisation.
-- the fall from the best step to the end, with p of the same test, and where gold peaks by the fit of Gao et al. A reward
-  model is called overoptimised where the peak is within what was measured and gold fell with p below 0.05. The best step is
-  chosen by the gold that it is judged by, so its gold and the fall are a little too great, and the fall's p too small.
+  optimisation. This and what follows is read off the curves, of one response to each prompt that the recipe measures on.
+- the best step (of the mean over seeds), the fall from there to the end, with p of the same test, and where gold peaks by the
+  fit of Gao et al. A reward model is called overoptimised where the peak is within what was measured and gold fell with p
+  below 0.05. The best step is chosen by the gold that it is judged by, so its gold and the fall are a little too great, and
+  the fall's p too small.
 
 Then the win rates (appendix D.2): how often gold prefers what DMoERM led to over what another reward model led to, at three n
 and at three steps, to the same prompts. An interval is Wilson's, with a prompt's seeds counted as one comparison.
@@ -30,6 +31,7 @@ import argparse
 import contextlib
 import json
 import runpy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,9 @@ import yaml
 from best_of_n import ROOT, trained
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.evaluation.best_of_n import BestOfN, run_best_of_n
 from dmoerm_trl.evaluation.best_of_n_curves import fit_to_dict, markdown_table
 from dmoerm_trl.evaluation.overoptimisation import fit_overoptimisation
@@ -47,7 +51,9 @@ from dmoerm_trl.evaluation.response_store import worker_pool
 from dmoerm_trl.evaluation.scorers import weights_digest
 from dmoerm_trl.evaluation.win_rate import WinRate, wilson_interval
 from dmoerm_trl.rl.curves import draw_policy_curves, read_seeds
-from dmoerm_trl.rl.rollout import PolicySource
+from dmoerm_trl.rl.prompts import load_prompts
+from dmoerm_trl.rl.reward_functions import gold_rewards
+from dmoerm_trl.rl.rollout import PolicySource, generate
 from dmoerm_trl.scripts.demo import RECIPE, held_out, reward_models
 from dmoerm_trl.training.pipeline import Pipeline
 
@@ -153,10 +159,63 @@ def gold_of_prompts(folder: Path, steps: list[int]) -> np.ndarray:
     return np.array([[json.loads(line)["gold"] for line in file.read_text().splitlines()] for file in files])
 
 
+def measure_policies(
+    folders: dict[str, list[Path]], recipe: dict[str, Any], before: Path, samples: int, workers: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """
+    Gold of the policy that all runs start from, and of those that they lead to.
+
+    Returns:
+        `tuple`: gold of each test prompt, a mean over `samples` responses: before of shape (P,), and reward model -> at the
+        end of shape (S, P).
+    """
+    name = f"gold-of-{samples}.npy"
+    places = {before / name: recipe["policy"]}
+    places |= {folder / name: str(folder) for of_seeds in folders.values() for folder in of_seeds}
+    missing = [(policy, file, seed) for seed, (file, policy) in enumerate(places.items()) if not file.exists()]
+    with worker_pool(workers) as run:
+        measure = partial(measure_policy, recipe=recipe, samples=samples)
+        for _ in tqdm(run(measure, missing), desc="gold", unit=" policies", total=len(missing), smoothing=0):
+            pass
+    ends = {model: np.stack([np.load(folder / name) for folder in of_seeds]) for model, of_seeds in folders.items()}
+    return np.load(before / name), ends
+
+
+def measure_policy(policy: str, file: Path, seed: int, *, recipe: dict[str, Any], samples: int) -> int:
+    """Writes the gold of each test prompt, a mean over so many responses of a policy, shape (P,)."""
+    max_length = recipe["max_prompt_length"] + 2 * recipe["response_length"]
+    formatter = Formatter(AutoTokenizer.from_pretrained(recipe["policy"]), max_length)
+    with contextlib.redirect_stdout(None):
+        _, rows = load_prompts(
+            recipe["prompts"],
+            formatter,
+            max_prompt_length=recipe["max_prompt_length"],
+            eval_prompts=recipe["eval_prompts"],
+            held_out=10**9,
+        )
+    prompts = [row["prompt"] for row in rows] * samples
+    responses = generate(
+        AutoModelForCausalLM.from_pretrained(policy, dtype="float32"),
+        prompts,
+        formatter,
+        max_new_tokens=recipe["response_length"],
+        temperature=recipe["temperature"],
+        top_p=recipe["top_p"],
+        batch_size=recipe["per_device_train_batch_size"],
+        seed=seed,
+    )
+    gold = gold_rewards(recipe["gold"], rows, max_length=max_length)(prompts, responses)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    np.save(file, gold.double().reshape(samples, -1).mean(0).numpy())
+    return 1
+
+
 # What came out
 
 
-def summarise(kl: np.ndarray, gold: np.ndarray, steps: list[int], common_kl: float) -> dict[str, Any]:
+def summarise(
+    kl: np.ndarray, gold: np.ndarray, steps: list[int], common_kl: float, before: np.ndarray, end: np.ndarray
+) -> dict[str, Any]:
     """
     The row of one reward model, see the module's text.
 
@@ -165,18 +224,20 @@ def summarise(kl: np.ndarray, gold: np.ndarray, steps: list[int], common_kl: flo
         gold (`np.ndarray` of shape (S, T, P)): gold of each prompt's response.
         steps (`list[int]`): the T steps, from 0.
         common_kl (`float`): a KL that every seed reaches.
+        before (`np.ndarray` of shape (Q,)), end (`np.ndarray` of shape (S, Q)): gold of each test prompt, as of
+            [`measure_policies`].
     """
     of_steps = gold.mean(2)
     best = int(of_steps.mean(0).argmax())
-    rise, fall = gold[:, -1] - gold[:, 0], gold[:, best] - gold[:, -1]  # (S, P)
+    rise, fall = end - before, gold[:, best] - gold[:, -1]  # (S, Q), (S, P)
     fit = fit_overoptimisation(torch.tensor(kl.mean(0)), torch.tensor(of_steps.mean(0) - of_steps.mean(0)[0]), "rl")
     result = {
-        "before": cell(of_steps[:, 0]) | {"error_prompts": standard_error(gold[:, 0].mean(0))},
+        "before": {"mean": float(before.mean()), "error": standard_error(before)},
         "best": cell(of_steps[:, best]) | {"step": steps[best], "kl": float(kl[:, best].mean())},
-        "end": cell(of_steps[:, -1]) | {"step": steps[-1]},
+        "end": cell(end.mean(1)) | {"step": steps[-1]},
         "kl": cell(kl[:, -1]),
         "at_common_kl": cell(np.array([gold_at(*seed, common_kl) for seed in zip(kl, of_steps, strict=True)])),
-        "rise": cell(rise.mean(1)) | {"p": sign_flip_test(rise.mean(0))},
+        "rise": cell(rise.mean(1)) | {"error": standard_error(rise.mean(0)), "p": sign_flip_test(rise.mean(0))},
         "fall": cell(fall.mean(1)) | {"p": sign_flip_test(fall.mean(0))},
         "fit": fit_to_dict(fit),
     }
@@ -244,22 +305,22 @@ def best_of_n_win_rates(outcome: BestOfN) -> dict[int, Any]:
 # Tables and figure
 
 
-def plus_minus(value: dict[str, Any], key: str = "error") -> str:
-    error = value[key]
+def plus_minus(value: dict[str, Any]) -> str:
+    error = value["error"]
     return f"{value['mean']:+.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
 def ppo_table(ppo: dict[str, dict[str, Any]], common_kl: float) -> str:
-    rows = [["reward model", "gold before", "best", "at step", "end", "rise", "p", "KL at the end"]]
-    rows[0] += [f"gold at KL {common_kl:.2f}", "fall from the best", "p", "fitted peak at", "overoptimised"]
+    rows = [["reward model", "gold before", "at the end", "rise", "p", "KL at the end", f"gold at KL {common_kl:.2f}"]]
+    rows[0] += ["best", "at step", "fall to the end", "p", "fitted peak at", "overoptimised"]
     for name, row in ppo.items():
         peak = row["fit"]["peak_kl"]
         kl = f"{row['kl']['mean']:.2f}" + (f" ± {row['kl']['error']:.2f}" if row["kl"]["error"] is not None else "")
         rows.append(
-            [name, plus_minus(row["before"], "error_prompts"), plus_minus(row["best"]), f"{row['best']['step']}"]
+            [name, *(plus_minus(row[key]) for key in ("before", "end", "rise")), f"{row['rise']['p']:.4f}", kl]
         )
-        rows[-1] += [plus_minus(row["end"]), plus_minus(row["rise"]), f"{row['rise']['p']:.4f}", kl]
-        rows[-1] += [plus_minus(row["at_common_kl"]), plus_minus(row["fall"]), f"{row['fall']['p']:.4f}"]
+        rows[-1] += [plus_minus(row["at_common_kl"]), plus_minus(row["best"]), f"{row['best']['step']}"]
+        rows[-1] += [plus_minus(row["fall"]), f"{row['fall']['p']:.4f}"]
         within = peak is not None and peak < max(row["curve"]["k3"])
         rows[-1] += [f"{peak:.2f} nats" if within else "beyond", "yes" if row["overoptimised"] else "no"]
     return markdown_table(rows)
@@ -285,13 +346,25 @@ def plot(outcome: BestOfN, curves: dict[str, dict[str, np.ndarray]], path: Path)
 
 
 def compare(
-    run: Pipeline, work: Path, file: Path, *, changes: dict[str, Any], seeds: int, n: int, prompts: int, workers: int
+    run: Pipeline,
+    work: Path,
+    file: Path,
+    *,
+    changes: dict[str, Any],
+    seeds: int,
+    samples: int,
+    n: int,
+    prompts: int,
+    workers: int,
 ) -> str:
     """
     Measures what is not in the folder `work` yet, and writes the JSON file, and .md and .png beside it.
 
     Args:
         changes (`dict`): keys of the PPO recipe, in the place of its own.
+        seeds (`int`): runs of PPO for each reward model.
+        samples (`int`): responses to a test prompt before and after PPO.
+        n (`int`), prompts (`int`): of best of n.
 
     Returns:
         `str`: the tables.
@@ -315,7 +388,8 @@ def compare(
     steps = next(iter(curves.values()))["step"][0].astype(int).tolist()
     gold = {name: np.stack([gold_of_prompts(path, steps) for path in paths]) for name, paths in folders.items()}
     common_kl = min(float(of_name["k3"].max(1).min()) for of_name in curves.values())
-    ppo = {name: summarise(curves[name]["k3"], gold[name], steps, common_kl) for name in models}
+    before, ends = measure_policies(folders, recipe, work / "ppo", samples, workers)
+    ppo = {name: summarise(curves[name]["k3"], gold[name], steps, common_kl, before, ends[name]) for name in models}
     for name, row in ppo.items():
         row["curve"] = {key: values.mean(0).tolist() for key, values in curves[name].items()}
     at = checkpoints(len(steps) - 1, 1 / 3, 2 / 3)
@@ -324,7 +398,14 @@ def compare(
         "ppo": {steps[place]: win_rates({name: gold[name][:, place] for name in models}) for place in at},
     }
     result = {
-        "settings": {"n": n, "prompts": prompts, "seeds": seeds, "common_kl": common_kl, "recipe": recipe},
+        "settings": {
+            "n": n,
+            "prompts": prompts,
+            "seeds": seeds,
+            "samples": samples,
+            "common_kl": common_kl,
+            "recipe": recipe,
+        },
         "best_of_n": {**outcome.curves.to_dict(), "distinct": outcome.distinct},
         "ppo": ppo,
         "win_rates": rates,
@@ -349,6 +430,7 @@ def main() -> None:
     parser.add_argument("--recipe", default=str(ROOT / RECIPE), help="the demo's recipe")
     parser.add_argument("--work", type=Path, default=Path("runs/overoptimisation"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="runs of PPO for each reward model")
+    parser.add_argument("--samples", type=int, default=4, help="responses to a test prompt before and after PPO")
     parser.add_argument("--steps", type=int, help="of PPO; the recipe's if absent")
     parser.add_argument("--n", type=int, default=1024, help="responses a prompt in best of n")
     parser.add_argument("--prompts", type=int, default=25, help="prompts of best of n, of all tasks in turn")
@@ -362,7 +444,7 @@ def main() -> None:
         batch = recipe["per_device_train_batch_size"] * recipe.get("gradient_accumulation_steps", 1)
         changes["total_episodes"] = options.steps * batch
     run = trained(options.recipe, options.run)
-    sizes = {name: getattr(options, name) for name in ("seeds", "n", "prompts", "workers")}
+    sizes = {name: getattr(options, name) for name in ("seeds", "samples", "n", "prompts", "workers")}
     tables = compare(run, options.work, options.json, changes=changes, **sizes)
     print(f"{tables}\n{options.json}, and .md and .png beside it")
 
