@@ -506,6 +506,11 @@ def base_like(material: Path, folder: Path) -> Path:
     return folder
 
 
+def test_a_balance_of_the_routers_loss_out_of_range_is_refused(material, tmp_path):
+    with pytest.raises(ValueError, match="got balance=2.0, need 0 .* to 1"):
+        Pipeline(make_recipe(material, tmp_path / "run", router_balance=2.0)).run()
+
+
 def test_a_tokenizer_without_a_pad_token_is_refused(material, tmp_path):
     base = base_like(material, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)

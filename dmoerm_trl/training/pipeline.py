@@ -158,6 +158,7 @@ class Pipeline:
             self.formatter,
             self._arguments("router", folder),
             num_layers=self.recipe.router_layers,
+            balance=self.recipe.router_balance,
             trust_remote_code=self.recipe.trust_remote_code,
         )
         router.save_pretrained(folder)

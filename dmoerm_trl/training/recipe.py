@@ -59,6 +59,9 @@ class Recipe:
     # Training
     router_model: str | None = field(default=None, metadata={"help": "Backbone of the router; the base's if absent."})
     router_layers: int | None = field(default=None, metadata={"help": "Layers of it to keep; all if absent."})
+    router_balance: float = field(
+        default=0.0, metadata={"help": "0 weighs each row of its training alike, 1 each task, for tasks of few rows."}
+    )
     router: dict[str, Any] | str | None = field(
         default_factory=dict, metadata={"help": "Settings of the router's training."}
     )
