@@ -271,7 +271,7 @@ runpy.run_path(os.environ["EXAMPLE"], run_name="__main__")
 
 @pytest.fixture
 def recipe(tmp_path):
-    run = write_run(tmp_path)
+    run = write_run(tmp_path, prompts=14)  # 12 to train on, three steps, so that a run goes on in the middle of an epoch
     numbers = count()
 
     def write(output: str, **settings) -> list[str]:

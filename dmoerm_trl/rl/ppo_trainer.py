@@ -52,10 +52,13 @@ class ResumablePPOTrainer(PPOTrainer):
             ValueError: if the checkpoint is of a run with other numbers of steps or episodes, or under DeepSpeed or FSDP.
         """
         set_seed(self.local_seed)
+        batches = self.dataloader
+        self.dataloader = _in_order(batches, self.args.seed)
         if resume_from_checkpoint is not None:
             self._go_on_from(Path(resume_from_checkpoint))
         with nucleus_rollout(self.policy_model, self.top_p):
             super().train()
+        self.dataloader = batches
 
     def _go_on_from(self, checkpoint: Path) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -74,7 +77,8 @@ class ResumablePPOTrainer(PPOTrainer):
         self._load_from_checkpoint(str(checkpoint), self.policy_model)
         self._load_from_checkpoint(str(checkpoint / "value_model"), self.value_model)
         self._load_optimizer_and_scheduler(str(checkpoint))
-        self.dataloader = _without_first(done, self.dataloader)
+        for _ in range(done):
+            next(self.dataloader)
         go_on = _GoOn(state, lambda: self._load_rng_state(str(checkpoint)))
         self.callback_handler.callbacks.insert(0, go_on)  # before those that look at the step
 
@@ -117,14 +121,11 @@ class _GoOn(TrainerCallback):
         args.num_total_batches = self.steps
 
 
-def _without_first(count: int, batches: Iterable) -> Iterator:
-    """What a data loader gives, epoch after epoch, after the first `count` batches, which are drawn at once."""
-
-    def epochs() -> Iterator:
-        while True:
-            yield from batches
-
-    rest = epochs()
-    for _ in range(count):
-        next(rest)
-    return rest
+def _in_order(batches: Iterable, seed: int) -> Iterator:
+    """What a data loader gives, epoch after epoch, in an order that hangs on the seed alone, not on what was drawn before."""
+    seeds = torch.Generator().manual_seed(seed)
+    while True:
+        with torch.random.fork_rng():
+            torch.manual_seed(int(torch.randint(2**62, (), generator=seeds)))
+            drawn = list(batches)
+        yield from drawn
