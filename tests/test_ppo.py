@@ -261,7 +261,7 @@ log = ResumablePPOTrainer.log
 
 def log_and_die(self, logs, start_time=None):
     log(self, logs, start_time)
-    if self.state.global_step == 4:
+    if self.state.global_step == 6:
         os.kill(os.getpid(), signal.SIGKILL)
 
 ResumablePPOTrainer.log = log_and_die
@@ -271,7 +271,7 @@ runpy.run_path(os.environ["EXAMPLE"], run_name="__main__")
 
 @pytest.fixture
 def recipe(tmp_path):
-    run = write_run(tmp_path, prompts=14)  # 12 to train on, three steps, so that a run goes on in the middle of an epoch
+    run = write_run(tmp_path, prompts=14)  # 12 to train on: an epoch has three steps
     numbers = count()
 
     def write(output: str, **settings) -> list[str]:
@@ -294,8 +294,11 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(recipe, tmp_path, caps
     environment = os.environ | {"EXAMPLE": str(ROOT / "examples" / "ppo.py"), "PYTHONPATH": str(ROOT)}
     killed = subprocess.run(code, env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    assert sorted(path.name for path in (tmp_path / "broken").glob("checkpoint-*")) == ["checkpoint-2"]
-    assert [line["step"] for line in read_monitor(tmp_path / "broken" / "monitor.jsonl")] == [0, 1, 2, 3]
+    assert sorted(path.name for path in (tmp_path / "broken").glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",  # in the second epoch
+    ]
+    assert [line["step"] for line in read_monitor(tmp_path / "broken" / "monitor.jsonl")] == [*range(6)]
 
     ppo.main(broken)
     ppo.main(recipe("unbroken"))
