@@ -247,7 +247,7 @@ def test_a_run_that_is_done_does_nothing(run, recipe):
     assert times() == before
 
 
-def test_a_changed_recipe_is_an_error_that_names_the_changed_keys(run, recipe, start, tmp_path):
+def test_a_changed_recipe_is_an_error_that_names_the_changed_keys(run, recipe, tmp_path):
     changed = replace(recipe, seed=3, phase1={**recipe.phase1, "max_steps": 5})
     with pytest.raises(ValueError, match=r"differs in \['phase1', 'seed'\].*choose another `output_dir`") as error:
         Pipeline(changed).run()
@@ -258,13 +258,13 @@ def test_a_changed_recipe_is_an_error_that_names_the_changed_keys(run, recipe, s
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
-def test_a_changed_task_table_is_a_changed_recipe(run, recipe, start, tmp_path):
+def test_a_changed_task_table_is_a_changed_recipe(run, recipe, tmp_path):
     (tmp_path / "tasks.yaml").write_text(TABLE.replace("correctness", "brevity"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"differs in \['tasks'\]"):
         Pipeline(replace(recipe, tasks=str(tmp_path / "tasks.yaml"))).run()
 
 
-def test_a_run_can_go_on_elsewhere_and_with_other_workers(run, recipe, start, tmp_path):
+def test_a_run_can_go_on_elsewhere_and_with_other_workers(run, recipe, tmp_path):
     shutil.copytree(run.root, tmp_path / "moved")
     shutil.rmtree(tmp_path / "moved" / "model")
     Pipeline(replace(recipe, output_dir=str(tmp_path / "moved"), workers=1)).run()

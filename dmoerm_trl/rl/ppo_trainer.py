@@ -54,11 +54,13 @@ class ResumablePPOTrainer(PPOTrainer):
         set_seed(self.local_seed)
         batches = self.dataloader
         self.dataloader = _in_order(batches, self.args.seed)
-        if resume_from_checkpoint is not None:
-            self._go_on_from(Path(resume_from_checkpoint))
-        with nucleus_rollout(self.policy_model, self.top_p):
-            super().train()
-        self.dataloader = batches
+        try:
+            if resume_from_checkpoint is not None:
+                self._go_on_from(Path(resume_from_checkpoint))
+            with nucleus_rollout(self.policy_model, self.top_p):
+                super().train()
+        finally:
+            self.dataloader = batches
 
     def _go_on_from(self, checkpoint: Path) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -127,5 +129,7 @@ def _in_order(batches: Iterable, seed: int) -> Iterator:
     while True:
         with torch.random.fork_rng():
             torch.manual_seed(int(torch.randint(2**62, (), generator=seeds)))
-            drawn = list(batches)
-        yield from drawn
+            epoch = iter(batches)
+            first = next(epoch)  # with which the whole order is drawn
+        yield first
+        yield from epoch

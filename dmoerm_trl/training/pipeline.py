@@ -251,7 +251,7 @@ class Pipeline:
         """
         self._check_recipe()
         recipe = self.recipe
-        folders = {"data", "router", "ensemble", "model", "work", OVERALL}
+        folders = {"data", "router", "ensemble", "model", "work", "judges", OVERALL}
         if taken := [task for task in self.tasks.tasks if slug(task) in folders]:
             raise ValueError(f"{recipe.tasks}: got the task {taken[0]!r}, whose folder is another's: rename it.")
         models = [
