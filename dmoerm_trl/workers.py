@@ -1,12 +1,22 @@
-"""Processes that share the work: what each does when it starts."""
+"""Processes that share the work: those that this package starts, and those that a launcher started."""
 
 import os
 import threading
 import time
+from datetime import timedelta
 from multiprocessing.synchronize import Event
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers.utils import logging
+
+
+def launched_processes() -> PartialState:
+    """The processes that `accelerate launch` or `torchrun` started, each with its device; this one alone without a launcher."""
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    # they wait for the slowest; of a process that dies the launcher ends the others
+    return PartialState(cpu=cpu, timeout=timedelta(days=1))
 
 
 def start_worker(parent: int, threads: int, stop: Event | None = None) -> None:

@@ -4,6 +4,7 @@ Best of n against several reward models: figure 5 (left) and table 11 of the pap
     python examples/bon_eval.py --config recipes/demo/bon.yaml
 
 A killed run goes on where it was. Every key can also stand on the command line: --n 6000 --output_dir runs/bon_6000
+On several GPUs, which share the responses and give the same files: accelerate launch examples/bon_eval.py --config ...
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from trl import TrlParser
 from dmoerm_trl.evaluation.best_of_n import run_best_of_n
 from dmoerm_trl.evaluation.response_files import read_prompts
 from dmoerm_trl.rl.rollout import PolicySource
+from dmoerm_trl.workers import launched_processes
 
 
 @dataclass
@@ -79,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         max_length=arguments.max_length,
     )
     settings = ("n", "grid", "show", "show_prompts", "seed", "shard_size", "workers", "max_length", "dtype")
+    processes = launched_processes()
     result = run_best_of_n(
         arguments.output_dir,
         rows,
@@ -86,10 +89,15 @@ def main(argv: list[str] | None = None) -> None:
         arguments.reward_models,
         arguments.gold,
         **{name: getattr(arguments, name) for name in settings},
+        processes=processes,
     )
-    folder = result.save(arguments.output_dir)
-    print(result)
-    print(f"table: {folder / 'best_of_n.md'}\ncurves: {folder / 'best_of_n.png'}\nwinners: {folder / 'winners.md'}")
+    if processes.is_main_process:
+        folder = result.save(arguments.output_dir)
+        print(result)
+        print(
+            f"table: {folder / 'best_of_n.md'}\ncurves: {folder / 'best_of_n.png'}\nwinners: {folder / 'winners.md'}"
+        )
+    processes.destroy_process_group()
 
 
 if __name__ == "__main__":

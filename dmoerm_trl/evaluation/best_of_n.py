@@ -7,11 +7,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..rl.rollout import PolicySource
@@ -100,6 +102,7 @@ def run_best_of_n(
     workers: int = 1,
     max_length: int = 2048,
     dtype: str = "float32",
+    processes: PartialState | None = None,
 ) -> BestOfN:
     """
     Generates, scores and evaluates, all that is not done yet in `output_dir`.
@@ -121,6 +124,8 @@ def run_best_of_n(
         shard_size (`int`): responses that are lost when the run is killed, for each worker.
         workers (`int`): processes on a CPU, each with its share of the threads.
         max_length, dtype: of the reward models.
+        processes (`PartialState`, *optional*): those that share the work, see
+            [`~dmoerm_trl.workers.launched_processes`]. Each calls this and gets the outcome, which one of them saves.
 
     Raises:
         ValueError: The settings differ from those that the folder was begun with, a reward model's score is NaN or infinite,
@@ -149,17 +154,22 @@ def run_best_of_n(
     else:
         responses = {**asdict(policy), "seed": seed, "sha256 of the weights": weights_digest(policy.name)}
     responses["sha256 of the prompts"] = _digest(row["prompt"] for row in rows)
-    store.claim(RESPONSES, responses)
-    for name, source in sources.items():
-        store.claim(parts[name], {**source.settings(), "sha256 of rows and responses": _digest([*rows, responses])})
+    one_before_the_others = nullcontext if processes is None else processes.main_process_first
+    with one_before_the_others():
+        store.claim(RESPONSES, responses)
+        for name, source in sources.items():
+            store.claim(
+                parts[name], {**source.settings(), "sha256 of rows and responses": _digest([*rows, responses])}
+            )
 
     with worker_pool(workers) as run:
         if from_file:
-            import_responses(store, rows, policy, gold=gold == GOLD_OF_FILE)
+            with one_before_the_others():
+                import_responses(store, rows, policy, gold=gold == GOLD_OF_FILE)
         else:
-            write_responses(store, rows, policy, seed, run)
+            write_responses(store, rows, policy, seed, run, processes)
         for name, source in sources.items():
-            write_scores(store, parts[name], rows, source, run)
+            write_scores(store, parts[name], rows, source, run, processes)
 
     scales = {
         member: _scale(store, parts[member])

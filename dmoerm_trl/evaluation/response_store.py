@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..workers import start_worker
@@ -194,19 +195,41 @@ def worker_pool(workers: int) -> Iterator[Run]:
         yield run
 
 
-def write_responses(store: ResponseStore, rows: Sequence[dict], policy: Source, seed: int, run: Run) -> None:
+@contextmanager
+def _own_share(missing: list[Shard], processes: PartialState | None) -> Iterator[list[Shard]]:
+    """
+    This process's part of the missing shards. None writes before all know what is missing, and none goes on before all is
+    written.
+    """
+    if processes is None:
+        yield missing
+        return
+    processes.wait_for_everyone()
+    yield missing[processes.process_index :: processes.num_processes]
+    processes.wait_for_everyone()
+
+
+def write_responses(
+    store: ResponseStore,
+    rows: Sequence[dict],
+    policy: Source,
+    seed: int,
+    run: Run,
+    processes: PartialState | None = None,
+) -> None:
     """
     Generates the responses that are not there yet.
 
     Args:
         rows (`Sequence[dict]`): P rows with `prompt`.
         policy (`Source`): loads as a [`~dmoerm_trl.rl.rollout.Sampler`].
+        processes (`PartialState`, *optional*): those that share the shards. Each calls this.
     """
-    missing = store.missing(RESPONSES)
-    calls = [(store, policy, rows[shard.prompt]["prompt"], shard, seed) for shard in missing]
-    total = store.prompts * store.n
-    done = total - sum(map(store.size, missing))
-    _with_progress("generating", run(_generate, calls), done, total)
+    with _own_share(store.missing(RESPONSES), processes) as missing:
+        calls = [(store, policy, rows[shard.prompt]["prompt"], shard, seed) for shard in missing]
+        total = store.prompts * store.n
+        done = total - sum(map(store.size, missing))
+        _with_progress("generating", run(_generate, calls), done, total)
 
 
 def _generate(store: ResponseStore, policy: Source, prompt: list[dict], shard: Shard, seed: int) -> int:
@@ -216,21 +239,30 @@ def _generate(store: ResponseStore, policy: Source, prompt: list[dict], shard: S
     return len(texts)
 
 
-def write_scores(store: ResponseStore, part: str, rows: Sequence[dict], scorer: Source, run: Run) -> None:
+def write_scores(
+    store: ResponseStore,
+    part: str,
+    rows: Sequence[dict],
+    scorer: Source,
+    run: Run,
+    processes: PartialState | None = None,
+) -> None:
     """
     Scores what is not scored yet of the distinct responses, all of which must be there.
 
     Args:
         part (`str`): where the scores go.
         scorer (`Source`): loads as a [`~dmoerm_trl.evaluation.scorers.Scorer`].
+        processes (`PartialState`, *optional*): those that share the shards. Each calls this.
     """
-    missing, places = store.missing(part), {}
-    for prompt in {shard.prompt for shard in missing}:
-        _, first = np.unique(store.distinct(prompt), return_index=True)  # the n-th distinct text's first place
-        for number, of_shard in enumerate(np.split(first, np.searchsorted(first, _bounds(store)))):
-            places[Shard(prompt, number)] = of_shard - number * store.shard_size
-    calls = [(store, part, scorer, rows[shard.prompt], shard, places[shard]) for shard in missing]
-    _with_progress(f"scoring: {part}", run(_score, calls), 0, sum(len(places[shard]) for shard in missing))
+    with _own_share(store.missing(part), processes) as missing:
+        places = {}
+        for prompt in {shard.prompt for shard in missing}:
+            _, first = np.unique(store.distinct(prompt), return_index=True)  # the n-th distinct text's first place
+            for number, of_shard in enumerate(np.split(first, np.searchsorted(first, _bounds(store)))):
+                places[Shard(prompt, number)] = of_shard - number * store.shard_size
+        calls = [(store, part, scorer, rows[shard.prompt], shard, places[shard]) for shard in missing]
+        _with_progress(f"scoring: {part}", run(_score, calls), 0, sum(len(places[shard]) for shard in missing))
 
 
 def _bounds(store: ResponseStore) -> range:

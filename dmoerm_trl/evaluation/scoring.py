@@ -1,8 +1,13 @@
-"""Scoring many texts: batches under a token budget, in which texts with one prompt stand together."""
+"""
+Scoring many texts: task by task, in batches under a token budget in which texts with one prompt stand together. Several processes
+may share the batches: what is in a batch does not depend on how many they are, so neither do the numbers.
+"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,6 +26,8 @@ def map_encodings(
     device: torch.device | str = "cpu",
     tokens_per_batch: int = 16_384,
     description: str = "scoring",
+    groups: Sequence[int] | None = None,
+    processes: PartialState | None = None,
 ) -> Tensor:
     """
     Applies `function(input_ids, attention_mask, prompt_lengths)`, whose result has the batch as its first dimension, to
@@ -29,35 +36,91 @@ def map_encodings(
     Args:
         tokens_per_batch (`int`): tokens of a batch, where a prompt that several texts share counts once; a batch of long
             texts may have twice its first text's.
+        groups (`Sequence[int]`, *optional*): of each text, such as its task: one group comes after the other.
+        processes (`PartialState`, *optional*): those that share the batches. Each calls this with the same texts and gets
+            all results.
     """
-    result: Tensor | None = None
-    with tqdm(total=len(encodings), desc=description, unit=" texts", delay=3, leave=False) as progress:
-        for batch in passes([encoding.input_ids for encoding in encodings], tokens_per_batch):
-            ids = [torch.tensor(encodings[index].input_ids) for index in batch]
+    if not encodings:
+        raise ValueError("got no texts, need at least one.")
+    texts = [encoding.input_ids for encoding in encodings]
+    batches = list(_batches(texts, [0] * len(texts) if groups is None else groups, tokens_per_batch))
+    quiet = False
+    if processes is not None:
+        batches, quiet = _share(batches, texts, processes), not processes.is_main_process
+    parts: list[tuple[list[int], Tensor]] = []
+    total = sum(map(len, batches))
+    with tqdm(total=total, desc=description, unit=" texts", delay=3, leave=False, disable=quiet) as progress:
+        for batch in batches:
+            ids = [torch.tensor(texts[index]) for index in batch]
             values = function(
                 torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_token_id).to(device),
                 torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device),
                 torch.tensor([encodings[index].prompt_length for index in batch], device=device),
-            ).cpu()
-            if result is None:
-                result = values.new_empty(len(encodings), *values.shape[1:])
-            result[batch] = values
+            )
+            parts.append((batch, values.cpu()))
             progress.update(len(batch))
-    if result is None:
-        raise ValueError("got no texts, need at least one.")
+    if processes is not None:
+        parts = gather_object(parts)
+    result = parts[0][1].new_empty(len(texts), *parts[0][1].shape[1:])
+    for batch, values in parts:
+        result[batch] = values
     return result
+
+
+def _batches(texts: Sequence[list[int]], groups: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Indices of the texts of a batch, group by group."""
+    members: dict[int, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    for _, own in sorted(members.items()):
+        for batch in passes([texts[index] for index in own], tokens):
+            yield [own[index] for index in batch]
+
+
+def _share(batches: list[list[int]], texts: Sequence[list[int]], processes: PartialState) -> list[list[int]]:
+    """The batches of this process: neighbours, so that it needs few groups, with about as many tokens as the others'."""
+    sizes = torch.tensor([sum(len(texts[index]) for index in batch) for batch in batches], dtype=torch.float64)
+    owners = (sizes.cumsum(0) - sizes / 2) / sizes.sum() * processes.num_processes
+    return [
+        batch for batch, owner in zip(batches, owners.long().tolist(), strict=True) if owner == processes.process_index
+    ]
+
+
+def route_encodings(
+    model: DMoERMForSequenceClassification, encodings: Sequence[Encoding], *, pad_token_id: int
+) -> Tensor:
+    """
+    `E(t | x)` of equation 1 for the texts' prompts, shape (N, tasks). It reads a prompt once, runs where the router is, and
+    needs no base.
+    """
+    model.eval()
+    router = model.model.router
+    if router is None:
+        return torch.ones(len(encodings), 1)
+    places: dict[tuple[int, ...], int] = {}
+    prompts = [tuple(encoding.input_ids[: encoding.prompt_length]) for encoding in encodings]
+    of_text = [places.setdefault(prompt, len(places)) for prompt in prompts]
+
+    def route(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
+        return model.model.route(model.model.find_spans(input_ids, attention_mask, prompt_lengths))
+
+    distinct = [Encoding(list(prompt), len(prompt), 0) for prompt in places]
+    return map_encodings(route, distinct, pad_token_id=pad_token_id, device=router.device, description="routing")[
+        of_text
+    ]
 
 
 def score_encodings(
     model: DMoERMForSequenceClassification, encodings: Sequence[Encoding], *, pad_token_id: int, **options
 ) -> Tensor:
-    """The rewards of texts, shape (N,). The model is put into evaluation mode."""
-    model.eval()
+    """The rewards of texts, shape (N,), task by task. The model is put into evaluation mode."""
+    routes = route_encodings(model, encodings, pad_token_id=pad_token_id).argmax(1).tolist()
 
     def rewards(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
         return model(input_ids, attention_mask, prompt_lengths=prompt_lengths).logits[:, 0]
 
-    return map_encodings(rewards, encodings, pad_token_id=pad_token_id, device=model.device, **options)
+    options |= {"pad_token_id": pad_token_id, "device": model.device, "groups": routes}
+    return map_encodings(rewards, encodings, **options)
 
 
 def score_rows(

@@ -124,7 +124,7 @@ def export_expert(model: DMoERMForSequenceClassification, task: str, point: str,
         raise ValueError(f"got capability point {point!r}, need one of {model.config.tasks[task]} of task {task!r}.")
     config = lora_config(model.config, model.model.backbones[model.model.backbone_key(task)])
     config.modules_to_save, config.inference_mode = ["base_head"], True
-    state = model.state_dict()
+    state = _state(model, task)
     weights = {name: state[own].detach().cpu().clone() for own, name in expert_names(model, task, point).items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(weights, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -150,7 +150,7 @@ def expert_names(model: PreTrainedModel, task: str, point: str) -> dict[str, str
     adapter, inner = adapter_name(task, point), f"model.inner_models.{slug(task)}."
     head = f"{inner}expert_heads.{slug(point)}."
     names = {}
-    for name in model.state_dict():
+    for name in _state(model, task):
         if f".{adapter}." in name:
             names[name] = "base_model.model." + name.replace(f".{adapter}.", ".")
         elif name.startswith(head):
@@ -163,8 +163,7 @@ def _part(model: DMoERMForSequenceClassification, task: str, points: list[str]) 
     config.tasks, config.router_config = {task: list(points)}, None
     with torch.device("cpu"):
         part = DMoERMForSequenceClassification(config)
-    state: dict[str, Tensor] = model.state_dict()
-    wanted = part.state_dict()
+    state, wanted = _state(model, task), part.state_dict()
     if not points:  # the base's weights stand inside PEFT's layers
         state = {name.replace(".base_layer.", "."): value for name, value in state.items()}
         # the aggregator's normalisation is not the base's
@@ -172,6 +171,15 @@ def _part(model: DMoERMForSequenceClassification, task: str, points: list[str]) 
     copies = {name: state[name].detach().cpu().clone() for name in wanted}
     part.load_state_dict(copies, assign=True)  # each in its own dtype: the heads are fp32 in a bf16 model too
     return part.eval()
+
+
+def _state(model: DMoERMForSequenceClassification, task: str) -> dict[str, Tensor]:
+    """The weights of one task under their names in the whole model; its base is loaded if it waits."""
+    state: dict[str, Tensor] = {}
+    key = model.model.backbone_key(task)
+    model.model.backbones[key].state_dict(destination=state, prefix=f"model.backbones.{key}.")
+    model.model.inner_models[slug(task)].state_dict(destination=state, prefix=f"model.inner_models.{slug(task)}.")
+    return state
 
 
 def _known(model: DMoERMForSequenceClassification, task: str) -> str:

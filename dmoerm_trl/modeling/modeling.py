@@ -14,6 +14,7 @@ from .configuration import DMoERMConfig
 from .embedding import embeddings
 from .experts import adapter_name, add_experts
 from .inner import InnerModel
+from .placing import OTHERS, BasesNotRead, Device, bases_of_checkpoint, task_devices
 from .pretrained import DMoERMPreTrainedModel, check_finite
 from .router import Router
 from .spans import Spans, find_spans, span_mask
@@ -47,17 +48,21 @@ class DMoERMModel(DMoERMPreTrainedModel):
         super().__init__(config)
         if not config.tasks or config.backbone_config is None:
             raise ValueError("got a configuration without `tasks` or `backbone_config`, need both.")
-        backbones = dict(backbones or {})
         self.router = Router(config) if config.router_config is not None else None
-        self.backbones = nn.ModuleDict()
+        self.backbones = backbones if isinstance(backbones, BasesNotRead) else nn.ModuleDict()
         self.inner_models = nn.ModuleDict({slug(task): InnerModel(config, task) for task in config.tasks})
-        for task in config.tasks:
-            key = self.backbone_key(task)
-            if key not in self.backbones:
-                self.backbones[key] = backbones.get(key) or AutoModel.from_config(config.backbone_config)
-            add_experts(self.backbones[key], config, self.inner_models[slug(task)].adapters)
+        if self.backbones is not backbones:
+            self._build_bases(dict(backbones or {}))
         self.post_init()
         self.train(self.training)
+
+    def _build_bases(self, backbones: dict[str, PreTrainedModel]) -> None:
+        """Those of all tasks, with untrained experts; a base that is not given is drawn at random."""
+        for task in self.config.tasks:
+            key = self.backbone_key(task)
+            if key not in self.backbones:
+                self.backbones[key] = backbones.get(key) or AutoModel.from_config(self.config.backbone_config)
+            add_experts(self.backbones[key], self.config, self.inner_models[slug(task)].adapters)
 
     def backbone_key(self, task: str) -> str:
         return "shared" if self.config.share_base else slug(task)
@@ -102,12 +107,14 @@ class DMoERMModel(DMoERMPreTrainedModel):
         Returns:
             `Tensor` of shape (B, max(k, 1), H) for k experts.
         """
-        return embeddings(
-            self.backbones[self.backbone_key(task)],
+        base = self.backbones[self.backbone_key(task)]
+        z = embeddings(
+            base,
             [adapter_name(task, point) for point in (self.config.tasks[task] if points is None else points)],
-            spans.input_ids,
-            spans.lengths,
+            spans.input_ids.to(base.device),
+            spans.lengths.to(base.device),
         )
+        return z.to(spans.input_ids.device)
 
     def forward(
         self,
@@ -183,6 +190,43 @@ class DMoERMForSequenceClassification(DMoERMPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str,
+        *args: Any,
+        device_map: Device | Mapping[str, Device] | None = None,
+        resident_tasks: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        `PreTrainedModel.from_pretrained`, safetensors only, which can place the tasks' bases.
+
+        Args:
+            device_map (*optional*):
+                A device for the whole model, or task -> device of its base, where `""` stands for all else: the router, the
+                heads, the other bases; the CPU if absent. A base that has a device of its own stays there when the model is
+                moved. The texts go where the router is.
+            resident_tasks (`int`, *optional*):
+                How many tasks' bases are in memory at a time. A base is read when the first text is routed to it, and the one
+                that was used longest ago is freed for it. Such a model scores, but is neither trained nor saved.
+
+        Raises:
+            ValueError: if the checkpoint has other weights than its config.json says, or one that is not finite (a base that
+                is not read yet is checked when it is); if a task or a device is unknown, the limit is below 1, or the tasks
+                share one base and are to be placed one by one.
+        """
+        name = pretrained_model_name_or_path
+        if resident_tasks is None and not (isinstance(device_map, Mapping) and set(device_map) - {OTHERS}):
+            return super().from_pretrained(name, *args, device_map=device_map, **kwargs)
+        home, devices = task_devices(device_map)
+        report = kwargs.pop("output_loading_info", False)
+        whole = {**kwargs, "backbones": BasesNotRead(), "device_map": home, "output_loading_info": True}
+        model, info = super().from_pretrained(name, *args, **whole)
+        placing = {"home": home, "devices": devices, "resident_tasks": resident_tasks}
+        model.model.backbones = bases_of_checkpoint(name, model.config, kwargs, **placing)
+        return (model, info) if report else model
 
     @classmethod
     def from_base(

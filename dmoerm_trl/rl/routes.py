@@ -3,15 +3,17 @@
 import copy
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from ..data.formatting import Formatter
-from ..evaluation.scoring import map_encodings
+from ..evaluation.scoring import route_encodings
 from ..modeling.assembly import base_reward_model
 from ..modeling.modeling import DMoERMForSequenceClassification
+from ..modeling.placing import PlacedBases
 
 
 def routed_tasks(
@@ -20,17 +22,10 @@ def routed_tasks(
     """
     Task -> how many of the prompts the router sends there, the most frequent first. Tasks without any are absent.
 
-    It runs where the router is, which may be moved to a device by itself.
+    It runs where the router is, which may be moved to a device by itself, and needs no base.
     """
-
-    def route(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:
-        return model.model.route(model.model.find_spans(input_ids, attention_mask, prompt_lengths)).argmax(-1)
-
     encodings = [formatter.encode(prompt, "") for prompt in prompts]
-    pad_token_id = formatter.tokenizer.pad_token_id
-    model.eval()
-    device = model.device if model.model.router is None else model.model.router.device
-    routes = map_encodings(route, encodings, pad_token_id=pad_token_id, device=device, description="routing prompts")
+    routes = route_encodings(model, encodings, pad_token_id=formatter.tokenizer.pad_token_id).argmax(1)
     names = list(model.config.tasks)
     return {names[index]: count for index, count in Counter(routes.tolist()).most_common()}
 
@@ -40,26 +35,24 @@ def keep_tasks(model: DMoERMForSequenceClassification, tasks: Sequence[str]) -> 
     Frees the bases and experts of all other tasks. The router stays as it is, so a text of a kept task has the reward it
     had, and one that is sent to another task raises a ValueError. With a shared base nothing is freed.
 
-    The model can no longer be saved.
+    Of a model that was loaded with `resident_tasks`, the kept bases are read now, and the others never. The model can no
+    longer be saved.
     """
     if unknown := [task for task in tasks if task not in model.config.tasks]:
         raise ValueError(f"got the tasks {unknown}, need some of {list(model.config.tasks)}.")
     if model.config.share_base:
         return
     keys = [model.model.backbone_key(task) for task in tasks]
-    model.model.backbones = _KeptBases({key: model.model.backbones[key] for key in keys})
+    bases = {key: model.model.backbones[key] for key in keys}
+    model.model.backbones = PlacedBases(list(model.model.inner_models), partial(_left_out, keys), bases=bases)
 
 
-class _KeptBases(nn.ModuleDict):
-    """The bases of some tasks; to ask for another is an error that says why it is not there."""
-
-    def __getitem__(self, key: str) -> nn.Module:
-        if key not in self:
-            raise ValueError(
-                f"got a prompt that the router sends to the task {key!r}, which was left out to save memory, need one of "
-                f"{list(self)}: give all prompts to `routed_tasks` before `keep_tasks`, or keep this task too."
-            )
-        return super().__getitem__(key)
+def _left_out(kept: list[str], key: str, device: torch.device) -> PreTrainedModel:
+    """To ask for a base that was freed is an error that says why it is not there."""
+    raise ValueError(
+        f"got a prompt that the router sends to the task {key!r}, which was left out to save memory, need one of "
+        f"{kept}: give all prompts to `routed_tasks` before `keep_tasks`, or keep this task too."
+    )
 
 
 def value_model_of(model: DMoERMForSequenceClassification, task: str) -> PreTrainedModel:

@@ -1,4 +1,7 @@
-"""`dmoerm score --model DIR`: scores one response, or all of a file of rows, and explains scores point by point."""
+"""
+`dmoerm score --model DIR`: scores one response, or all of a file of rows, and explains scores point by point. On several GPUs or
+machines the rows are shared: `accelerate launch -m dmoerm_trl.cli score --model DIR --rows FILE --output FILE`.
+"""
 
 import json
 import sys
@@ -8,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import AutoTokenizer, HfArgumentParser
 
 from ..data.formatting import Formatter
 from ..data.rows import load_rows
 from ..evaluation.explain import explanation
-from ..evaluation.scoring import map_encodings
+from ..evaluation.scoring import map_encodings, route_encodings
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..tasks import TaskTable
+from ..workers import launched_processes
 
 
 @dataclass
@@ -33,34 +38,49 @@ class ScoreArguments:
         default="auto",
         metadata={"help": "Of the bases: the checkpoint's, 'float32' or 'bfloat16'; heads stay in fp32."},
     )
+    resident_tasks: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks whose bases are in memory at a time; the others are read when needed. All if absent."
+        },
+    )
     explain: bool = field(default=False, metadata={"help": "Print the explanation instead of JSON."})
     max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and response; older turns are cut."})
 
 
 def describe(
-    model: DMoERMForSequenceClassification, formatter: Formatter, texts: Sequence[tuple[list[dict], str]]
+    model: DMoERMForSequenceClassification,
+    formatter: Formatter,
+    texts: Sequence[tuple[list[dict], str]],
+    processes: PartialState | None = None,
 ) -> list[dict[str, Any]]:
-    """Reward, route, the router's probabilities and the capability scores of prompts with responses, as plain numbers."""
-    model.eval()
+    """
+    Reward, route, the router's probabilities and the capability scores of prompts with responses, as plain numbers.
+
+    Args:
+        processes (`PartialState`, *optional*): those that share the work; each gets all that is described.
+    """
     tasks = list(model.config.tasks)
+    points = list(dict.fromkeys(point for of_task in model.config.tasks.values() for point in of_task))
+    encodings = [formatter.encode(prompt, response) for prompt, response in texts]
+    pad_token_id = formatter.tokenizer.pad_token_id
+    probabilities = route_encodings(model, encodings, pad_token_id=pad_token_id)
+    routes = probabilities.argmax(1).tolist()
 
     def columns(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
         output = model(input_ids, attention_mask, prompt_lengths=prompt_lengths)
-        points.update(output.capability_scores or {})
-        columns = [output.logits[:, 0], output.route, *output.route_probabilities.unbind(1), *points.values()]
-        return torch.stack([column.float() for column in columns], 1)
+        return torch.stack([output.logits[:, 0], *(output.capability_scores[point] for point in points)], 1)
 
-    points: dict[str, Tensor] = {}
-    encodings = [formatter.encode(prompt, response) for prompt, response in texts]
-    table = map_encodings(columns, encodings, pad_token_id=formatter.tokenizer.pad_token_id, device=model.device)
+    options = {"pad_token_id": pad_token_id, "device": model.device, "groups": routes, "processes": processes}
+    table = map_encodings(columns, encodings, **options).tolist()
     described = []
-    for reward, route, *rest in table.tolist():
-        task, scores = tasks[int(route)], dict(zip(points, rest[len(tasks) :], strict=True))
+    for route, of_tasks, (reward, *of_points) in zip(routes, probabilities.tolist(), table, strict=True):
+        task, scores = tasks[route], dict(zip(points, of_points, strict=True))
         described.append(
             {
                 "reward": reward,
                 "route": task,
-                "route_probabilities": dict(zip(tasks, rest, strict=False)),
+                "route_probabilities": dict(zip(tasks, of_tasks, strict=True)),
                 "capability_scores": {point: scores[point] for point in model.config.tasks[task]},
             }
         )
@@ -73,16 +93,30 @@ def main(argv: list[str] | None = None) -> None:
     one = arguments.prompt is not None and arguments.response is not None
     if one == (arguments.rows is not None):
         parser.error("got neither or both, need either --prompt and --response, or --rows.")
-    model = DMoERMForSequenceClassification.from_pretrained(arguments.model, dtype=arguments.dtype)
+    processes = launched_processes()
+    model = DMoERMForSequenceClassification.from_pretrained(
+        arguments.model,
+        dtype=arguments.dtype,
+        device_map=processes.device,
+        resident_tasks=arguments.resident_tasks,
+    )
     formatter = Formatter(AutoTokenizer.from_pretrained(arguments.model), arguments.max_length)
     if one:
         texts = [([{"role": "user", "content": arguments.prompt}], arguments.response)]
     else:
         rows, report = load_rows(arguments.rows, tasks=TaskTable.load(arguments.tasks))
-        print(report, file=sys.stderr)
+        if processes.is_main_process:
+            print(report, file=sys.stderr)
         texts = [(row.prompt, response) for row in rows for response in row.responses]
+    described = describe(model, formatter, texts, processes)
+    if processes.is_main_process:
+        _write(arguments, texts, described)
+    processes.destroy_process_group()
+
+
+def _write(arguments: ScoreArguments, texts: list[tuple[list[dict], str]], described: list[dict[str, Any]]) -> None:
     lines = []
-    for (prompt, response), scores in zip(texts, describe(model, formatter, texts), strict=True):
+    for (prompt, response), scores in zip(texts, described, strict=True):
         if arguments.explain:
             print(explanation(prompt[-1]["content"], response, **scores))
         else:

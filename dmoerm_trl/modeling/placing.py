@@ -1,0 +1,205 @@
+"""
+Where the bases of a model's tasks are: in memory, each on its device, or in the checkpoint until a text is routed there.
+
+accelerate's dispatch does not serve here: it loads and frees a base leaf by leaf in every pass, knows no limit, and does not see
+weights that [`~dmoerm_trl.modeling.one_pass`] reads without a forward. So `from_pretrained` reads each base by itself, and a
+base that waits is not kept on the CPU: where there is room, the operating system has its file in memory.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+from ..tasks import slug
+from .configuration import DMoERMConfig
+from .experts import adapter_name, add_experts
+from .one_pass import taking_turns
+from .pretrained import DMoERMPreTrainedModel
+
+Device = str | int | torch.device
+
+OTHERS = ""
+"""In a map of devices, all that it does not name: the router, the heads, the other tasks' bases."""
+
+
+class PlacedBases(nn.ModuleDict):
+    """
+    The bases of a model's tasks, of which some wait outside of memory. What it holds as a `ModuleDict` is in memory;
+    `bases[key]` loads a base that waits, and frees those that were used longest ago where there are too many.
+
+    Args:
+        keys (`Sequence[str]`): of all bases.
+        load (`Callable`): `load(key, device)` gives a base with its experts.
+        bases (`Mapping`, *optional*): those that are in memory already.
+        limit (`int`, *optional*): how many may be in memory at a time; all if absent.
+        home (`torch.device`): where a base is loaded to that has no device of its own. It moves with the model.
+        devices (`Mapping`, *optional*): key -> a base's own device, where it stays when the model is moved.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[str],
+        load: Callable[[str, torch.device], PreTrainedModel],
+        *,
+        bases: Mapping[str, PreTrainedModel] | None = None,
+        limit: int | None = None,
+        home: Device = "cpu",
+        devices: Mapping[str, torch.device] | None = None,
+    ):
+        super().__init__(bases)
+        self._keys, self._load = list(keys), load
+        self._limit = len(self._keys) if limit is None else limit
+        self._devices = dict(devices or {})
+        self.register_buffer("_home", torch.empty(0, device=home), persistent=False)
+
+    @property
+    def waiting(self) -> list[str]:
+        """Keys of the bases that are not in memory."""
+        return [key for key in self._keys if key not in self]
+
+    def __getitem__(self, key: str) -> PreTrainedModel:
+        if key not in self._keys:
+            raise KeyError(key)
+        with taking_turns:
+            if key not in self:
+                while len(self) >= self._limit:
+                    del self[next(iter(self))]
+                self[key] = self._load(key, self._devices.get(key, self._home.device))
+            self._modules[key] = self._modules.pop(key)  # the base that was used last stands last
+            return self._modules[key]
+
+    def train(self, mode: bool = True) -> "PlacedBases":
+        """
+        Raises:
+            ValueError: if a base waits, because it would not be trained.
+        """
+        if mode:
+            self._check_complete("train")
+        return super().train(mode)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """
+        Raises:
+            ValueError: if a base waits, because it would be missing from what is saved.
+        """
+        self._check_complete("save")
+        return super().state_dict(*args, **kwargs)
+
+    def _check_complete(self, purpose: str) -> None:
+        if self.waiting:
+            raise ValueError(
+                f"got a model to {purpose} that has the bases of {list(self)} in memory and not those of {self.waiting}, need "
+                "all of them: load it again without `resident_tasks`, and do not call `keep_tasks`."
+            )
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "PlacedBases":
+        """What `.to(...)` calls: a base with a device of its own stays there, and changes its dtype alone."""
+        for key, base in self._modules.items() if recurse else ():
+            if key in self._devices:
+                base.to(fn(torch.empty(0, dtype=base.dtype)).dtype)
+            else:
+                base._apply(fn)
+        return super()._apply(fn, recurse=False)
+
+
+class BasesNotRead(nn.ModuleDict):
+    """In the place of a model's bases, it has `from_pretrained` leave them in the checkpoint."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^model\.backbones\."]  # transformers asks a model's modules for it
+
+
+class _BaseOfCheckpoint(DMoERMPreTrainedModel):
+    """One task's base with its experts, named as in the whole model, so that `from_pretrained` reads it alone."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^model\."]  # all else
+
+    def __init__(self, config: DMoERMConfig, task: str, **_: Any):
+        super().__init__(config)
+        base = AutoModel.from_config(config.backbone_config)
+        add_experts(base, config, [adapter_name(task, point) for point in config.tasks[task]])
+        self.model = nn.ModuleDict({"backbones": nn.ModuleDict({slug(task): base})})
+        self.post_init()
+
+
+def task_devices(device_map: Device | Mapping[str, Device] | None) -> tuple[torch.device, dict[str, torch.device]]:
+    """
+    Where a model's home is, and the devices of the tasks that have their own.
+
+    Args:
+        device_map: a device for all, or task -> device, where `""` stands for all that is not named. It is the CPU if absent.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    by_name = device_map if isinstance(device_map, Mapping) else {OTHERS: device_map}
+    devices = {name: _device(place) for name, place in by_name.items()}
+    return devices.pop(OTHERS, _device(None)), devices
+
+
+def _device(place: Device | None) -> torch.device:
+    """The device, once it is known to be there."""
+    try:
+        return torch.empty(0, device=place).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        kind, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+        there = ["cpu", *(f"{kind}:{index}" for index in range(count))]
+        raise ValueError(f"got the device {place!r} in the device_map, need one that is there: {there}.") from error
+
+
+def bases_of_checkpoint(
+    name: str,
+    config: DMoERMConfig,
+    options: Mapping[str, Any],
+    *,
+    home: torch.device,
+    devices: Mapping[str, torch.device],
+    resident_tasks: int | None,
+) -> PlacedBases:
+    """
+    The bases of a checkpoint. With a limit none of them is read yet, without one all of them.
+
+    Args:
+        name (`str`): folder or hub name.
+        config (`DMoERMConfig`): of the whole model.
+        options (`Mapping`): further arguments of `from_pretrained`.
+        home, devices: see [`task_devices`].
+        resident_tasks (`int`, *optional*): how many tasks' bases may be in memory at a time.
+
+    Raises:
+        ValueError: if the limit is below 1, a task is unknown, or the tasks share one base.
+    """
+    if resident_tasks is not None and (type(resident_tasks) is not int or resident_tasks < 1):
+        raise ValueError(
+            f"got resident_tasks={resident_tasks!r}, need a whole number, at least 1, because the base that runs is in "
+            "memory: leave it out to have all of them there."
+        )
+    if unknown := [task for task in devices if task not in config.tasks]:
+        raise ValueError(
+            f"got the device_map's keys {unknown}, need tasks among {list(config.tasks)}, or {OTHERS!r} for all others."
+        )
+    if config.share_base:
+        raise ValueError(
+            f"{name}: got `resident_tasks` or devices by task for a model whose tasks share one base, need a base for each "
+            "task: leave `resident_tasks` out and give one device, the base is in memory only once."
+        )
+    load = partial(load_base, name, config, options)
+    by_key = {slug(task): device for task, device in devices.items()}
+    bases = PlacedBases(list(map(slug, config.tasks)), load, limit=resident_tasks, home=home, devices=by_key)
+    for key in bases.waiting if resident_tasks is None else ():
+        bases[key]
+    return bases
+
+
+def load_base(
+    name: str, config: DMoERMConfig, options: Mapping[str, Any], key: str, device: torch.device
+) -> PreTrainedModel:
+    """The base `key` of a checkpoint with its experts; see [`bases_of_checkpoint`]."""
+    task = next(task for task in config.tasks if slug(task) == key)
+    model = _BaseOfCheckpoint.from_pretrained(
+        name, **{**options, "config": config, "task": task, "device_map": device}
+    )
+    return model.model["backbones"][key]
