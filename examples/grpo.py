@@ -16,6 +16,7 @@ from typing import Literal
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser
 
 from dmoerm_trl import DMoERMForSequenceClassification, Formatter
@@ -24,6 +25,7 @@ from dmoerm_trl.rl.prompts import load_prompts
 from dmoerm_trl.rl.reward_functions import TextRewards, gold_rewards, reward_functions
 from dmoerm_trl.rl.rollout import check_chat_template
 from dmoerm_trl.rl.routes import keep_tasks, routed_tasks
+from dmoerm_trl.training.distributed import start_deepspeed
 from dmoerm_trl.training.trainer import train
 
 TRAINERS = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
@@ -59,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     config_class, trainer_class = TRAINERS[chosen.trainer]
     parser = TrlParser((Arguments, config_class))
     arguments, args = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    start_deepspeed(args)
+    unset_hf_deepspeed_config()  # each process loads whole models, of which the trainer divides the policy
     if args.reward_weights is not None:
         raise ValueError(
             f"got reward_weights={args.reward_weights}, need capability_weights, which name their points."

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..tasks import slug
 from .experts import adapter_name, lora_config
 from .modeling import DMoERMForSequenceClassification
+from .quantised import check_full_precision
 from .router import Router
 
 
@@ -84,11 +85,13 @@ def assemble(
         router (`Router`): trained on the same tasks; its order of the tasks is kept.
 
     Raises:
-        ValueError: if the router's tasks are not those of `inner_models`.
+        ValueError: if the router's tasks are not those of `inner_models`, or a base is quantised.
     """
     tasks = list(router.config.tasks)
     if set(tasks) != set(inner_models):
         raise ValueError(f"got a router over {tasks} and inner models of {list(inner_models)}, need the same tasks.")
+    for part in inner_models.values():
+        check_full_precision(part, "put into a model")
     config = copy.deepcopy(inner_models[tasks[0]].config)
     config.tasks = {task: inner_models[task].config.tasks[task] for task in tasks}
     config.router_config = router.config.router_config
@@ -159,6 +162,7 @@ def expert_names(model: PreTrainedModel, task: str, point: str) -> dict[str, str
 
 
 def _part(model: DMoERMForSequenceClassification, task: str, points: list[str]) -> DMoERMForSequenceClassification:
+    check_full_precision(model.model.backbones[model.model.backbone_key(task)], "take out of a model")
     config = copy.deepcopy(model.config)
     config.tasks, config.router_config = {task: list(points)}, None
     with torch.device("cpu"):

@@ -14,6 +14,7 @@ from .experts import active_expert, lora_layers
 from .forest import MIN_SHARED, passes, plant
 from .heads import last_token
 from .one_pass import in_this_pass, last_hidden_states, taking_turns
+from .quantised import is_quantised
 from .spans import span_mask
 
 PASS_TOKENS = {"cpu": 4096, "cuda": 65_536}
@@ -109,7 +110,8 @@ def _try(backbone: PreTrainedModel, adapters: list[str]) -> tuple[Way | None, st
     ids = torch.stack([ids, ids.flip(0)])
     ids[1, :MIN_SHARED] = ids[0, :MIN_SHARED]
     lengths = torch.tensor([longest, longest - 3], device=backbone.device)
-    tolerance = 1e-3 if backbone.dtype in (torch.float32, torch.float64) else 0.1
+    exact = backbone.dtype in (torch.float32, torch.float64) and not is_quantised(backbone)
+    tolerance = 1e-3 if exact else 0.1
     reasons = []
     with _quiet(backbone), torch.autocast(ids.device.type, enabled=False):
         plain = _one_by_one(backbone, adapters, ids, lengths)

@@ -74,7 +74,7 @@ def add_experts(backbone: PreTrainedModel, config: DMoERMConfig, names: list[str
     Puts one untrained LoRA adapter for each of `names` into the backbone, in place.
 
     An untrained adapter changes nothing, its B is zero. An adapter that is there already is left as it is. All
-    parameters of the backbone are left trainable.
+    parameters of the backbone are left trainable, but for those that are quantised.
     """
     present = {name for layer in lora_layers(backbone) for name in layer.lora_A}
     names = [name for name in names if name not in present]
@@ -89,7 +89,8 @@ def add_experts(backbone: PreTrainedModel, config: DMoERMConfig, names: list[str
         layer._active_adapter = []  # without a word of an expert the backbone is the base
         for module in layer.modules():
             module._is_hf_initialized = True  # or transformers would draw B at random
-    backbone.requires_grad_(True)
+    for weight in backbone.parameters():
+        weight.requires_grad_(weight.is_floating_point())
 
 
 def lora_layers(backbone: nn.Module) -> Iterator[LoraLayer]:

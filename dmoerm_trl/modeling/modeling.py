@@ -1,6 +1,7 @@
 """DMoERM: the router, the tasks' inner models, and the contract that TRL's trainers expect of a reward model."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,13 @@ from transformers.utils import ModelOutput
 
 from ..tasks import slug
 from .configuration import DMoERMConfig
+from .dividing import divide, over_processes, whole
 from .embedding import embeddings
 from .experts import adapter_name, add_experts
 from .inner import InnerModel
 from .placing import OTHERS, BasesNotRead, Device, bases_of_checkpoint, task_devices
 from .pretrained import DMoERMPreTrainedModel, check_finite
+from .quantised import check_full_precision
 from .router import Router
 from .spans import Spans, find_spans, span_mask
 
@@ -48,6 +51,7 @@ class DMoERMModel(DMoERMPreTrainedModel):
         super().__init__(config)
         if not config.tasks or config.backbone_config is None:
             raise ValueError("got a configuration without `tasks` or `backbone_config`, need both.")
+        self.divided = False
         self.router = Router(config) if config.router_config is not None else None
         self.backbones = backbones if isinstance(backbones, BasesNotRead) else nn.ModuleDict()
         self.inner_models = nn.ModuleDict({slug(task): InnerModel(config, task) for task in config.tasks})
@@ -77,6 +81,21 @@ class DMoERMModel(DMoERMPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return next(iter(self.backbones.values())).get_input_embeddings()
 
+    def divide(self, config: dict[str, Any]) -> None:
+        """
+        Divides the weights over all processes (ZeRO-3), which from now on have to call the model equally often, each with its
+        own texts. Within a call each process has the router whole, then one task after the other.
+
+        Args:
+            config (`dict`): of DeepSpeed; its `offload_param` says where the parts are.
+        """
+        check_full_precision(self, "divide over processes")
+        divide(self, config)
+        self.divided = True
+
+    def _whole(self, *modules: nn.Module) -> AbstractContextManager:
+        return whole(*modules) if self.divided else nullcontext()
+
     def find_spans(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt_lengths: Tensor | None = None
     ) -> Spans:
@@ -95,7 +114,8 @@ class DMoERMModel(DMoERMPreTrainedModel):
         if self.router is None:
             return torch.ones(len(spans.lengths), 1, device=spans.lengths.device)
         width = int(spans.prompt_lengths.max())
-        return self.router.probabilities(spans.input_ids[:, :width], span_mask(spans.prompt_lengths, width))
+        with self._whole(self.router):
+            return self.router.probabilities(spans.input_ids[:, :width], span_mask(spans.prompt_lengths, width))
 
     def embed(self, task: str, spans: Spans, points: Sequence[str] | None = None) -> Tensor:
         """
@@ -142,16 +162,23 @@ class DMoERMModel(DMoERMPreTrainedModel):
         names = dict.fromkeys(point for points in self.config.tasks.values() for point in points)
         rewards = probabilities.new_zeros(len(route), 1, dtype=torch.float32)
         scores = {name: rewards.new_full((len(route),), torch.nan) for name in names}
+        counts = route.bincount(minlength=len(self.config.tasks))
+        if self.divided:
+            over_processes(counts)  # a task's weights are gathered by all, whoever has texts of it
         for index, (task, points) in enumerate(self.config.tasks.items()):
-            rows = (route == index).nonzero().squeeze(1)
-            if not len(rows):
+            if not counts[index]:
                 continue
-            width = int(spans.lengths[rows].max())
-            z = self.embed(task, Spans(spans.input_ids[rows, :width], spans.lengths[rows], spans.prompt_lengths[rows]))
+            rows = (route == index).nonzero().squeeze(1)
             inner = self.inner_models[slug(task)]
-            rewards = rewards.index_put((rows,), inner.reward(z))
-            for name, score in zip(points, inner.capability_scores(z).unbind(1), strict=True):
-                scores[name] = scores[name].index_put((rows,), score)
+            with self._whole(self.backbones[self.backbone_key(task)], inner):
+                if not len(rows):
+                    continue
+                width = int(spans.lengths[rows].max())
+                part = Spans(spans.input_ids[rows, :width], spans.lengths[rows], spans.prompt_lengths[rows])
+                z = self.embed(task, part)
+                rewards = rewards.index_put((rows,), inner.reward(z))
+                for name, score in zip(points, inner.capability_scores(z).unbind(1), strict=True):
+                    scores[name] = scores[name].index_put((rows,), score)
         everywhere = rewards.unsqueeze(1).expand(-1, input_ids.shape[1], -1)
         return DMoERMOutput(
             logits=rewards,
@@ -191,6 +218,16 @@ class DMoERMForSequenceClassification(DMoERMPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """
+        `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            ValueError: if a base is quantised.
+        """
+        check_full_precision(self, "save")
+        super().save_pretrained(*args, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -201,7 +238,10 @@ class DMoERMForSequenceClassification(DMoERMPreTrainedModel):
         **kwargs: Any,
     ) -> Any:
         """
-        `PreTrainedModel.from_pretrained`, safetensors only, which can place the tasks' bases.
+        `PreTrainedModel.from_pretrained`, safetensors only, which can place the tasks' bases. A `quantization_config`, a
+        `BitsAndBytesConfig`, quantises the bases alone, and without a `device_map` puts the model on the GPU if there is one.
+        In 8 bits set `llm_int8_threshold=0.0`: bitsandbytes looks for outliers over all texts of a batch, and a reward would
+        depend a little on a text's neighbours.
 
         Args:
             device_map (*optional*):
@@ -223,6 +263,7 @@ class DMoERMForSequenceClassification(DMoERMPreTrainedModel):
         home, devices = task_devices(device_map)
         report = kwargs.pop("output_loading_info", False)
         whole = {**kwargs, "backbones": BasesNotRead(), "device_map": home, "output_loading_info": True}
+        whole["quantization_config"] = None  # is of the bases alone
         model, info = super().from_pretrained(name, *args, **whole)
         placing = {"home": home, "devices": devices, "resident_tasks": resident_tasks}
         model.model.backbones = bases_of_checkpoint(name, model.config, kwargs, **placing)
@@ -241,16 +282,18 @@ class DMoERMForSequenceClassification(DMoERMPreTrainedModel):
             config: further arguments of [`DMoERMConfig`].
 
         Raises:
-            ValueError: if a weight of the base is not finite.
+            ValueError: if a weight of the base is not finite, or the base is quantised.
         """
         if isinstance(base, str):
             name, options = base, {"trust_remote_code": trust_remote_code, "dtype": config.pop("dtype", "float32")}
+            options["quantization_config"] = config.pop("quantization_config", None)  # refused below
             base, report = AutoModel.from_pretrained(name, output_loading_info=True, **options)
             if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):  # not used
                 raise ValueError(
                     f"{name}: got a checkpoint without {len(missing)} weights of {type(base).__name__} (such as "
                     f"{missing[0]!r}), need all of them, because the others would be drawn at random."
                 )
+        check_full_precision(base, "train as a whole")
         check_finite(base)
         config = DMoERMConfig(backbone_config=base.config, tasks={task: []}, **config)
         model = cls(config, {"shared" if config.share_base else slug(task): base})

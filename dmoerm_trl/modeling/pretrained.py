@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from .configuration import DMoERMConfig
 from .embedding import checkpoint_as_now
+from .quantised import keep_differentiable, of_bases_alone
 
 
 class DMoERMPreTrainedModel(PreTrainedModel):
@@ -29,7 +30,7 @@ class DMoERMPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """
-        `PreTrainedModel.from_pretrained`, safetensors only.
+        `PreTrainedModel.from_pretrained`, safetensors only; a `quantization_config` is for the bases alone.
 
         Raises:
             ValueError: if the checkpoint lacks a weight (a head, an expert, the router), has one too many, one of another
@@ -37,7 +38,10 @@ class DMoERMPreTrainedModel(PreTrainedModel):
         """
         report = kwargs.pop("output_loading_info", False)
         kwargs = {"use_safetensors": True, **kwargs, "ignore_mismatched_sizes": True}  # the error for these is below
+        if (quantization := kwargs.get("quantization_config")) is not None:
+            kwargs["quantization_config"] = of_bases_alone(quantization)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        keep_differentiable(model)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if keys := sorted(str(key) for key in info[problem]):
                 raise ValueError(

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.formatting import Formatter
 from ..evaluation.kl import KLEstimate, policy_kl
+from ..training.distributed import is_main
 from .reward_functions import TextScorer
 from .sampling import log_probs, sample
+from .whole import whole
 
 
 class PolicyMonitor(TrainerCallback):
@@ -36,7 +40,8 @@ class PolicyMonitor(TrainerCallback):
     log-probabilities of the whole one: 0 for equal policies, but no longer unbiased.
 
     Training is not touched: random state and mode are as before. A run that goes on from a checkpoint drops the lines of
-    the steps that it does again. In a distributed run the main process measures alone.
+    the steps that it does again. In a distributed run all processes measure the same, so that none waits longer than it may
+    and a model that ZeRO-3 divides can be gathered; the main process writes, and asks `gold` alone.
 
     Args:
         path (`str` or `Path`): the JSONL file. A run that starts at step 0 starts it anew.
@@ -78,32 +83,29 @@ class PolicyMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = (
-            [line for line in read_monitor(self.path) if line["step"] <= state.global_step]
-            if state.global_step
-            else []
-        )
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self.path)
-        if state.global_step not in {line["step"] for line in kept}:
+        kept = read_monitor(self.path) if state.global_step else []
+        kept = [line for line in kept if line["step"] <= state.global_step]
+        if is_main():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_name(self.path.name + ".partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial.replace(self.path)
+        (measured,) = _from_main(state.global_step in {line["step"] for line in kept})
+        if not measured:
             self._measure_at(state.global_step, model)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
-            self._measure_at(state.global_step, model)
+        self._measure_at(state.global_step, model)
 
     def _measure_at(self, step: int, model: Any) -> None:
         if step in self.steps:
             policy = getattr(model, "policy", model)  # PPO trains policy and value model in one module
             line = {"step": step} | self.measure(policy, self.path.parent / "responses" / f"{step}.jsonl")
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            if is_main():
+                with self.path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
 
     @torch.no_grad()
     def measure(self, policy: PreTrainedModel, responses_to: Path | None = None) -> dict[str, float]:
@@ -114,26 +116,27 @@ class PolicyMonitor(TrainerCallback):
             responses_to (`Path`, *optional*): where the responses are written, with their rewards, as JSONL.
 
         Raises:
-            ValueError: if a reward is not a number, there is not one for each response, or the policy is sharded.
+            ValueError: if a reward is not a number, or there is not one for each response.
         """
-        if any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
-            raise ValueError("got a policy sharded by ZeRO-3, need it whole on one device: use ZeRO-2, or no monitor.")
         self.reference.to(policy.device)
         was_training, values, texts = policy.training, [], []
         policy.eval()
-        with torch.random.fork_rng():
+        starts = range(0, len(self.prompts), self.batch_size)
+        with torch.random.fork_rng(), whole(policy), whole(self.reference):
             torch.manual_seed(self.seed)
-            for start in tqdm(range(0, len(self.prompts), self.batch_size), desc="measuring", delay=3, leave=False):
+            for start in tqdm(starts, desc="measuring", delay=3, leave=False, disable=not is_main()):
                 batch, written = self._measure_batch(policy, self.prompts[start : start + self.batch_size])
                 values.append(batch)
                 texts += written
         policy.train(was_training)
         columns = {name: torch.cat([batch[name] for batch in values]).float() for name in values[0]}
-        for name, scorer in self.scorers.items():
+        texts = _from_main(*texts)  # a divided reward model has to be called equally often, so with the same texts
+        scorers = self.scorers if is_main() else {"proxy": self.scorers["proxy"]}
+        for name, scorer in scorers.items():
             columns[name] = _rewards(name, scorer, self.prompts, texts)
-        if responses_to is not None:
-            rewards = zip(*(columns[name].tolist() for name in self.scorers), strict=True)
-            _write_responses(responses_to, self.prompts, texts, list(self.scorers), list(rewards))
+        if responses_to is not None and is_main():
+            rewards = zip(*(columns[name].tolist() for name in scorers), strict=True)
+            _write_responses(responses_to, self.prompts, texts, list(scorers), list(rewards))
         line: dict[str, float] = {}
         for name, column in columns.items():
             estimate = KLEstimate(column)  # a mean over prompts and its standard error, whatever the quantity
@@ -189,6 +192,11 @@ def _write_responses(path: Path, prompts: list, texts: list[str], names: list[st
         for prompt, text, values in zip(prompts, texts, rewards, strict=True):
             row = {"prompt": prompt, "response": text} | dict(zip(names, values, strict=True))
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _from_main(*values: Any) -> list[Any]:
+    """What the main process gives, in all processes."""
+    return broadcast_object_list(list(values)) if dist.is_initialized() else list(values)
 
 
 def _rewards(name: str, scorer: TextScorer, prompts: list[list[dict]], texts: list[str]) -> Tensor:

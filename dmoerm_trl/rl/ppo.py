@@ -15,13 +15,13 @@ from ..data.formatting import Formatter
 
 def ppo_classes() -> tuple[type, type]:
     """
-    TRL's `(PPOConfig, PPOTrainer)`.
+    TRL's `(PPOConfig, PPOTrainer)`, the former so that DeepSpeed can read it.
 
     Raises:
         ImportError: if this TRL has no PPO.
     """
     try:
-        from trl.experimental.ppo import PPOConfig, PPOTrainer
+        from trl.experimental.ppo import PPOTrainer
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("trl"):
             raise
@@ -29,7 +29,9 @@ def ppo_classes() -> tuple[type, type]:
             f"got TRL {version('trl')}, which has no PPO, need TRL 1.12.0, because PPO was removed in 1.13 and 1.12.0 is "
             'the last release with it: run `pip install "dmoerm-trl[ppo]"`, or use GRPO or RLOO, which every TRL has.'
         ) from error
-    return PPOConfig, PPOTrainer
+    from .ppo_trainer import DeepSpeedPPOConfig
+
+    return DeepSpeedPPOConfig, PPOTrainer
 
 
 def check_tokenizers(policy_tokenizer: PreTrainedTokenizerBase, reward_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -111,7 +113,7 @@ def check_arguments(args: Any) -> None:
     ]
     if args.total_episodes is not None and args.num_train_epochs != type(args).num_train_epochs:
         unread.append(f"num_train_epochs={args.num_train_epochs} (it counts only without total_episodes)")
-    if args.bf16 and os.environ.get("ACCELERATE_MIXED_PRECISION") != "bf16":
+    if args.bf16 and not args.deepspeed and os.environ.get("ACCELERATE_MIXED_PRECISION") != "bf16":
         unread.append("bf16=True (set bf16: false, or run `accelerate launch --mixed_precision bf16`)")
     if unread:
         raise ValueError(

@@ -4,22 +4,52 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from trl.experimental.ppo import PPOTrainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint, unset_hf_deepspeed_config
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
+from ..modeling.modeling import DMoERMForSequenceClassification, DMoERMModel
+from ..training.distributed import check_checkpoint, check_engine, check_installed, processes, start_deepspeed
+from .ensemble import RewardEnsemble
 from .sampling import nucleus_rollout
+from .whole import whole
+
+
+@dataclass
+class DeepSpeedPPOConfig(PPOConfig):
+    """
+    TRL's `PPOConfig`, with which a DeepSpeed configuration can be given, as `deepspeed` or by the launcher. What it leaves
+    `"auto"` is what PPOTrainer does without DeepSpeed: gradients are not clipped.
+    """
+
+    def __post_init__(self):
+        if self.deepspeed:
+            check_installed()
+        given = self.max_grad_norm, self.world_size
+        self.max_grad_norm = 0.0
+        self.world_size = processes()  # read for batch sizes; TRL's field hides the property
+        super().__post_init__()
+        self.max_grad_norm, self.world_size = given
+        if self.deepspeed_plugin is not None and self.deepspeed_plugin.is_auto("gradient_clipping"):
+            self.deepspeed_plugin.deepspeed_config["gradient_clipping"] = 0.0
+        unset_hf_deepspeed_config()  # else models would be loaded in shards, and the trainer divides them
 
 
 class ResumablePPOTrainer(PPOTrainer):
     """
-    TRL's `PPOTrainer`, of which three steps are overridden:
+    TRL's `PPOTrainer`, of which four steps are overridden:
 
     - `train` goes on from a checkpoint, which TRL's cannot, draws everything from `args.seed`, and samples with top-p.
     - `_save_checkpoint` saves the value model too, which TRL's forgets.
+    - `save_model` saves a policy that processes trained together, which TRL's cannot under ZeRO-3 or without DeepSpeed.
     - `log`, called before anything is saved, stops a run whose rewards are not numbers.
 
     A run that was killed and goes on ends with the weights of an unbroken one, on the same machine and with
@@ -29,6 +59,9 @@ class ResumablePPOTrainer(PPOTrainer):
     Args:
         top_p (`float`): of the rollout, see [`~dmoerm_trl.rl.sampling.nucleus_rollout`].
         kwargs: as of `PPOTrainer`, by name.
+
+    Raises:
+        ValueError: if DeepSpeed is asked for and would not run; under FSDP.
     """
 
     def __init__(self, *, top_p: float = 1.0, **kwargs: Any):
@@ -37,9 +70,17 @@ class ResumablePPOTrainer(PPOTrainer):
         if kwargs["args"].gradient_checkpointing:  # PPOTrainer leaves it to the models
             kwargs["model"].gradient_checkpointing_enable(kwargs["args"].gradient_checkpointing_kwargs)
             kwargs["value_model"].gradient_checkpointing_enable(kwargs["args"].gradient_checkpointing_kwargs)
-        super().__init__(**kwargs)
+        start_deepspeed(kwargs["args"])
+        if kwargs["args"].deepspeed_plugin is not None:
+            Accelerator(deepspeed_plugin=kwargs["args"].deepspeed_plugin)  # PPOTrainer's own then has it too
+        with _reward_models_left_alone():
+            super().__init__(**kwargs)
+        check_engine(self)
+        if self.is_deepspeed_enabled:
+            _place(self.reward_model, self.accelerator)
         self.top_p = top_p
-        self.is_fsdp_xla_v1_enabled = False  # loading asks for it, and PPOTrainer does not call Trainer.__init__
+        # loading and saving ask for them, and PPOTrainer does not call Trainer.__init__
+        self.is_fsdp_xla_v1_enabled = self.is_distributed_loading_by_transformers = False
         self.model._keys_to_ignore_on_save = None  # loading a policy with tied weights asks for it
 
     def train(self, resume_from_checkpoint: str | os.PathLike | None = None) -> None:
@@ -49,7 +90,8 @@ class ResumablePPOTrainer(PPOTrainer):
                 [`~dmoerm_trl.training.trainer.last_checkpoint`].
 
         Raises:
-            ValueError: if the checkpoint is of a run with other numbers of steps or episodes, or under DeepSpeed or FSDP.
+            ValueError: if the checkpoint is of a run with other numbers of steps or episodes, or under another ZeRO stage or,
+                with ZeRO, on another number of processes.
         """
         set_seed(self.local_seed)
         batches = self.dataloader
@@ -63,11 +105,7 @@ class ResumablePPOTrainer(PPOTrainer):
             self.dataloader = batches
 
     def _go_on_from(self, checkpoint: Path) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                f"got {checkpoint} under DeepSpeed or FSDP, need one process for each whole model, because their optimizer "
-                "states are not restored here: start without them, or in another output_dir."
-            )
+        check_checkpoint(checkpoint, self)
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         steps, done = self.args.num_total_batches, state["global_step"]
         if state["max_steps"] != steps or state["episode"] != done * self.args.batch_size:
@@ -76,8 +114,11 @@ class ResumablePPOTrainer(PPOTrainer):
                 f"need {steps} with {self.args.batch_size}, because the learning rate and the order of the prompts hang on "
                 "them: go on with the recipe that began the run, or take another output_dir."
             )
-        self._load_from_checkpoint(str(checkpoint), self.policy_model)
-        self._load_from_checkpoint(str(checkpoint / "value_model"), self.value_model)
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.model, str(checkpoint))
+        else:
+            self._load_from_checkpoint(str(checkpoint), self.policy_model)
+            self._load_from_checkpoint(str(checkpoint / "value_model"), self.value_model)
         self._load_optimizer_and_scheduler(str(checkpoint))
         for _ in range(done):
             next(self.dataloader)
@@ -86,9 +127,17 @@ class ResumablePPOTrainer(PPOTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:  # before TRL's, which writes the file that marks a whole checkpoint last
-            self.value_model.save_pretrained(folder / "value_model")
+        with whole(self.value_model):
+            if self.args.should_save:  # before TRL's, which writes the file that marks a whole checkpoint last
+                self.value_model.save_pretrained(folder / "value_model")
         super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        before = self.model, self.is_deepspeed_enabled
+        self.model, self.is_deepspeed_enabled = self.policy_model, False
+        with whole(self.policy_model):
+            super().save_model(output_dir, _internal_call)
+        self.model, self.is_deepspeed_enabled = before
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name in ("objective/scores", "objective/kl"):
@@ -100,6 +149,34 @@ class ResumablePPOTrainer(PPOTrainer):
                     f"checkpoints in {self.args.output_dir} are from before."
                 )
         super().log(logs, start_time)
+
+
+@contextmanager
+def _reward_models_left_alone() -> Iterator[None]:
+    """Within it PPOTrainer puts no engine of DeepSpeed around our reward models; [`~dmoerm_trl.modeling.dividing`] says why."""
+    prepare = ppo_trainer.prepare_deepspeed
+
+    def prepare_others(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+        ours = isinstance(model, (DMoERMForSequenceClassification, RewardEnsemble))
+        return model if ours else prepare(model, accelerator)
+
+    ppo_trainer.prepare_deepspeed = prepare_others
+    try:
+        yield
+    finally:
+        ppo_trainer.prepare_deepspeed = prepare
+
+
+def _place(reward_model: nn.Module, accelerator: Accelerator) -> None:
+    """What DeepSpeed's engine would do for our reward models: their bases in bf16 where it is on, under ZeRO-3 in parts."""
+    plugin = accelerator.state.deepspeed_plugin
+    for module in reward_model.modules():
+        if isinstance(module, DMoERMModel):
+            if plugin.deepspeed_config.get("bf16", {}).get("enabled") is True:
+                module.backbones.to(torch.bfloat16)
+            if plugin.zero_stage == 3:
+                module.divide(plugin.deepspeed_config)  # weight by weight, so before they are all on one device
+            module.to(accelerator.device)
 
 
 class _GoOn(TrainerCallback):

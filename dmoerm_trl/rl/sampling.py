@@ -68,6 +68,7 @@ def sample(
             top_k=0,
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=False,  # the policy is whole in each process
         )
     answers = sequences[:, batch["input_ids"].shape[1] :]
     is_end = torch.isin(answers, torch.tensor(ends, device=answers.device))

@@ -20,6 +20,7 @@ from ..data.rows import load_rows
 from ..evaluation.explain import explanation
 from ..evaluation.scoring import map_encodings, route_encodings
 from ..modeling.modeling import DMoERMForSequenceClassification
+from ..modeling.quantised import quantization
 from ..tasks import TaskTable
 from ..workers import launched_processes
 
@@ -37,6 +38,13 @@ class ScoreArguments:
     dtype: str = field(
         default="auto",
         metadata={"help": "Of the bases: the checkpoint's, 'float32' or 'bfloat16'; heads stay in fp32."},
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Quantise the bases to 8 bits (LLM.int8); needs bitsandbytes."}
+    )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Quantise the bases to 4 bits (NF4); needs bitsandbytes, computes in `dtype` or fp32."},
     )
     resident_tasks: int | None = field(
         default=None,
@@ -99,6 +107,11 @@ def main(argv: list[str] | None = None) -> None:
         dtype=arguments.dtype,
         device_map=processes.device,
         resident_tasks=arguments.resident_tasks,
+        quantization_config=quantization(
+            arguments.load_in_4bit,
+            arguments.load_in_8bit,
+            torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32,
+        ),
     )
     formatter = Formatter(AutoTokenizer.from_pretrained(arguments.model), arguments.max_length)
     if one:

@@ -5,14 +5,17 @@ from pathlib import Path
 from trl import TrlParser
 
 from ..evaluation.curves import plot_accuracy_curves
+from ..training.distributed import is_main
 from ..training.pipeline import Pipeline
 from ..training.recipe import Recipe
 
 
 def train(recipe: Recipe) -> Pipeline:
-    """Runs what is not done of a recipe, prints the data's report and draws the accuracy curves (figure 4)."""
+    """Runs what is not done of a recipe; the main process prints the data's report and draws the accuracy curves (figure 4)."""
     run = Pipeline(recipe)
     run.run()
+    if not is_main():
+        return run
     print((run.root / "data" / "report.txt").read_text(), end="")
     histories = {
         name.replace("/experts/", ": ").replace("/", " ").replace("_", " "): run.history(name)

@@ -3,7 +3,8 @@
 import copy
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..modeling.experts import lora_layers
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..modeling.pretrained import DMoERMPreTrainedModel
 from ..tasks import slug
+from .distributed import gathered
 from .trainer import PhaseConfig, RankedRewardTrainer
 
 
@@ -73,6 +75,16 @@ class Experts(DMoERMPreTrainedModel):
         """The weights of a point's expert by their names."""
         return self._weights[point]
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The frozen weights may be missing."""
+        trained = {name for weights in self._weights.values() for name in weights}
+        if missing := sorted(trained - state_dict.keys()) if strict else []:
+            raise ValueError(
+                f"got a checkpoint without {len(missing)} weights of the experts (such as {missing[0]!r}), need all of them, "
+                "because the run could not go on from it: delete the checkpoint."
+            )
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor, points: Sequence[str]
     ) -> SequenceClassifierOutput:
@@ -96,7 +108,8 @@ class ExpertsTrainer(RankedRewardTrainer):
     the masks, drawn from one generator, are others than in training one after the other; without it the result is the same.
 
     Raises:
-        ValueError: for a learning rate that follows a metric, for a metric that there is not, under DeepSpeed or FSDP.
+        ValueError: for a learning rate that follows a metric, for a metric that there is not, for a DeepSpeed configuration
+            with an optimizer, or that divides an expert.
     """
 
     def __init__(
@@ -123,47 +136,98 @@ class ExpertsTrainer(RankedRewardTrainer):
         args.load_best_model_at_end, args.metric_for_best_model = False, None
         self.rankings = [f"/{point}" for point in model.points]
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks=[best])
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        self._sharded = False  # whether a process has a shard of the gradients
+        if self.is_deepspeed_enabled:
+            plugin = self.accelerator.state.deepspeed_plugin
+            self._sharded = plugin.zero_stage > 0
+            self._check_configuration(plugin.deepspeed_config)
+            plugin.deepspeed_config["gradient_clipping"] = 0.0  # of all experts together; see `_each_alone`
+        self._at_rest: set[str] = set()
+        self._hooked: torch.optim.Optimizer | None = None
+
+    def _check_configuration(self, configuration: dict[str, Any]) -> None:
+        if "optimizer" in configuration:
             raise ValueError(
-                "got phase 2 under DeepSpeed or FSDP, need whole weights on every device, because each expert's gradient is "
-                "clipped and its best weights are kept on their own. The base is frozen: plain data parallelism needs no "
-                "optimizer state for it. Start phase 2 with accelerate or torchrun and no DeepSpeed configuration."
+                "got an `optimizer` in the DeepSpeed configuration of phase 2, need none, because each expert is a group of "
+                "weights of its own: delete that section, and set `optim` and `learning_rate`."
             )
-        self._pairs = self._nothing()[:, -1]  # of each point, since the last optimizer step
+        size = max(sum(weight.numel() for weight in self.model.expert(point).values()) for point in self.model.points)
+        most = configuration["zero_optimization"].get("sub_group_size", size)
+        if most != "auto" and most < size:
+            raise ValueError(
+                f"got sub_group_size={most} in the DeepSpeed configuration, need {size} at least, because an expert's "
+                "gradient is clipped as a whole: leave it out, or set 1e9."
+            )
 
     def rank(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         inputs = dict(inputs)
         pairs, groups = inputs.pop("pairs"), inputs.pop("groups")
         pairs = {point: pairs[pairs[:, 0] == index, 1:] for index, point in enumerate(self.model.points)}
         active = self.model.active
-        points = [point for point in active if len(pairs[point])] or active[:1]  # one, so that all processes take part
+        points = active
+        if not self.is_deepspeed_enabled:  # under which all processes have to compute the same
+            points = [point for point in active if len(pairs[point])] or active[:1]  # one, so that all take part
         rewards = model(**inputs, points=points).logits
         return {f"/{point}": (rewards[:, i], pairs[point], groups) for i, point in enumerate(points)}
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """Before an optimizer step it is known which experts have no pair in it."""
+        batches, prompts = super().get_batch_samples(*args, **kwargs)
+        counts = dict(zip(self.model.points, prompts.tolist(), strict=True))
+        self._at_rest = {point for point, count in counts.items() if not count or point not in self.model.active}
+        return batches, prompts
+
+    # The optimizer.
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All, so that they are one group, which `create_optimizer` divides."""
+        return [name for name, _ in model.named_parameters()]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Each expert is a group of weights of its own, which ZeRO shards on its own too."""
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            (together, _) = self.optimizer.param_groups
+            self.optimizer.param_groups = [
+                {**together, "params": list(self.model.expert(point).values()), "point": point}
+                for point in self.model.points
+            ]
+        return self.optimizer
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Before an optimizer step: an expert without a pair since the last one has no gradient, which Adam takes for rest."""
-        before = self._seen[:, -1].clone()
-        loss = super().training_step(*args, **kwargs)
-        self._pairs += self._seen[:, -1] - before
-        if self.accelerator.sync_gradients:
-            pairs = self._over_processes(self._pairs)
-            for point, count in zip(self.model.points, pairs.tolist(), strict=True):
-                if not count:
-                    for weight in self.model.expert(point).values():
-                        weight.grad = None
-            self._pairs.zero_()
-        return loss
+        """Before the first step the optimizer is what it stays: accelerate and DeepSpeed have wrapped or replaced it."""
+        optimizer = self.optimizer
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        if optimizer is not self._hooked:
+            optimizer.register_step_pre_hook(self._each_alone)
+            self._hooked = optimizer
+            if self.is_deepspeed_enabled:
+                engine = self.model_wrapped
+                engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        return super().training_step(*args, **kwargs)
+
+    def _each_alone(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
+        """
+        Clips each expert's gradient and takes it from those at rest, which Adam then leaves as they are. Under ZeRO the
+        optimizer is given one expert after the other, and of its gradient this process's shard.
+        """
+        for group in optimizer.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if weights and group["point"] in self._at_rest:
+                for weight in weights:
+                    weight.grad = None
+            elif weights:
+                square = torch.stack([weight.grad.float().square().sum() for weight in weights]).sum()
+                norm = float((self._over_processes(square) if self._sharded else square).sqrt())
+                self._metrics["train"][f"grad_norm/{group['point']}"] = [norm]
+                if 0 < self.args.max_grad_norm < norm:
+                    for weight in weights:
+                        weight.grad.mul_(self.args.max_grad_norm / norm)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Clips the gradient of each expert and returns the norm of all before that."""
-        self.accelerator.unscale_gradients()
-        norms = [
-            nn.utils.clip_grad_norm_(self.model.expert(point).values(), self.args.max_grad_norm)
-            for point in self.model.active
-        ]
-        for point, norm in zip(self.model.active, norms, strict=True):
-            self._metrics["train"][f"grad_norm/{point}"] = [float(norm)]
-        return torch.stack(norms).norm()
+        """The norm of all, which [`_each_alone`] clips."""
+        return self._get_grad_norm(model)
 
 
 class BestExperts(TrainerCallback, ExportableState):
@@ -204,8 +268,9 @@ class BestExperts(TrainerCallback, ExportableState):
             record = self.records.setdefault(point, {"best": -sign * math.inf, "step": None, "since": 0})
             if sign * value > sign * record["best"]:
                 self.records[point] = {"best": value, "step": state.global_step, "since": 0}
-                if args.should_save:
-                    self._write(model, point, self._path(args, point))
+                with gathered(model.expert(point).values()):
+                    if args.should_save:
+                        self._write(model, point, self._path(args, point))
             else:
                 record["since"] += 1
         self._stop(model)
@@ -224,9 +289,10 @@ class BestExperts(TrainerCallback, ExportableState):
         PartialState().wait_for_everyone()  # for the files
         for point, record in self.records.items():
             if record["step"] is not None:
-                weights = load_file(self._path(args, point))
-                for name, weight in model.expert(point).items():
-                    weight.data.copy_(weights[name])
+                weights, best = model.expert(point), load_file(self._path(args, point))
+                with gathered(weights.values(), change=True):
+                    for name, weight in weights.items():
+                        weight.data.copy_(best[name])
 
     def _stop(self, model: Experts) -> None:
         patience = self.arguments["patience"]

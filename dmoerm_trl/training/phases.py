@@ -25,9 +25,11 @@ from ..modeling.configuration import DMoERMConfig
 from ..modeling.inner import InnerModel
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..modeling.pretrained import DMoERMPreTrainedModel, check_finite
+from ..modeling.quantised import check_full_precision
 from ..modeling.router import Router
 from ..modeling.spans import find_spans
 from ..tasks import slug
+from .distributed import start_deepspeed
 from .experts import Experts, ExpertsTrainer, history_of, untrained_experts
 from .trainer import PhaseConfig, fit, train
 
@@ -145,6 +147,7 @@ def train_router(
         losses = nn.functional.cross_entropy(outputs.logits, labels, weights, reduction="sum")
         return losses / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
+    start_deepspeed(args)
     trainer = Trainer(
         router,
         args,
@@ -231,12 +234,18 @@ def phase2(
     points and there is no LoRA dropout, training the points one by one, each in a call of its own, gives the same experts.
 
     Args:
-        base (`DMoERMForSequenceClassification`): the model of phase 1, which is taken over and left bit-equal.
+        base (`DMoERMForSequenceClassification`): the model of phase 1, which is taken over and left bit-equal. It may be loaded
+            with a `quantization_config` (QLoRA); the experts are in full precision, and serve on a base in full precision too.
         points (`Sequence[str]`): one capability point or more.
 
     Returns:
         A one-task model with the experts, which [`export_expert`] writes, and each point's log history.
+
+    Raises:
+        ValueError: for a quantised base under DeepSpeed.
     """
+    if args.deepspeed_plugin is not None:
+        check_full_precision(base, "train experts on under DeepSpeed")
     set_seed(args.seed)
     model = untrained_experts(base, points, args.seed)
     datasets = [ranked_dataset(rows, formatter, points) for rows in (train_rows, eval_rows)]

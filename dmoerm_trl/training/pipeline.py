@@ -13,6 +13,7 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
@@ -24,11 +25,14 @@ from ..modeling.card import write_model_card
 from ..modeling.configuration import DMoERMConfig
 from ..modeling.experts import check_target_modules
 from ..modeling.modeling import DMoERMForSequenceClassification
+from ..modeling.quantised import quantization
 from ..modeling.router import Router
 from ..tasks import OVERALL, slug
 from ..workers import start_worker
+from .distributed import check_joined, is_main, processes, wait_for_all
 from .phases import History, normalise, phase1, phase2, phase3, train_router
-from .recipe import Recipe
+from .recipe import DEFAULTS, Recipe
+from .trainer import PhaseConfig
 
 
 class Stage(NamedTuple):
@@ -44,7 +48,7 @@ class Pipeline:
     The stages of a recipe and the folder in which they leave their results:
 
     ```
-    manifest.json               the recipe's settings, and of each finished stage the seconds it took
+    manifest.json               the recipe's settings, the number of processes, the seconds that each finished stage took
     data/                       the rows of each part, test.jsonl among them; report.txt
     router/                     the outer layer
     <task>/phase1/              the task's base
@@ -56,6 +60,8 @@ class Pipeline:
 
     A stage's folder appears when the stage is done, by a rename; `<task>/experts` is one stage with `joint_experts`, else
     each expert is. While a stage trains, its checkpoints are in `work/`.
+
+    Of several processes, started by a launcher, all train each stage together; the main one alone writes.
     """
 
     def __init__(self, recipe: Recipe):
@@ -105,9 +111,9 @@ class Pipeline:
             rows += load_rows(str(self.root / "data" / f"{part}.jsonl"), tasks=self.tasks)[0]
         return [row for row in rows if task in (OVERALL, row.task)]
 
-    def load(self, stage: str) -> DMoERMForSequenceClassification:
-        """The model that a stage left."""
-        return DMoERMForSequenceClassification.from_pretrained(str(self.root / stage))
+    def load(self, stage: str, **options: Any) -> DMoERMForSequenceClassification:
+        """The model that a stage left; with further arguments of `from_pretrained`."""
+        return DMoERMForSequenceClassification.from_pretrained(str(self.root / stage), **options)
 
     def history(self, training: str) -> History:
         """The log history of one of [`Pipeline.trainings`]."""
@@ -122,11 +128,15 @@ class Pipeline:
     @property
     def manifest(self) -> dict[str, Any]:
         path = self.root / "manifest.json"
-        return json.loads(path.read_text()) if path.exists() else {"recipe": self.recipe.fingerprint(), "seconds": {}}
+        if path.exists():
+            return json.loads(path.read_text())
+        return {"recipe": self.recipe.fingerprint(), "processes": processes(), "seconds": {}}
 
     # The stages
 
     def _data(self, folder: Path) -> History:
+        if not is_main():
+            return []
         recipe = self.recipe
         rows, report = load_rows(recipe.train_data, tasks=self.tasks, on_error=recipe.on_error)
         lines = [str(report)]
@@ -161,7 +171,8 @@ class Pipeline:
             balance=self.recipe.router_balance,
             trust_remote_code=self.recipe.trust_remote_code,
         )
-        router.save_pretrained(folder)
+        if is_main():
+            router.save_pretrained(folder)
         return history
 
     def _phase1(self, task: str, folder: Path) -> History:
@@ -191,23 +202,29 @@ class Pipeline:
     def _experts(self, task: str, base: str, points: Sequence[str], folder: Path) -> History:
         model, histories = self._phase2(task, base, points, folder)
         for point, history in histories.items():
-            export_expert(model, task, point, folder / slug(point))
-            (folder / slug(point) / "history.json").write_text(json.dumps(history))
+            if is_main():
+                export_expert(model, task, point, folder / slug(point))
+                (folder / slug(point) / "history.json").write_text(json.dumps(history))
         return []
 
     def _expert(self, task: str, base: str, point: str, folder: Path) -> History:
         model, histories = self._phase2(task, base, [point], folder)
-        export_expert(model, task, point, folder)
+        if is_main():
+            export_expert(model, task, point, folder)
         return histories[point]
 
     def _phase2(self, task: str, base: str, points: Sequence[str], folder: Path) -> Any:
+        args, options = self._arguments("phase2", folder), {}
+        compute_dtype = torch.bfloat16 if args.bf16 else torch.float32
+        if config := quantization(self.recipe.load_in_4bit, self.recipe.load_in_8bit, compute_dtype):
+            options = {"quantization_config": config, "device_map": args.device}
         return phase2(
-            with_task(self.load(base), task),
+            with_task(self.load(base, **options), task),
             points,
             self.rows("phase1_train", "phase3_train", task=task),
             self.rows("phase1_validation", task=task),
             self.formatter,
-            self._arguments("phase2", folder),
+            args,
         )
 
     def _phase3(self, task: str, base: str, folder: Path) -> History:
@@ -225,6 +242,8 @@ class Pipeline:
         return history
 
     def _assemble(self, folder: Path) -> History:
+        if not is_main():
+            return []
         inner_models = {task: self.load(f"{slug(task)}/phase3") for task in self.tasks.tasks}
         router = Router.from_pretrained(str(self.root / "router"))
         self._save(assemble(inner_models, router), folder)
@@ -236,9 +255,10 @@ class Pipeline:
         return self.recipe.phase(stage, str(self._work(folder)), **options)
 
     def _save(self, model: DMoERMForSequenceClassification, folder: Path) -> None:
-        model.save_pretrained(folder)
-        self.formatter.tokenizer.save_pretrained(folder)
-        write_model_card(model, folder)
+        if is_main():
+            model.save_pretrained(folder)
+            self.formatter.tokenizer.save_pretrained(folder)
+            write_model_card(model, folder)
 
     # Running them
 
@@ -269,11 +289,13 @@ class Pipeline:
         self.formatter  # noqa: B018  (reads the tokenizer, which may lack a pad token)
 
     def _check_recipe(self) -> None:
-        before, now = self.manifest["recipe"], self.recipe.fingerprint()
+        before = _result_of(self.manifest["recipe"], self.manifest.get("processes", processes()))
+        now = _result_of(self.recipe.fingerprint(), processes())
         if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
             raise ValueError(
                 f"{self.root}: got a run whose recipe differs in {changed}, need the same recipe to go on: choose another "
-                "`output_dir`, or delete this one."
+                "`output_dir`, or delete this one; with another number of processes, change `gradient_accumulation_steps` so "
+                "that a step has as much as before."
             )
 
     @property
@@ -282,14 +304,17 @@ class Pipeline:
 
     def run(self) -> None:
         """Runs every stage that is not done, in an order in which each finds what it needs."""
+        check_joined(self.recipe.workers)
         if self.finished:
             self._check_recipe()
         else:
             self.check()
+        done = {name for name in self.stages if self._done(name)}
+        wait_for_all()  # before one of them changes what the others look for
         self.root.mkdir(parents=True, exist_ok=True)
         self._write_manifest(self.manifest)
-        done = {name for name in self.stages if self._done(name)}
-        with tqdm(total=len(self.stages), initial=len(done), desc="training", unit=" stages") as progress:
+        bar = {"desc": "training", "unit": " stages", "disable": not is_main()}
+        with tqdm(total=len(self.stages), initial=len(done), **bar) as progress:
             if not self._done("data"):
                 self._finished("data", self.run_stage("data"), done, progress)
             if self.recipe.workers > 1:
@@ -298,7 +323,8 @@ class Pipeline:
                 if name not in done:
                     progress.set_postfix_str(name)
                     self._finished(name, self.run_stage(name), done, progress)
-        shutil.rmtree(self.root / "work", ignore_errors=True)
+        if is_main():
+            shutil.rmtree(self.root / "work", ignore_errors=True)
 
     def _run_in_workers(self, done: set[str], progress: tqdm) -> None:
         context = multiprocessing.get_context("spawn")
@@ -323,13 +349,17 @@ class Pipeline:
         """Runs one stage, whose needs must be there, and returns the seconds that it took."""
         start = time.perf_counter()
         folder = self.root / "work" / name / "result"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        if is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        wait_for_all()
         history = self.stages[name].run(folder)
-        (folder / "history.json").write_text(json.dumps(history))
-        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        folder.rename(self.root / name)
-        shutil.rmtree(self.root / "work" / name, ignore_errors=True)
+        if is_main():
+            (folder / "history.json").write_text(json.dumps(history))
+            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(self.root / name)
+            shutil.rmtree(self.root / "work" / name, ignore_errors=True)
+        wait_for_all()
         return time.perf_counter() - start
 
     def _done(self, name: str) -> bool:
@@ -346,11 +376,29 @@ class Pipeline:
         self._write_manifest(manifest)
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
-        if (self.root / "manifest.json").exists() and manifest == self.manifest:
+        if not is_main() or (self.root / "manifest.json").exists() and manifest == self.manifest:
             return
         temporary = self.root / "manifest.json.tmp"
         temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
         temporary.replace(self.root / "manifest.json")
+
+
+def _result_of(recipe: dict[str, Any], processes: int) -> dict[str, Any]:
+    """A recipe's fingerprint, in which a stage's step has its size, however it is divided over processes."""
+    settings = dict(recipe)
+    for stage, defaults in DEFAULTS.items():
+        own = {name: getattr(PhaseConfig, name) for name in DIVISION} | defaults | recipe[stage]
+        prompts, batches, _ = (own.pop(name) for name in DIVISION)
+        settings[stage] = {name: own[name] for name in own.keys() & recipe[stage].keys()}
+        if own.get("train_tokens_per_batch") is None:
+            settings[f"prompts a step of {stage}"] = prompts * batches * processes
+        else:
+            settings[f"batches a step of {stage}"] = batches * processes
+    return settings
+
+
+DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed")
+"""Settings of a stage with which the result is the same if the prompts of a step are as many."""
 
 
 def _start_worker(parent: int, stop: Event) -> None:

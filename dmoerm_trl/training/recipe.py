@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..modeling.quantised import quantization
 from ..tasks import OVERALL, TaskTable
 from .trainer import PhaseConfig
 
@@ -68,6 +69,12 @@ class Recipe:
     phase1: dict[str, Any] | str | None = field(default_factory=dict, metadata={"help": "Settings of phase 1."})
     phase2: dict[str, Any] | str | None = field(default_factory=dict, metadata={"help": "Settings of phase 2."})
     phase3: dict[str, Any] | str | None = field(default_factory=dict, metadata={"help": "Settings of phase 3."})
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Phase 2: quantise the frozen base to 8 bits; needs bitsandbytes."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Phase 2: quantise it to 4 bits (NF4, as QLoRA); needs bitsandbytes."}
+    )
     joint_experts: bool = field(
         default=True, metadata={"help": "Train all experts of a task in one run, not one after the other."}
     )
@@ -99,6 +106,11 @@ class Recipe:
                 raise ValueError(f"`{stage}` of the recipe: got {settings!r}, need JSON: {error}.") from error
             setattr(self, stage, settings)
             self.phase(stage, output_dir=self.output_dir)
+        if quantization(self.load_in_4bit, self.load_in_8bit) and self.phase2.get("deepspeed"):  # not after phase 1
+            raise ValueError(
+                f"`phase2` of the recipe: got deepspeed={self.phase2['deepspeed']!r} and a quantised base, need one of them, "
+                "because ZeRO cannot divide such a base: leave `deepspeed` out, so that each GPU has all of it."
+            )
 
     @property
     def task_table(self) -> TaskTable:
@@ -152,7 +164,7 @@ class Recipe:
         return settings
 
 
-TOP_LEVEL = ("output_dir", "report_to", "seed")
+TOP_LEVEL = ("output_dir", "report_to", "seed", "load_in_8bit", "load_in_4bit")
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "router": {"learning_rate": 5e-5, "per_device_train_batch_size": 16},

@@ -14,10 +14,12 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig, RewardTrainer
 
 from .batches import TokenBatches, collate_ranked, distinct_tokens
+from .distributed import check_checkpoint, check_engine, check_installed, start_deepspeed, unshard
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,10 @@ class PhaseConfig(RewardConfig):
         self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps
         if self.save_total_limit == 1:  # the trainer would delete the last at its end, half of it if it is killed
             self.save_total_limit = 2
+        if self.deepspeed:
+            check_installed()
         super().__post_init__()
+        unset_hf_deepspeed_config()  # else under ZeRO-3 models would be loaded in shards, which no phase could read
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
@@ -125,6 +130,7 @@ class RankedRewardTrainer(RewardTrainer):
         processing_class: PreTrainedTokenizerBase,
         callbacks: Sequence[TrainerCallback] | None = None,
     ):
+        start_deepspeed(args)
         super().__init__(
             model=model,
             args=args,
@@ -159,11 +165,25 @@ class RankedRewardTrainer(RewardTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         if self.args.train_tokens_per_batch is None:
+            self._say_what_is_repeated(self.args.per_device_train_batch_size * self.args.world_size)
             return super().get_train_dataloader()
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return self._in_token_batches(
             self.train_dataset, self.args.train_tokens_per_batch, lambda: seed + int(self.state.epoch or 0)
         )
+
+    def _say_what_is_repeated(self, step: int) -> None:
+        rows = len(self.train_dataset)
+        if (
+            self.args.world_size > 1
+            and rows % step
+            and not self.args.dataloader_drop_last
+            and self.args.process_index == 0
+        ):
+            logger.warning(
+                f"{-rows % step} of {rows} prompts are trained on twice an epoch: its last step would have {rows % step} of "
+                f"{step}, and each of the {self.args.world_size} processes needs as many."
+            )
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         if isinstance(eval_dataset, str):
@@ -194,7 +214,9 @@ class RankedRewardTrainer(RewardTrainer):
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         ranked = self.rank(model, inputs)
-        loss, totals = self._equation_7(ranked)
+        losses, totals = self._equation_7(ranked)
+        shares = self._shares(totals[:, 1], num_items_in_batch)[[self.rankings.index(name) for name in ranked]]
+        loss = (losses * shares.to(losses)).sum()
         if self.args.center_rewards_coefficient is not None:
             labelled = [r[torch.isin(groups, groups[pairs[:, 0]])] for r, pairs, groups in ranked.values()]
             squares = [rewards.square().sum() / max(len(rewards), 1) for rewards in labelled]
@@ -204,7 +226,7 @@ class RankedRewardTrainer(RewardTrainer):
 
     def _equation_7(self, ranked: dict[str, tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """
-        The sum over the rankings of the mean over prompts of equation 7, and what the metrics are made of, of shape
+        The means over prompts of equation 7, of shape (len(ranked),), and what the metrics are made of, of shape
         (rankings, 5): the sum of the prompts' losses, their number, the pairs in right order (a tie of two rewards is half
         of one), the sum of the margins, the number of pairs.
         """
@@ -216,7 +238,26 @@ class RankedRewardTrainer(RewardTrainer):
             right = (margins > 0).sum() + (margins == 0).sum() / 2
             numbers = [float(loss.detach()) * prompts, prompts, float(right), float(margins.sum()), len(margins)]
             totals[self.rankings.index(name)] = torch.tensor(numbers, dtype=totals.dtype)
-        return torch.stack(losses).sum(), totals
+        return torch.stack(losses), totals
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The batches of an optimizer step, and how many prompts have a pair in it on all processes, of shape (rankings,)."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        prompts = self._nothing()[:, 1]
+        for batch in batches:
+            of_pairs = torch.stack([batch["pairs"][:, 0], batch["groups"][batch["pairs"][:, 1]]])
+            prompts += torch.bincount(of_pairs.unique(dim=1)[0], minlength=len(prompts)).to(prompts)
+        return batches, self._over_processes(prompts)
+
+    def _shares(self, prompts: Tensor, of_step: Tensor | None) -> Tensor:
+        """
+        What the mean of a batch counts in the mean of its optimizer step, of shape (rankings,): times the number of batches
+        and of processes, over which the trainer takes the plain mean.
+        """
+        if of_step is None:  # the batch is the step
+            return torch.ones_like(prompts)
+        batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        return prompts * batches / of_step.to(prompts).clamp(min=1)
 
     def _nothing(self) -> Tensor:
         return torch.zeros(len(self.rankings), 5, dtype=torch.float64)
@@ -240,6 +281,11 @@ class RankedRewardTrainer(RewardTrainer):
             logs = {**self._metrics_of(self._seen), **logs}
             self._seen = self._nothing()
         super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Leaves a checkpoint under DeepSpeed with its shards alone: nothing reads the whole weights, which are costly."""
+        if not (_internal_call and self.is_deepspeed_enabled):
+            super().save_model(output_dir, _internal_call)
 
     # The evaluation.
 
@@ -287,10 +333,14 @@ def fit(
 
 def train(trainer: Trainer) -> None:
     """Trains to the end, from the last whole checkpoint if there is one, so that the result is that of an unbroken run."""
+    check_engine(trainer)
     checkpoint = last_checkpoint(trainer.args.output_dir)
     if checkpoint is not None and _was_the_end(checkpoint):  # the trainer would go on for another step
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
+    unshard(trainer)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
