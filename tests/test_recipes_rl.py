@@ -12,18 +12,20 @@ from trl import GRPOConfig, RLOOConfig, TrlParser
 from dmoerm_trl.rl.monitor import read_monitor
 from dmoerm_trl.rl.ppo import check_arguments, ppo_classes
 
-PPO = sorted((ROOT / "recipes").rglob("ppo.yaml"))
-GRPO = sorted((ROOT / "recipes").rglob("grpo.yaml"))
-
-KEYS = {"step", "proxy", "k1", "k2", "k3", "length", "repetition", "without_end"}
-
 
 def name_of(recipe) -> str:
     return recipe.parent.name
 
 
+PPO = sorted((ROOT / "recipes").rglob("ppo.yaml"))
+GRPO = sorted((ROOT / "recipes").rglob("grpo.yaml"))
+
+MODELS = {path.parent.name for path in (ROOT / "recipes").glob("qwen*/train.yaml")}
+KEYS = {"step", "proxy", "k1", "k2", "k3", "length", "repetition", "without_end"}
+
+
 def test_there_are_recipes():
-    assert {name_of(path) for path in PPO} == {name_of(path) for path in GRPO} == {"demo", "qwen1.5-1.8b-chat"}
+    assert {name_of(path) for path in PPO} == {name_of(path) for path in GRPO} == {"demo", *MODELS}
 
 
 @pytest.mark.requires_ppo
@@ -43,7 +45,7 @@ def test_the_papers_recipe_has_the_papers_numbers():
     arguments, args = parser.parse_args_and_config(
         ["--config", str(ROOT / "recipes/qwen1.5-1.8b-chat/ppo.yaml"), "--use_cpu", "true"]
     )
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    batch = 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps  # eight GPUs
     assert (args.learning_rate, args.lr_scheduler_kwargs["min_lr"]) == (1.41e-5, 1e-7)
     assert (batch, args.total_episodes) == (32, 3000 * 32)
     assert (args.kl_coef, args.cliprange, args.cliprange_value, args.gamma, args.lam) == (0.1, 0.2, 0.2, 1.0, 0.95)
