@@ -127,20 +127,15 @@ def _layout(stage: int, shards: int) -> str:
 
 
 @contextmanager
-def gathered(weights: Iterable[nn.Parameter], change: bool = False) -> Iterator[None]:
-    """
-    Within it the weights are whole, also under ZeRO-3. All processes have to take part.
-
-    Args:
-        change (`bool`): whether what the first process makes of them is kept.
-    """
+def gathered(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within it the weights are whole, also under ZeRO-3. All processes have to take part."""
     weights = list(weights)
     if not any(map(_in_shards, weights)):
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(weights, modifier_rank=0 if change else None):
+    with deepspeed.zero.GatheredParameters(weights):
         yield
 
 
@@ -158,7 +153,7 @@ def unshard(trainer: Trainer) -> None:
     }
     trained = {weight: full.detach().clone() for weight, full in trained.items() if full is not None}
     trainer.deepspeed.destroy()
-    trainer.is_deepspeed_enabled = False
+    trainer.deepspeed, trainer.is_deepspeed_enabled = None, False
     unset_hf_deepspeed_config()
     model = trainer.model
     for module in model.modules():

@@ -23,7 +23,7 @@ from ..modeling.experts import lora_layers
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..modeling.pretrained import DMoERMPreTrainedModel
 from ..tasks import slug
-from .distributed import gathered
+from .distributed import gathered, unshard
 from .trainer import PhaseConfig, RankedRewardTrainer
 
 
@@ -177,6 +177,15 @@ class ExpertsTrainer(RankedRewardTrainer):
         self._at_rest = {point for point, count in counts.items() if not count or point not in self.model.active}
         return batches, prompts
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().train(*args, **kwargs)
+        unshard(self)  # before: DeepSpeed's optimizer has weights of its own
+        (best,) = (
+            one for one in self.callback_handler.callbacks if isinstance(one, BestExperts)
+        )  # not that of `__init__`
+        best.restore(self.args, self.model)
+        return output
+
     # The optimizer.
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -283,16 +292,16 @@ class BestExperts(TrainerCallback, ExportableState):
             for path in set((Path(args.output_dir) / "best").glob("*")) - current:
                 path.unlink()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Experts, **kwargs: Any) -> None:
+    def restore(self, args: PhaseConfig, model: Experts) -> None:
+        """Gives each expert of a model that is whole its best weights."""
         if not self.arguments["keep_best"]:
             return
         PartialState().wait_for_everyone()  # for the files
         for point, record in self.records.items():
             if record["step"] is not None:
-                weights, best = model.expert(point), load_file(self._path(args, point))
-                with gathered(weights.values(), change=True):
-                    for name, weight in weights.items():
-                        weight.data.copy_(best[name])
+                best = load_file(self._path(args, point))
+                for name, weight in model.expert(point).items():
+                    weight.data.copy_(best[name])
 
     def _stop(self, model: Experts) -> None:
         patience = self.arguments["patience"]
