@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 import yaml
 from accelerate import DistributedType
 from models import PROMPTS, RESPONSES, make_backbone, make_dmoerm, make_tokenizer
@@ -277,6 +278,29 @@ def test_zero_1_with_its_optimizer_offloaded_and_gradients_accumulated_ends_with
     said = said_by(process)
     assert process.returncode == 0, said[-3000:]
     close_weights(load_file(tmp_path / "two.safetensors"), experts(tmp_path / "alone", per_device_train_batch_size=4))
+
+
+@launches
+@pytest.mark.slow
+def test_in_bf16_small_steps_are_kept(tmp_path):
+    """The experts are saved in fp32: steps of a paper's learning rate are lost between two numbers of bf16."""
+    (tmp_path / "script.py").write_text(TRAINED)
+    few = {"bf16": True, "learning_rate": 1e-6}
+    config = zero(2, bf16={"enabled": "auto"})
+    command = [str(tmp_path / name) for name in ("script.py", "run", "two.safetensors")]
+    process = launched(*command, json.dumps({"deepspeed": config, **few}), processes=2)
+    said = said_by(process)
+    assert process.returncode == 0, said[-3000:]
+
+    found = load_file(tmp_path / "two.safetensors")
+    start = experts(tmp_path / "start", per_device_train_batch_size=2, **{**few, "learning_rate": 0.0})
+    alone = experts(tmp_path / "alone", per_device_train_batch_size=2, **few)
+    trained = [name for name in alone if not torch.equal(alone[name], start[name])]
+    assert len(trained) > 10 and all(found[name].dtype == torch.float32 for name in trained)
+    rounded = {name: start[name].bfloat16().float() for name in trained}  # DeepSpeed's weights begin so
+    moved = torch.cat([(found[name] - rounded[name]).flatten() for name in trained])
+    expected = torch.cat([(alone[name] - start[name]).flatten() for name in trained])
+    assert float((moved - expected).norm() / expected.norm()) < 0.2
 
 
 @pytest.mark.slow
