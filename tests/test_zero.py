@@ -28,7 +28,7 @@ from dmoerm_trl.training.distributed import check_engine
 from dmoerm_trl.training.phases import phase2
 from dmoerm_trl.training.pipeline import Pipeline
 from dmoerm_trl.training.recipe import Recipe
-from dmoerm_trl.training.trainer import PhaseConfig
+from dmoerm_trl.training.trainer import PhaseConfig, last_checkpoint
 
 LIMIT = 200
 """Seconds after which a run is taken to hang."""
@@ -216,7 +216,21 @@ print("refused:" + json.dumps({name: refused(name, Path(sys.argv[1])) for name i
 
 def refused(case: str, folder: Path) -> str:
     """In a launched process: what the error of a case says."""
-    config = zero(2)
+    config, folder = zero(2), folder / case
+    if case == "memory":
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**10))
+            with pytest.raises(ValueError) as error:
+                experts(folder, deepspeed=config)
+        experts(folder, deepspeed=config, learning_rate=1.0)  # it was trained to its end
+        return f"{error.value} {last_checkpoint(folder)}"
+    if case == "disk":
+        free = shutil.disk_usage(folder.parent)._replace(free=2**10)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dmoerm_trl.training.distributed.shutil.disk_usage", lambda _: free)
+            with pytest.raises(ValueError) as error:
+                experts(folder, deepspeed=config)
+        return str(error.value)
     if case == "batch":
         config["train_batch_size"] = 3
     elif case == "optimizer":
@@ -331,16 +345,19 @@ def test_what_cannot_be_is_an_error_that_names_the_way_out(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(REFUSED)
     cases = {
+        "memory": "got 0.000 GiB of memory (cpu:0), need ",
+        "disk": "got 0.000 GiB on the disk of",
         "batch": "ds train_batch_size=3 vs hf train_batch_size",
         "optimizer": "got an `optimizer` in the DeepSpeed configuration of phase 2, need none",
         "sub_group_size": "got sub_group_size=10 in the DeepSpeed configuration, need",
         "checkpoint": "got a checkpoint of ZeRO-3 (2 processes) training and ZeRO-1 or 2 (1 processes) training now",
     }
-    said = said_by(launched(str(script), str(tmp_path / "work"), *cases, processes=1))
+    said = said_by(launched(str(script), str(tmp_path), *cases, processes=1))
     (line,) = [line for line in said.splitlines() if line.startswith("refused:")] or [pytest.fail(said[-3000:])]
     found = json.loads(line.removeprefix("refused:"))
     for case, text in cases.items():
         assert text in found[case], (case, found[case])
+    assert found["memory"].endswith("checkpoint-4")
 
 
 def test_deepspeed_without_a_launcher_is_an_error(tmp_path, monkeypatch):

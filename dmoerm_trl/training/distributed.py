@@ -1,11 +1,14 @@
 """Training under DeepSpeed: that it runs where it is asked for, its checkpoints, and whole weights where they are needed."""
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
+import torch
 import torch.distributed as dist
 from accelerate import DistributedType
 from accelerate.utils import parse_flag_from_env
@@ -143,11 +146,15 @@ def unshard(trainer: Trainer) -> None:
     """
     Makes an ordinary model of one that DeepSpeed trained, in place: each process has all of it, the heads and what was
     trained in fp32. In bf16 those are the optimizer's weights: what bf16 rounds away is more than many steps of phase 1.
+
+    Raises:
+        ValueError: if a process has no room for the whole model. The checkpoints stay.
     """
     if trainer.deepspeed is None:
         return
     from deepspeed.utils import safe_get_full_fp32_param
 
+    _check_room(trainer)
     trained = {
         weight: safe_get_full_fp32_param(weight) for weight in trainer.model.parameters() if weight.requires_grad
     }
@@ -169,6 +176,28 @@ def unshard(trainer: Trainer) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not set(model._keep_in_fp32_modules_strict).isdisjoint(name.split(".")):
             tensor.data = tensor.data.float()  # in bf16 DeepSpeed casts all there is
+
+
+def _check_room(trainer: Trainer) -> None:
+    """All processes take part, so that none waits for one that has no room."""
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or _in_shards(weight)]
+    size = sum(getattr(weight, "ds_numel", weight.numel()) * (4 if weight.requires_grad else 2) for weight in weights)
+    device, folder = trainer.accelerator.device, trainer.args.output_dir
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        in_memory = torch.cuda.mem_get_info(device)[0] + cached, size
+    else:
+        in_memory = psutil.virtual_memory().available, size * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    room = {f"of memory ({device})": in_memory, f"on the disk of {folder}": (shutil.disk_usage(folder).free, size)}
+    for place, (free, needed) in room.items():
+        short = torch.tensor(int(free < needed), device=device)
+        dist.all_reduce(short)
+        if short:
+            raise ValueError(
+                f"got {free / 2**30:.3f} GiB {place}, need {needed / 2**30:.3f} GiB, because the trained weights are gathered "
+                "from all processes to be saved: make room, or start fewer processes a machine, and start again. The run "
+                f"goes on from the last checkpoint in {folder}."
+            )
 
 
 def _in_shards(weight: nn.Parameter) -> bool:
