@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..data.formatting import Encoding, Formatter
 from ..data.rows import PreferenceRow
 from ..modeling.forest import passes
-from ..modeling.modeling import DMoERMForSequenceClassification, DMoERMOutput
+from ..modeling.modeling import DMoERMForSequenceClassification, DMoERMModel, DMoERMOutput
 
 
 @torch.no_grad()
@@ -94,20 +94,19 @@ def route_encodings(
     needs no base.
     """
     model.eval()
-    router = model.model.router
-    if router is None:
+    dmoerm = next(module for module in model.modules() if isinstance(module, DMoERMModel))  # within PEFT's too
+    if dmoerm.router is None:
         return torch.ones(len(encodings), 1)
     places: dict[tuple[int, ...], int] = {}
     prompts = [tuple(encoding.input_ids[: encoding.prompt_length]) for encoding in encodings]
     of_text = [places.setdefault(prompt, len(places)) for prompt in prompts]
 
     def route(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
-        return model.model.route(model.model.find_spans(input_ids, attention_mask, prompt_lengths))
+        return dmoerm.route(dmoerm.find_spans(input_ids, attention_mask, prompt_lengths))
 
     distinct = [Encoding(list(prompt), len(prompt), 0) for prompt in places]
-    return map_encodings(route, distinct, pad_token_id=pad_token_id, device=router.device, description="routing")[
-        of_text
-    ]
+    options = {"pad_token_id": pad_token_id, "device": dmoerm.router.device, "description": "routing"}
+    return map_encodings(route, distinct, **options)[of_text]
 
 
 def score_encodings(
