@@ -1,4 +1,4 @@
-"""The whole training under DeepSpeed, by real processes on the CPU: the weights of one process, kills, and what is refused."""
+"""The whole training under DeepSpeed and FSDP, by real processes on the CPU: the weights of one process, kills, and what is refused."""
 
 import json
 import os
@@ -117,6 +117,35 @@ def start(recipe: Path, processes: int) -> subprocess.Popen:
     return launched("-m", "dmoerm_trl.cli", "train", "--config", str(recipe), processes=processes)
 
 
+FSDP = """
+from accelerate import DistributedType
+from accelerate.state import PartialState
+from torch import distributed
+init = PartialState.__init__
+def init_with_fsdp(self, *args, **kwargs):
+    init(self, *args, **kwargs)
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    if self.distributed_type in (DistributedType.MULTI_CPU, DistributedType.NO):
+        self.distributed_type = DistributedType.MULTI_GPU
+PartialState.__init__ = init_with_fsdp
+from dmoerm_trl.cli import main
+main()
+"""
+"""`dmoerm`, where accelerate, which has FSDP on GPUs alone, takes CPU processes for such."""
+
+
+def start_fsdp(recipe: Path, processes: int, monkeypatch) -> subprocess.Popen:
+    """`dmoerm train` by that script, with the variables that `accelerate launch` sets for recipes/accelerate/fsdp.yaml."""
+    script = recipe.with_name("fsdp.py")
+    script.write_text(FSDP)
+    config = yaml.safe_load((Path(__file__).parents[1] / "recipes/accelerate/fsdp.yaml").read_text())
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name, value in config["fsdp_config"].items():
+        monkeypatch.setenv(name.upper(), str(value).lower() if isinstance(value, bool) else str(value))
+    return launched(str(script), "train", "--config", str(recipe), processes=processes)
+
+
 def said_by(process: subprocess.Popen) -> str:
     """All that it prints until its end."""
     try:
@@ -196,6 +225,25 @@ def test_a_killed_process_ends_the_run_and_it_goes_on_with_as_many_processes(alo
     recipe = write_recipe(material, output, 2, zero(3))
 
     train(recipe, 2)
+    close(output, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * LIMIT)
+def test_a_run_under_fsdp_that_is_killed_goes_on_with_another_number_of_processes(
+    alone, material, tmp_path, monkeypatch
+):
+    output = tmp_path / "run"
+    two = start_fsdp(write_recipe(material, output, 2, None), 2, monkeypatch)
+    until((output / "work/maths/experts/checkpoints/checkpoint-4/trainer_state.json").exists, two)
+    psutil.Process(two.pid).children()[1].kill()
+    said = said_by(two)
+    assert two.returncode != 0 and "Signal 9 (SIGKILL)" in said
+    assert (output / "chitchat/experts").exists() and not (output / "model").exists()
+
+    one = start_fsdp(write_recipe(material, output, 1, None), 1, monkeypatch)
+    said = said_by(one)
+    assert one.returncode == 0, said[-5000:]
     close(output, alone)
 
 
@@ -385,9 +433,28 @@ def test_deepspeed_that_would_not_run_is_an_error():
     check_engine(trainer)
 
 
-def test_fsdp_is_an_error_also_where_accelerate_would_run_without_it(tmp_path, monkeypatch):
+def test_fsdp_that_would_not_run_is_an_error(tmp_path, monkeypatch):
+    """As accelerate leaves it out on a CPU."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="got a training under FSDP, need DeepSpeed or plain data parallelism"):
+    with pytest.raises(ValueError, match=r"a run without FSDP \(NO\), need several GPUs"):
+        experts(tmp_path)
+
+
+def test_the_first_version_of_fsdp_is_an_error():
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=True,
+        args=SimpleNamespace(fsdp=None, deepspeed_plugin=None),
+        accelerator=SimpleNamespace(distributed_type=DistributedType.FSDP, state=state),
+    )
+    with pytest.raises(ValueError, match="got FSDP's first version, need the second.*`fsdp_version: 2`"):
+        check_engine(trainer)
+
+
+def test_a_checkpoint_of_fsdp_is_no_plain_one(tmp_path):
+    experts(tmp_path, max_steps=2)
+    (tmp_path / "checkpoint-2/pytorch_model_fsdp.bin").touch()
+    with pytest.raises(ValueError, match="got a checkpoint of FSDP training and plain training now"):
         experts(tmp_path)
 
 

@@ -17,7 +17,14 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint, unset
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from ..modeling.modeling import DMoERMForSequenceClassification, DMoERMModel
-from ..training.distributed import check_checkpoint, check_engine, check_installed, processes, start_deepspeed
+from ..training.distributed import (
+    asks_for_fsdp,
+    check_checkpoint,
+    check_engine,
+    check_installed,
+    processes,
+    start_deepspeed,
+)
 from .ensemble import RewardEnsemble
 from .sampling import nucleus_rollout
 from .whole import whole
@@ -76,6 +83,11 @@ class ResumablePPOTrainer(PPOTrainer):
         with _reward_models_left_alone():
             super().__init__(**kwargs)
         check_engine(self)
+        if asks_for_fsdp(self):
+            raise ValueError(
+                "got FSDP, need DeepSpeed or plain data parallelism, because PPOTrainer gives its models to no other engine: "
+                "take recipes/accelerate/deepspeed.yaml."
+            )
         if self.is_deepspeed_enabled:
             _place(self.reward_model, self.accelerator)
         self.top_p = top_p

@@ -1,8 +1,8 @@
-"""Training under DeepSpeed: that it runs where it is asked for, its checkpoints, and whole weights where they are needed."""
+"""Training under DeepSpeed or FSDP: that it runs where it is asked for, its checkpoints, whole weights where they are needed."""
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from accelerate import DistributedType
 from accelerate.utils import parse_flag_from_env
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -86,33 +88,45 @@ def start_deepspeed(args: TrainingArguments) -> None:
 def check_engine(trainer: Trainer) -> None:
     """
     Raises:
-        ValueError: where DeepSpeed is asked for and would not run, or FSDP is (which accelerate leaves out on a CPU).
+        ValueError: where DeepSpeed or FSDP is asked for and would not run, which accelerate does on a CPU without a word; for
+            FSDP's first version.
     """
-    if trainer.is_fsdp_enabled or trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        raise ValueError(
-            "got a training under FSDP, need DeepSpeed or plain data parallelism, because the trained weights would stay in "
-            "shards: leave the FSDP configuration out, and take ZeRO-3 where memory is short."
-        )
     engine = trainer.accelerator.distributed_type
     if trainer.args.deepspeed_plugin is not None and engine != DistributedType.DEEPSPEED:
         raise ValueError(
             f"got a DeepSpeed configuration and a run without DeepSpeed ({engine.value}), need it to run, because nothing "
             "would be sharded: start with `torchrun`, or with `accelerate launch` without `--cpu`, or leave `deepspeed` out."
         )
+    if asks_for_fsdp(trainer) and engine != DistributedType.FSDP:
+        raise ValueError(
+            f"got an FSDP configuration and a run without FSDP ({engine.value}), need several GPUs, because accelerate has FSDP "
+            "on them alone and nothing would be sharded: start on GPUs, or leave the FSDP configuration out."
+        )
+    if engine == DistributedType.FSDP and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError(
+            "got FSDP's first version, need the second, because the first one flattens the weights, of which each expert has "
+            "its own group: set `fsdp_version: 2`, as recipes/accelerate/fsdp.yaml does."
+        )
+
+
+def asks_for_fsdp(trainer: Trainer) -> bool:
+    """Whether the launcher or the settings do."""
+    return bool(trainer.is_fsdp_enabled or trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
 def check_checkpoint(checkpoint: str | Path, trainer: Trainer) -> None:
     """
-    A plain checkpoint goes on with any number of processes. One of ZeRO does not, not by DeepSpeed's universal checkpoint
-    either: read under ZeRO-3 it gives all groups of weights the first one's step and settings, of which each expert has its own.
+    A checkpoint without DeepSpeed goes on with any number of processes. One of ZeRO does not, not by DeepSpeed's universal
+    checkpoint either: read under ZeRO-3 it gives all groups of weights the first one's step and settings, of which each expert
+    has its own.
 
     Raises:
-        ValueError: if a checkpoint is not of this ZeRO stage and number of processes, so that its shards do not fit.
+        ValueError: if a checkpoint is not of this engine, ZeRO stage and number of processes, so that its shards do not fit.
     """
-    now = "plain"
+    now = "FSDP" if trainer.is_fsdp_enabled else "plain"
     if trainer.is_deepspeed_enabled:
         now = _layout(trainer.accelerator.state.deepspeed_plugin.zero_stage, trainer.accelerator.num_processes)
-    before = "plain"
+    before = "FSDP" if list(Path(checkpoint).glob("pytorch_model_fsdp*")) else "plain"
     for folder in Path(checkpoint).glob("global_step*"):
         states = len(list(folder.glob("*zero_pp_rank_*_optim_states.pt")))
         stage = 3 if list(folder.glob("zero_pp_rank_*_model_states.pt")) else 2 if states else 0
@@ -133,7 +147,7 @@ def _layout(stage: int, shards: int) -> str:
 def gathered(weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """Within it the weights are whole, also under ZeRO-3. All processes have to take part."""
     weights = list(weights)
-    if not any(map(_in_shards, weights)):
+    if not any(hasattr(weight, "ds_id") for weight in weights):
         yield
         return
     import deepspeed
@@ -142,27 +156,47 @@ def gathered(weights: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def unshard(trainer: Trainer) -> None:
+def whole_copies(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Copies of the weights on the CPU, also of those in shards. All processes have to take part."""
+    with gathered(weights.values()):
+        return {name: _whole(weight).detach().to("cpu", copy=True) for name, weight in weights.items()}
+
+
+@contextmanager
+def whole_after(trainer: Trainer) -> Iterator[None]:
     """
-    Makes an ordinary model of one that DeepSpeed trained, in place: each process has all of it, the heads and what was
-    trained in fp32. In bf16 those are the optimizer's weights: what bf16 rounds away is more than many steps of phase 1.
+    Trains within it. After it the model is an ordinary one again, the same object: each process has all of it, the heads and
+    what was trained in fp32. Of DeepSpeed in bf16 those are the optimizer's weights: what bf16 rounds away is more than many
+    steps of phase 1.
+
+    FSDP changes the modules themselves. It gathers their weights in fp32 here, and products are in bf16 by autocast, as
+    without it: its own policy would have the heads and the rewards in bf16 too.
 
     Raises:
         ValueError: if a process has no room for the whole model. The checkpoints stay.
     """
-    if trainer.deepspeed is None:
-        return
+    model, before = trainer.model, []
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        before = [(module, type(module), [dict(hooks) for hooks in _hooks(module)]) for module in model.modules()]
+    yield
+    if trainer.deepspeed is not None:
+        _check_room(trainer)
+        _without_deepspeed(trainer)
+    elif any(map(_in_shards, model.parameters())):
+        _check_room(trainer)
+        _without_fsdp(before)
+
+
+def _without_deepspeed(trainer: Trainer) -> None:
     from deepspeed.utils import safe_get_full_fp32_param
 
-    _check_room(trainer)
-    trained = {
-        weight: safe_get_full_fp32_param(weight) for weight in trainer.model.parameters() if weight.requires_grad
-    }
+    model = trainer.model
+    trained = {weight: safe_get_full_fp32_param(weight) for weight in model.parameters() if weight.requires_grad}
     trained = {weight: full.detach().clone() for weight, full in trained.items() if full is not None}
     trainer.deepspeed.destroy()
     trainer.deepspeed, trainer.is_deepspeed_enabled = None, False
     unset_hf_deepspeed_config()
-    model = trainer.model
     for module in model.modules():
         module._parameters = dict(module._parameters)  # DeepSpeed's gathers what is read
         for weight in module._parameters.values():
@@ -176,6 +210,38 @@ def unshard(trainer: Trainer) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not set(model._keep_in_fp32_modules_strict).isdisjoint(name.split(".")):
             tensor.data = tensor.data.float()  # in bf16 DeepSpeed casts all there is
+
+
+def _without_fsdp(before: Sequence[tuple[nn.Module, type, list[dict]]]) -> None:
+    """
+    Args:
+        before: each module, with its class and hooks, as it was.
+    """
+    for module, _, _ in before:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for module, kind, hooks in before:
+        for name, weight in module._parameters.items():
+            if weight is not None and _in_shards(weight):
+                module._parameters[name] = nn.Parameter(_whole(weight).detach(), weight.requires_grad)
+        module.__class__ = kind
+        for now, kept in zip(_hooks(module), hooks, strict=True):
+            now.clear()
+            now.update(kept)
+
+
+def _hooks(module: nn.Module) -> tuple[dict, ...]:
+    return (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._state_dict_pre_hooks,
+        module._load_state_dict_pre_hooks,
+    )
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """All of a weight of FSDP; others as they are."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _check_room(trainer: Trainer) -> None:
@@ -200,5 +266,5 @@ def _check_room(trainer: Trainer) -> None:
             )
 
 
-def _in_shards(weight: nn.Parameter) -> bool:
-    return hasattr(weight, "ds_id")
+def _in_shards(weight: Tensor) -> bool:
+    return hasattr(weight, "ds_id") or isinstance(weight, DTensor)

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_callback import ExportableState
@@ -23,7 +24,7 @@ from ..modeling.experts import lora_layers
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..modeling.pretrained import DMoERMPreTrainedModel
 from ..tasks import slug
-from .distributed import gathered, unshard
+from .distributed import whole_after, whole_copies
 from .trainer import PhaseConfig, RankedRewardTrainer
 
 
@@ -62,22 +63,19 @@ class Experts(DMoERMPreTrainedModel):
         ((self.task, self.points),) = model.config.tasks.items()
         self.active = list(self.points)
         self.model = model.model
-        self._weights = {
-            point: {name: self.get_parameter(name) for name in expert_names(self, self.task, point)}
-            for point in self.points
-        }
-        trained = {name for weights in self._weights.values() for name in weights}
+        self._names = {point: list(expert_names(self, self.task, point)) for point in self.points}
+        trained = {name for names in self._names.values() for name in names}
         for name, weight in self.named_parameters():
             weight.requires_grad_(name in trained)
         self._keys_to_ignore_on_save = [name for name in self.state_dict() if name not in trained]
 
     def expert(self, point: str) -> dict[str, nn.Parameter]:
         """The weights of a point's expert by their names."""
-        return self._weights[point]
+        return {name: self.get_parameter(name) for name in self._names[point]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """The frozen weights may be missing."""
-        trained = {name for weights in self._weights.values() for name in weights}
+        trained = {name for names in self._names.values() for name in names}
         if missing := sorted(trained - state_dict.keys()) if strict else []:
             raise ValueError(
                 f"got a checkpoint without {len(missing)} weights of the experts (such as {missing[0]!r}), need all of them, "
@@ -136,7 +134,7 @@ class ExpertsTrainer(RankedRewardTrainer):
         args.load_best_model_at_end, args.metric_for_best_model = False, None
         self.rankings = [f"/{point}" for point in model.points]
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks=[best])
-        self._sharded = False  # whether a process has a shard of the gradients
+        self._sharded = self.is_fsdp_enabled  # whether a process has a shard of the gradients
         if self.is_deepspeed_enabled:
             plugin = self.accelerator.state.deepspeed_plugin
             self._sharded = plugin.zero_stage > 0
@@ -165,7 +163,9 @@ class ExpertsTrainer(RankedRewardTrainer):
         pairs = {point: pairs[pairs[:, 0] == index, 1:] for index, point in enumerate(self.model.points)}
         active = self.model.active
         points = active
-        if not self.is_deepspeed_enabled:  # under which all processes have to compute the same
+        if not (
+            self.is_deepspeed_enabled or self.is_fsdp_enabled
+        ):  # under which all processes have to compute the same
             points = [point for point in active if len(pairs[point])] or active[:1]  # one, so that all take part
         rewards = model(**inputs, points=points).logits
         return {f"/{point}": (rewards[:, i], pairs[point], groups) for i, point in enumerate(points)}
@@ -178,8 +178,8 @@ class ExpertsTrainer(RankedRewardTrainer):
         return batches, prompts
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        output = super().train(*args, **kwargs)
-        unshard(self)  # before: DeepSpeed's optimizer has weights of its own
+        with whole_after(self):  # DeepSpeed's optimizer has weights of its own
+            output = super().train(*args, **kwargs)
         (best,) = (
             one for one in self.callback_handler.callbacks if isinstance(one, BestExperts)
         )  # not that of `__init__`
@@ -219,7 +219,7 @@ class ExpertsTrainer(RankedRewardTrainer):
     def _each_alone(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
         """
         Clips each expert's gradient and takes it from those at rest, which Adam then leaves as they are. Under ZeRO the
-        optimizer is given one expert after the other, and of its gradient this process's shard.
+        optimizer is given one expert after the other, and of its gradient this process's shard; under FSDP all, in shards.
         """
         for group in optimizer.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
@@ -227,7 +227,10 @@ class ExpertsTrainer(RankedRewardTrainer):
                 for weight in weights:
                     weight.grad = None
             elif weights:
-                square = torch.stack([weight.grad.float().square().sum() for weight in weights]).sum()
+                own = [
+                    weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad for weight in weights
+                ]
+                square = torch.stack([gradient.float().square().sum() for gradient in own]).sum()
                 norm = float((self._over_processes(square) if self._sharded else square).sqrt())
                 self._metrics["train"][f"grad_norm/{group['point']}"] = [norm]
                 if 0 < self.args.max_grad_norm < norm:
@@ -277,9 +280,9 @@ class BestExperts(TrainerCallback, ExportableState):
             record = self.records.setdefault(point, {"best": -sign * math.inf, "step": None, "since": 0})
             if sign * value > sign * record["best"]:
                 self.records[point] = {"best": value, "step": state.global_step, "since": 0}
-                with gathered(model.expert(point).values()):
-                    if args.should_save:
-                        self._write(model, point, self._path(args, point))
+                weights = whole_copies(model.expert(point))
+                if args.should_save:
+                    self._write(weights, self._path(args, point))
             else:
                 record["since"] += 1
         self._stop(model)
@@ -311,10 +314,10 @@ class BestExperts(TrainerCallback, ExportableState):
     def _path(self, args: Any, point: str) -> Path:
         return Path(args.output_dir) / "best" / f"{slug(point)}-{self.records[point]['step']}.safetensors"
 
-    def _write(self, model: Experts, point: str, path: Path) -> None:
+    def _write(self, weights: dict[str, Tensor], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        save_file({name: weight.detach().cpu() for name, weight in model.expert(point).items()}, temporary)
+        save_file(weights, temporary)
         temporary.replace(path)
 
 

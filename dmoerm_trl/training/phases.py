@@ -362,6 +362,9 @@ class AggregatorOnEmbeddings(DMoERMPreTrainedModel):
         self.__dict__["z"] = z  # not a buffer: it stays on the CPU
         self.aggregator.requires_grad_(True)
 
+    def get_input_embeddings(self) -> None:
+        """None: FSDP asks for it."""
+
     def forward(self, texts: Tensor) -> SequenceClassifierOutput:
         """`texts` of shape (B,), indices into z -> `logits` of shape (B, 1)."""
         return SequenceClassifierOutput(logits=self.inner.reward(self.z[texts.cpu()].to(texts.device)))

@@ -19,7 +19,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig, RewardTrainer
 
 from .batches import TokenBatches, collate_ranked, distinct_tokens
-from .distributed import check_checkpoint, check_engine, check_installed, start_deepspeed, unshard
+from .distributed import check_checkpoint, check_engine, check_installed, start_deepspeed, whole_after
 
 logger = logging.getLogger(__name__)
 
@@ -283,8 +283,8 @@ class RankedRewardTrainer(RewardTrainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Leaves a checkpoint under DeepSpeed with its shards alone: nothing reads the whole weights, which are costly."""
-        if not (_internal_call and self.is_deepspeed_enabled):
+        """Leaves a checkpoint under DeepSpeed or FSDP with its own files alone: nothing reads the whole weights, which are costly."""
+        if not (_internal_call and (self.is_deepspeed_enabled or self.is_fsdp_enabled)):
             super().save_model(output_dir, _internal_call)
 
     # The evaluation.
@@ -339,8 +339,8 @@ def train(trainer: Trainer) -> None:
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     if checkpoint is not None:
         check_checkpoint(checkpoint, trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    unshard(trainer)
+    with whole_after(trainer):
+        trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
