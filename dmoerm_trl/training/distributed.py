@@ -247,7 +247,10 @@ def _whole(weight: Tensor) -> Tensor:
 def _check_room(trainer: Trainer) -> None:
     """All processes take part, so that none waits for one that has no room."""
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or _in_shards(weight)]
-    size = sum(getattr(weight, "ds_numel", weight.numel()) * (4 if weight.requires_grad else 2) for weight in weights)
+    size = sum(
+        getattr(weight, "ds_numel", weight.numel()) * (4 if weight.requires_grad else weight.element_size())
+        for weight in weights
+    )
     device, folder = trainer.accelerator.device, trainer.args.output_dir
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
