@@ -9,8 +9,10 @@ from ..modeling.modeling import DMoERMForSequenceClassification
 from ..tasks import OVERALL
 from ..training.pipeline import Pipeline
 from .ensembles import mean_reward, uncertainty_weighted_reward, worst_case_reward
-from .scoring import map_encodings, score_encodings
+from .scoring import route_encodings, score_encodings
 from .table import LENGTH_ONLY, length_scores
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def method_scores(run: Pipeline, rows: Sequence[PreferenceRow]) -> dict[str, list[list[float]]]:
@@ -30,7 +32,7 @@ def method_scores(run: Pipeline, rows: Sequence[PreferenceRow]) -> dict[str, lis
 
     def score(model: DMoERMForSequenceClassification, name: str) -> torch.Tensor:
         pad_token_id = run.formatter.tokenizer.pad_token_id
-        return score_encodings(model, flat, pad_token_id=pad_token_id, description=f"scoring by {name}")
+        return score_encodings(model.to(DEVICE), flat, pad_token_id=pad_token_id, description=f"scoring by {name}")
 
     rewards = {}
     size = run.recipe.ensemble_size
@@ -53,14 +55,9 @@ def method_scores(run: Pipeline, rows: Sequence[PreferenceRow]) -> dict[str, lis
 
 def router_accuracy(run: Pipeline, rows: Sequence[PreferenceRow]) -> float:
     """Share of the rows of the DMoERM's tasks whose prompt the router sends to the row's task."""
-    model = run.load("model").eval()
+    model = run.load("model").to(DEVICE)
     tasks = list(model.config.tasks)
     rows = [row for row in rows if row.task in tasks]
     encodings = [run.formatter.encode(row.prompt, row.responses[0]) for row in rows]
-
-    def route(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:
-        return model.model.route(model.model.find_spans(input_ids, attention_mask, prompt_lengths)).argmax(-1)
-
-    pad_token_id = run.formatter.tokenizer.pad_token_id
-    routes = map_encodings(route, encodings, pad_token_id=pad_token_id, device=model.device, description="routing")
+    routes = route_encodings(model, encodings, pad_token_id=run.formatter.tokenizer.pad_token_id).argmax(1)
     return sum(tasks[route] == row.task for route, row in zip(routes.tolist(), rows, strict=True)) / len(rows)
