@@ -206,7 +206,9 @@ def measure_policy(policy: str, file: Path, seed: int, *, recipe: dict[str, Any]
     )
     gold = gold_rewards(recipe["gold"], rows, max_length=max_length)(prompts, responses)
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.save(file, gold.double().reshape(samples, -1).mean(0).numpy())
+    partial = file.with_suffix(".partial.npy")
+    np.save(partial, gold.double().reshape(samples, -1).mean(0).numpy())
+    partial.replace(file)
     return 1
 
 
