@@ -36,6 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from real_text_data import (
+    GENERAL,
     Cutter,
     Sizes,
     TestSet,
@@ -83,8 +84,9 @@ QUICK = {
 QUICK_ROUTER = {"max_steps": 60, "eval_steps": 60, "learning_rate": 3e-3}  # enough that not all prompts go one way
 ROUTER = {
     "learning_rate": 1e-4,
-    "num_train_epochs": 3,
+    "num_train_epochs": 5,
     "per_device_train_batch_size": 16,
+    "train_sampling_strategy": "group_by_length",
     "eval_steps": 143,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 20,
@@ -121,7 +123,7 @@ class Setting:
         self.model = options.model or (self._tiny_model() if options.quick else minilm())
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         self.table = TaskTable.load(str(TASKS))
-        self.classes = [*self.table.tasks, OTHERS]
+        self.classes = [OTHERS if task == GENERAL else task for task in self.table.tasks]  # of the labelled prompts
 
     def _tiny_model(self) -> str:
         folder = self.runs / "tiny_encoder"
@@ -219,7 +221,7 @@ def run_rewards(setting: Setting, seed: int, router: dict, folder: Path) -> dict
         "human_pairs": human_pairs(setting.data / "human_pairs.jsonl", sizes, cut),
         "harmless_pairs": harmless_pairs(setting.data / "harmless_pairs.jsonl", sizes, cut),
     }
-    tasks = {task: sum(row.task == task for row in rows) for task in [*table.tasks, OTHERS]}
+    tasks = {task: sum(row.task == task for row in rows) for task in table.tasks}
     print(f"arena, seed {seed}: training rows {tasks}; {cut}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(rows, folder / "train.jsonl")

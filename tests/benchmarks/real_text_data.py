@@ -14,10 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dmoerm_trl.data.preference_row import PreferenceRow
 from dmoerm_trl.labelling.weak import weak_ranks
-from dmoerm_trl.tasks import OTHERS, TaskTable
+from dmoerm_trl.tasks import TaskTable
 
 CUT = " ... "
 """Stands where a text was cut."""
+
+GENERAL = "general"
+"""The task of the prompts that the router calls others, and of those of rare tasks."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,14 @@ class Sizes:
     """Tokens of a response; the fewer, the less of what the weak points of the whole text say can be seen."""
     responses: int = 8
     """Responses of a training row, drawn from the prompt's about 48 without replacement."""
-    rows: int = 2
+    rows: int = 1
     """Training rows a prompt."""
     prompts: int | None = None
     """Arena prompts, drawn by the seed; all if None."""
-    test_share: float = 0.15
+    test_share: float = 0.12
     """Share of the arena's prompts for the test, with all their responses."""
     task_prompts: int = 30
-    """A task with fewer training prompts has no inner model: its rows are `others`."""
+    """A task with fewer training prompts has no inner model: its prompts are `general`."""
     labelled: float = 0.95
     """A capability point that tells responses apart in fewer of a task's training prompts is left out of the task."""
     pairs: int = 300
@@ -151,12 +154,14 @@ def arena_split(
     tested = max(round(sizes.test_share * len(order)), 1)
     training = order[tested:]
     counts = Counter(tasks[index] for index in training)
-    kept = {task: points for task, points in table.tasks.items() if counts[task] >= sizes.task_prompts}
+    kept = {
+        task: points for task, points in table.tasks.items() if task == GENERAL or counts[task] >= sizes.task_prompts
+    }
 
     def row_of(prompt: ArenaPrompt, task: str, chosen: Sequence[int], label: bool) -> PreferenceRow:
         responses, gold = [prompt.responses[i] for i in chosen], [prompt.gold[i] for i in chosen]
-        task = task if task in kept else OTHERS
-        points = dict.fromkeys([*kept.get(task, ()), *table.overall]) if label else ()
+        task = task if task in kept else GENERAL
+        points = dict.fromkeys([*kept[task], *table.overall]) if label else ()
         return PreferenceRow(
             _turns(cut(prompt.prompt, sizes.prompt_tokens, "prompts")),
             [cut(response, sizes.response_tokens, "responses") for response in responses],
@@ -179,7 +184,7 @@ def arena_split(
         prompt = prompts[index]
         everything = range(len(prompt.responses))
         test.add(row_of(prompt, tasks[index], everything, label=False), prompt.gold, prompt.responses, prompt.key)
-    known = {task: {*points, *table.overall} for task, points in table.tasks.items()} | {OTHERS: {*table.overall}}
+    known = {task: {*points, *table.overall} for task, points in table.tasks.items()}
     rows = [
         replace(row, capability_ranks={p: ranks for p, ranks in row.capability_ranks.items() if p in known[row.task]})
         for row in rows
