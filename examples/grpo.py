@@ -25,7 +25,7 @@ from dmoerm_trl.rl.prompts import load_prompts
 from dmoerm_trl.rl.reward_functions import TextRewards, gold_rewards, reward_functions
 from dmoerm_trl.rl.rollout import check_chat_template
 from dmoerm_trl.rl.routes import keep_tasks, routed_tasks
-from dmoerm_trl.training.distributed import start_deepspeed
+from dmoerm_trl.training.distributed import is_main, start_deepspeed
 from dmoerm_trl.training.trainer import train
 
 TRAINERS = {"grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer)}
@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     prompts, eval_prompts = [row["prompt"] for row in train_rows], [row["prompt"] for row in eval_rows]
 
-    reward_model = DMoERMForSequenceClassification.from_pretrained(arguments.reward_model)
+    dtype = "bfloat16" if args.bf16 else "float32"
+    reward_model = DMoERMForSequenceClassification.from_pretrained(arguments.reward_model, dtype=dtype)
     formatter = Formatter(AutoTokenizer.from_pretrained(arguments.reward_model), max_length)
     if reward_model.model.router is not None:
         reward_model.model.router.to(args.device)
@@ -98,10 +99,10 @@ def main(argv: list[str] | None = None) -> None:
         Path(args.output_dir) / "monitor.jsonl",
         eval_prompts,
         Formatter(tokenizer, max_length),
-        AutoModelForCausalLM.from_pretrained(arguments.policy, dtype="float32"),
+        AutoModelForCausalLM.from_pretrained(arguments.policy, dtype=dtype if args.deepspeed_plugin else "float32"),
         steps=range(0, sys.maxsize, arguments.monitor_every),
         proxy=proxy,
-        gold=arguments.gold and gold_rewards(arguments.gold, eval_rows, max_length=max_length),
+        gold=gold_rewards(arguments.gold, eval_rows, max_length=max_length) if arguments.gold and is_main() else None,
         max_new_tokens=args.max_completion_length,
         temperature=args.temperature,
         top_p=args.top_p,

@@ -23,6 +23,7 @@ from dmoerm_trl.rl.prompts import load_prompts
 from dmoerm_trl.rl.reward_functions import TextRewards, gold_rewards
 from dmoerm_trl.rl.rollout import check_chat_template
 from dmoerm_trl.rl.routes import keep_tasks, routed_tasks, value_model_of
+from dmoerm_trl.training.distributed import is_main
 from dmoerm_trl.training.trainer import last_checkpoint
 
 
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         reference,
         steps=range(0, sys.maxsize, arguments.monitor_every),
         proxy=TextRewards(reward_model, formatter),
-        gold=arguments.gold and gold_rewards(arguments.gold, eval_rows, max_length=max_length),
+        gold=gold_rewards(arguments.gold, eval_rows, max_length=max_length) if arguments.gold and is_main() else None,
         max_new_tokens=args.response_length,
         temperature=args.temperature,
         top_p=arguments.top_p,

@@ -200,6 +200,13 @@ def test_changed_settings_over_an_existing_run_are_refused(settings, done, chang
         bon_eval({**settings, **change}, done)
 
 
+def test_workers_of_several_processes_are_refused(settings, tmp_path, monkeypatch):
+    processes = types.SimpleNamespace(num_processes=2, is_main_process=True)
+    monkeypatch.setattr("dmoerm_trl.workers.launched_processes", lambda: processes)
+    with pytest.raises(ValueError, match="got workers=2 in each of 2 processes, need 1"):
+        bon_eval({**settings, "workers": 2}, tmp_path / "run")
+
+
 def test_an_unknown_key_is_refused(settings, tmp_path):
     with pytest.raises(ValueError, match="max_tokens"):
         bon_eval({**settings, "max_tokens": 3}, tmp_path / "run")

@@ -237,6 +237,14 @@ def test_each_base_is_on_its_device(folder, batch, read):
     assert weights(model) == weights(DMoERMForSequenceClassification.from_pretrained(folder))
 
 
+def test_kept_tasks_stay_on_their_devices(folder):
+    model = DMoERMForSequenceClassification.from_pretrained(folder, device_map={"chitchat": "cpu"})
+    keep_tasks(model, ["chitchat", "maths"])
+    model.to("meta")
+    devices = {key: model.model.backbones[key].device.type for key in ("maths", "chitchat")}
+    assert devices == {"maths": "meta", "chitchat": "cpu"}
+
+
 @pytest.mark.parametrize("limit", [None, 2])
 def test_a_base_with_a_device_of_its_own_stays_there_when_the_model_is_moved(folder, limit):
     options = {"device_map": {"chitchat": "cpu"}, "resident_tasks": limit}

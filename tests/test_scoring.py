@@ -1,5 +1,7 @@
 """Scoring many texts: the same numbers whatever the batches, and every shared prompt through the model once."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from models import PROMPTS, RESPONSES, bert_config, chat, make_dmoerm, padded
@@ -149,3 +151,11 @@ def test_a_function_gets_padded_texts_and_its_results_are_put_in_order():
 def test_no_texts_are_an_error(dmoerm):
     with pytest.raises(ValueError, match="got no texts, need at least one"):
         score_encodings(dmoerm, [], pad_token_id=2)
+
+
+def test_processes_that_divide_the_texts_differently_are_an_error(dmoerm, encodings, tokenizer, monkeypatch):
+    monkeypatch.setattr("dmoerm_trl.evaluation.scoring.gather_object", lambda parts: parts)  # the other's are missing
+    processes = SimpleNamespace(num_processes=2, process_index=0, is_main_process=True)
+    options = {"pad_token_id": tokenizer.pad_token_id, "tokens_per_batch": 200, "processes": processes}
+    with pytest.raises(RuntimeError, match="got processes that divide the texts differently"):
+        map_encodings(lambda ids, mask, lengths: lengths, encodings, **options)

@@ -129,12 +129,17 @@ def run_best_of_n(
 
     Raises:
         ValueError: The settings differ from those that the folder was begun with, a reward model's score is NaN or infinite,
-            or there are too few responses.
+            there are too few responses, or each of several processes would start workers of its own.
         OSError: The disk is full; what was written is kept.
     """
     members = {name: _members(name, spec) for name, spec in reward_models.items()}
     if not members:
         raise ValueError("got no `reward_models`, need at least one: name -> folder, hub name or 'length'.")
+    if processes is not None and processes.num_processes > 1 and workers > 1:
+        raise ValueError(
+            f"got workers={workers} in each of {processes.num_processes} processes, need 1, because the processes share the "
+            "work already: leave `workers` out, or start without the launcher."
+        )
     from_file = not isinstance(policy, PolicySource)
     if gold == GOLD_OF_FILE and not from_file:
         raise ValueError(f"got gold {gold!r} without a file of responses, need one with the column `gold`.")

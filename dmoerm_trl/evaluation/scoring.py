@@ -61,6 +61,11 @@ def map_encodings(
             progress.update(len(batch))
     if processes is not None:
         parts = gather_object(parts)
+        if sorted(index for batch, _ in parts for index in batch) != list(range(len(texts))):
+            raise RuntimeError(
+                "got processes that divide the texts differently, need them to agree, because some texts would have no "
+                "score: start them on GPUs of one kind, so that all route alike."
+            )
     result = parts[0][1].new_empty(len(texts), *parts[0][1].shape[1:])
     for batch, values in parts:
         result[batch] = values

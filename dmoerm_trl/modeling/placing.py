@@ -53,7 +53,7 @@ class PlacedBases(nn.ModuleDict):
         super().__init__(bases)
         self._keys, self._load = list(keys), load
         self._limit = len(self._keys) if limit is None else limit
-        self._devices = dict(devices or {})
+        self.devices = dict(devices or {})
         self.register_buffer("_home", torch.empty(0, device=home), persistent=False)
 
     @property
@@ -68,7 +68,7 @@ class PlacedBases(nn.ModuleDict):
             if key not in self:
                 while len(self) >= self._limit:
                     del self[next(iter(self))]
-                self[key] = self._load(key, self._devices.get(key, self._home.device))
+                self[key] = self._load(key, self.devices.get(key, self._home.device))
             self._modules[key] = self._modules.pop(key)  # the base that was used last stands last
             return self._modules[key]
 
@@ -99,7 +99,7 @@ class PlacedBases(nn.ModuleDict):
     def _apply(self, fn: Callable, recurse: bool = True) -> "PlacedBases":
         """What `.to(...)` calls: a base with a device of its own stays there, and changes its dtype alone."""
         for key, base in self._modules.items() if recurse else ():
-            if key in self._devices:
+            if key in self.devices:
                 base.to(fn(torch.empty(0, dtype=base.dtype)).dtype)
             else:
                 base._apply(fn)

@@ -118,6 +118,7 @@ class PolicyMonitor(TrainerCallback):
         Raises:
             ValueError: if a reward is not a number, or there is not one for each response.
         """
+        home = self.reference.device
         self.reference.to(policy.device)
         was_training, values, texts = policy.training, [], []
         policy.eval()
@@ -129,6 +130,7 @@ class PolicyMonitor(TrainerCallback):
                 values.append(batch)
                 texts += written
         policy.train(was_training)
+        self.reference.to(home)  # where it waits, if it is the monitor's own
         columns = {name: torch.cat([batch[name] for batch in values]).float() for name in values[0]}
         texts = _from_main(*texts)  # a divided reward model has to be called equally often, so with the same texts
         scorers = self.scorers if is_main() else {"proxy": self.scorers["proxy"]}

@@ -185,7 +185,8 @@ def _place(reward_model: nn.Module, accelerator: Accelerator) -> None:
     for module in reward_model.modules():
         if isinstance(module, DMoERMModel):
             if plugin.deepspeed_config.get("bf16", {}).get("enabled") is True:
-                module.backbones.to(torch.bfloat16)
+                for weight in module.backbones.parameters():  # not buffers: positions need fp32
+                    weight.data = weight.data.to(torch.bfloat16)
             if plugin.zero_stage == 3:
                 module.divide(plugin.deepspeed_config)  # weight by weight, so before they are all on one device
             module.to(accelerator.device)

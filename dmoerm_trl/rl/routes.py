@@ -43,8 +43,12 @@ def keep_tasks(model: DMoERMForSequenceClassification, tasks: Sequence[str]) -> 
     if model.config.share_base:
         return
     keys = [model.model.backbone_key(task) for task in tasks]
-    bases = {key: model.model.backbones[key] for key in keys}
-    model.model.backbones = PlacedBases(list(model.model.inner_models), partial(_left_out, keys), bases=bases)
+    before = model.model.backbones
+    bases = {key: before[key] for key in keys}
+    devices = before.devices if isinstance(before, PlacedBases) else None
+    model.model.backbones = PlacedBases(
+        list(model.model.inner_models), partial(_left_out, keys), bases=bases, devices=devices
+    )
 
 
 def _left_out(kept: list[str], key: str, device: torch.device) -> PreTrainedModel:

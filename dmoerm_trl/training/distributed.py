@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -156,18 +156,26 @@ def gathered(weights: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def whole_copies(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Copies of the weights on the CPU, also of those in shards. All processes have to take part."""
-    with gathered(weights.values()):
-        return {name: _whole(weight).detach().to("cpu", copy=True) for name, weight in weights.items()}
+def whole_copy(weight: nn.Parameter) -> Tensor:
+    """
+    A copy of a weight on the CPU, also of one in shards. Of DeepSpeed in bf16 it is the optimizer's, in fp32: what bf16 rounds
+    away is more than many steps of phase 1. All processes have to take part.
+    """
+    if isinstance(weight, DTensor):
+        return weight.full_tensor().detach().cpu()
+    if weight.requires_grad and (hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping")):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(weight).detach().to("cpu", copy=True)
+    with gathered([weight]):
+        return weight.detach().to("cpu", copy=True)
 
 
 @contextmanager
 def whole_after(trainer: Trainer) -> Iterator[None]:
     """
     Trains within it. After it the model is an ordinary one again, the same object: each process has all of it, the heads and
-    what was trained in fp32. Of DeepSpeed in bf16 those are the optimizer's weights: what bf16 rounds away is more than many
-    steps of phase 1.
+    what was trained in fp32. It is gathered in the machine's memory, because a GPU still has the optimizer's states.
 
     FSDP changes the modules themselves. It gathers their weights in fp32 here, and products are in bf16 by autocast, as
     without it: its own policy would have the heads and the rewards in bf16 too.
@@ -183,36 +191,29 @@ def whole_after(trainer: Trainer) -> Iterator[None]:
     if trainer.deepspeed is not None:
         _check_room(trainer)
         _without_deepspeed(trainer)
-    elif any(map(_in_shards, model.parameters())):
+    elif any(isinstance(weight, DTensor) for weight in model.parameters()):
         _check_room(trainer)
-        _without_fsdp(before)
+        _without_fsdp(before, trainer.accelerator.device)
 
 
 def _without_deepspeed(trainer: Trainer) -> None:
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    model = trainer.model
-    trained = {weight: safe_get_full_fp32_param(weight) for weight in model.parameters() if weight.requires_grad}
-    trained = {weight: full.detach().clone() for weight, full in trained.items() if full is not None}
+    model, device = trainer.model, trainer.accelerator.device
+    copies = {weight: whole_copy(weight) for weight in _gathered_at_the_end(model)}
     trainer.deepspeed.destroy()
     trainer.deepspeed, trainer.is_deepspeed_enabled = None, False
     unset_hf_deepspeed_config()
     for module in model.modules():
         module._parameters = dict(module._parameters)  # DeepSpeed's gathers what is read
-        for weight in module._parameters.values():
-            if weight is not None and _in_shards(weight):
-                with gathered([weight]):
-                    whole = weight.detach().clone()
-                vars(weight).clear()
-                weight.data = whole
-            if weight in trained:
-                weight.data = trained[weight].to(weight.device)
+    for weight, whole in copies.items():
+        if hasattr(weight, "ds_id"):
+            vars(weight).clear()
+        weight.data = whole.to(device)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not set(model._keep_in_fp32_modules_strict).isdisjoint(name.split(".")):
             tensor.data = tensor.data.float()  # in bf16 DeepSpeed casts all there is
 
 
-def _without_fsdp(before: Sequence[tuple[nn.Module, type, list[dict]]]) -> None:
+def _without_fsdp(before: Sequence[tuple[nn.Module, type, list[dict]]], device: torch.device) -> None:
     """
     Args:
         before: each module, with its class and hooks, as it was.
@@ -222,12 +223,13 @@ def _without_fsdp(before: Sequence[tuple[nn.Module, type, list[dict]]]) -> None:
             module.reshard()
     for module, kind, hooks in before:
         for name, weight in module._parameters.items():
-            if weight is not None and _in_shards(weight):
-                module._parameters[name] = nn.Parameter(_whole(weight).detach(), weight.requires_grad)
+            if isinstance(weight, DTensor):
+                module._parameters[name] = nn.Parameter(whole_copy(weight), weight.requires_grad)
         module.__class__ = kind
         for now, kept in zip(_hooks(module), hooks, strict=True):
             now.clear()
             now.update(kept)
+    before[0][0].to(device)
 
 
 def _hooks(module: nn.Module) -> tuple[dict, ...]:
@@ -239,35 +241,34 @@ def _hooks(module: nn.Module) -> tuple[dict, ...]:
     )
 
 
-def _whole(weight: Tensor) -> Tensor:
-    """All of a weight of FSDP; others as they are."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+def _gathered_at_the_end(model: nn.Module) -> list[nn.Parameter]:
+    return [
+        weight
+        for weight in model.parameters()
+        if weight.requires_grad or hasattr(weight, "ds_id") or isinstance(weight, DTensor)
+    ]
 
 
 def _check_room(trainer: Trainer) -> None:
     """All processes take part, so that none waits for one that has no room."""
-    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad or _in_shards(weight)]
+    folder = trainer.args.output_dir
     size = sum(
         getattr(weight, "ds_numel", weight.numel()) * (4 if weight.requires_grad else weight.element_size())
-        for weight in weights
+        for weight in _gathered_at_the_end(trainer.model)
     )
-    device, folder = trainer.accelerator.device, trainer.args.output_dir
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        in_memory = torch.cuda.mem_get_info(device)[0] + cached, size
-    else:
-        in_memory = psutil.virtual_memory().available, size * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    room = {f"of memory ({device})": in_memory, f"on the disk of {folder}": (shutil.disk_usage(folder).free, size)}
+    room = {
+        "of the machine's memory": (
+            psutil.virtual_memory().available,
+            size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        ),
+        f"on the disk of {folder}": (shutil.disk_usage(folder).free, size),
+    }
     for place, (free, needed) in room.items():
-        short = torch.tensor(int(free < needed), device=device)
+        short = torch.tensor(int(free < needed), device=trainer.accelerator.device)
         dist.all_reduce(short)
         if short:
             raise ValueError(
                 f"got {free / 2**30:.3f} GiB {place}, need {needed / 2**30:.3f} GiB, because the trained weights are gathered "
-                "from all processes to be saved: make room, or start fewer processes a machine, and start again. The run "
-                f"goes on from the last checkpoint in {folder}."
+                "from all processes, in each of them, to be saved: make room and start again, which goes on from the last "
+                f"checkpoint in {folder}."
             )
-
-
-def _in_shards(weight: Tensor) -> bool:
-    return hasattr(weight, "ds_id") or isinstance(weight, DTensor)

@@ -24,7 +24,7 @@ from ..modeling.experts import lora_layers
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..modeling.pretrained import DMoERMPreTrainedModel
 from ..tasks import slug
-from .distributed import whole_after, whole_copies
+from .distributed import whole_after, whole_copy
 from .trainer import PhaseConfig, RankedRewardTrainer
 
 
@@ -130,8 +130,9 @@ class ExpertsTrainer(RankedRewardTrainer):
             )
         keep_best, patience = args.load_best_model_at_end, args.patience
         best = BestExperts(f"eval_{metric}", args.greater_is_better, patience, keep_best)
-        args = copy.copy(args)  # there is no one best model
-        args.load_best_model_at_end, args.metric_for_best_model = False, None
+        args = copy.copy(args)
+        args.ddp_find_unused_parameters = True  # an expert without a pair in a batch is not computed
+        args.load_best_model_at_end, args.metric_for_best_model = False, None  # there is no one best model
         self.rankings = [f"/{point}" for point in model.points]
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks=[best])
         self._sharded = self.is_fsdp_enabled  # whether a process has a shard of the gradients
@@ -280,7 +281,7 @@ class BestExperts(TrainerCallback, ExportableState):
             record = self.records.setdefault(point, {"best": -sign * math.inf, "step": None, "since": 0})
             if sign * value > sign * record["best"]:
                 self.records[point] = {"best": value, "step": state.global_step, "since": 0}
-                weights = whole_copies(model.expert(point))
+                weights = {name: whole_copy(weight) for name, weight in model.expert(point).items()}
                 if args.should_save:
                     self._write(weights, self._path(args, point))
             else:

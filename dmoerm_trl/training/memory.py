@@ -228,7 +228,8 @@ def ppo_memory(shape: Shape, run: Run, *, rollout: int, response_length: int, ta
     TRL's PPO with policy and value model (both trained), reference and reward model (both frozen), all of one shape.
 
     Logits are fp32. Those of a rollout are there twice, because TRL puts its parts together; those of an update three times,
-    with their softmax and their gradient.
+    with their softmax and their gradient. Under ZeRO-3 policy and value model are whole during a rollout, and policy and
+    reference while the monitor samples.
 
     Args:
         run ([`Run`]): `tokens` are those of an update's micro-batch.
@@ -241,9 +242,10 @@ def ppo_memory(shape: Shape, run: Run, *, rollout: int, response_length: int, ta
     reward = scoring_memory(shape, run, tasks=tasks)
     row = 4 * shape.vocabulary
     update = 2 * activation_bytes(shape, run, trained=True) + 3 * run.tokens * row
+    whole = 2 * 2 * shape.policy if run.zero == 3 else 0
     return states._replace(
         weights=states.weights + reference + reward.weights,
-        activations=max(update, 2 * rollout * response_length * row),
+        activations=max(update, whole + 2 * rollout * response_length * row),
         host=states.host + host + reward.host,
     )
 

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+import os
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -339,6 +340,8 @@ def embeddings_on_disk(
             options = {"pad_token_id": pad_token_id, "device": model.device, "description": description}
             z[start : start + step] = map_encodings(embed, chunk, **options)
         del z
+        with temporary.open("rb+") as file:
+            os.fsync(file)  # for the other machines
         state.wait_for_everyone()
         if state.is_main_process:
             temporary.rename(path)

@@ -64,6 +64,10 @@ class PhaseConfig(RewardConfig):
         default_factory=torch.cuda.is_available, metadata={"help": "Whether batches are pinned, which needs a GPU."}
     )
     report_to: Any = field(default="none", metadata={"help": "Where metrics are reported, such as 'tensorboard'."})
+    ddp_timeout: int = field(
+        default=86_400,
+        metadata={"help": "Seconds that processes wait for the main one, which alone puts the model together."},
+    )
     patience: int = field(
         default=20, metadata={"help": "Evaluations without a better one after which training stops; 0 for never."}
     )
