@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -118,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     train(trainer)  # from the last whole checkpoint, if there is one
     trainer.save_model(args.output_dir)
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import TrlParser
 
@@ -118,6 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     trainer.save_model(args.output_dir)
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator  # noqa: E402
 from copy import deepcopy  # noqa: E402
 from functools import cache  # noqa: E402
 from importlib.metadata import version  # noqa: E402
@@ -24,6 +25,15 @@ from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification  # noqa
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("requires_ppo") and find_spec("trl.experimental.ppo") is None:
         pytest.skip(f"TRL {version('trl')} has no PPO: it was removed in 1.13, install dmoerm-trl[ppo]")
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """The libraries keep settings of a training in the environment, which the next test's processes would inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 # The tiny models of models.py, each built once a process; a test gets a copy, which it may change.

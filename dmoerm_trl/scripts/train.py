@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from accelerate import PartialState
 from trl import TrlParser
 
 from ..evaluation.curves import plot_accuracy_curves
@@ -30,3 +31,4 @@ def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((Recipe,), prog="dmoerm train", description=__doc__)
     (recipe,) = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
     train(recipe)
+    PartialState().destroy_process_group()
