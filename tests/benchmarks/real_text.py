@@ -15,7 +15,8 @@ encoder of random weights (or `--model`) and few steps.
 - `consistency`: share of the pairs of responses to a test prompt of the arena that the rewards order as gold does.
   `consistency_length_matched`: the same of the pairs whose lengths, in characters, differ by at most 10% of the longer.
 - `best_of_n`: gold of the response that each method chooses among n real ones.
-- `human_pairs`, `harmless_pairs`: consistency on pairs labelled by people; nothing was trained on them.
+- `human_pairs`, `harmless_pairs`: consistency on pairs labelled by people, on whose prompts nothing was trained: those of the
+  first set that the router's or the arena's prompts have too are left out.
 
 `low` and `high` are the 95% bootstrap interval over prompts, those of all seeds together. `gain` is DMoERM's consistency
 less that of the best ensemble (mean, WCO or UWO, whichever is best over all seeds), with the interval of the difference.
@@ -45,6 +46,7 @@ from real_text_data import (
     human_pairs,
     prompt_row,
     read_arena,
+    read_jsonl,
     router_rows,
 )
 from tokenizers import BertWordPieceTokenizer
@@ -215,10 +217,14 @@ def run_rewards(setting: Setting, seed: int, router: dict, folder: Path) -> dict
     """Trains all methods on the arena's training prompts; name of a test set -> the set, and each method's rewards."""
     sizes, cut = setting.sizes, Cutter(setting.tokenizer)
     prompts = read_arena(setting.data / "arena.parquet")
+    texts = [row["prompt"] for row in read_jsonl(setting.data / "router_train.jsonl")] + [
+        row.prompt for row in prompts
+    ]
+    trained = {prompt_row(text).prompt_id for text in texts}
     table, rows, arena = arena_split(prompts, router["arena_tasks"], setting.table, sizes, cut, seed)
     sets = {
         "arena": arena,
-        "human_pairs": human_pairs(setting.data / "human_pairs.jsonl", sizes, cut),
+        "human_pairs": human_pairs(setting.data / "human_pairs.jsonl", sizes, cut, trained),
         "harmless_pairs": harmless_pairs(setting.data / "harmless_pairs.jsonl", sizes, cut),
     }
     tasks = {task: sum(row.task == task for row in rows) for task in table.tasks}
@@ -294,7 +300,7 @@ def counted(seeds: Sequence[tuple[TestSet, dict]], share: float | None = None) -
 
 def consistency(counts: dict[str, dict[str, np.ndarray]], resamples: int = 1000) -> dict:
     """Mean and bootstrap interval of every method, the gain of DMoERM over the best ensemble, and the number of pairs."""
-    prompts = list(next(iter(counts.values())))
+    prompts = [prompt for prompt, total in next(iter(counts.values())).items() if total[1]]  # others have no pair
     totals = {method: np.stack([of_method[prompt] for prompt in prompts]) for method, of_method in counts.items()}
     draws = np.random.default_rng(0).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), size=resamples)
     means = {method: total[:, 0].sum() / total[:, 1].sum() for method, total in totals.items()}

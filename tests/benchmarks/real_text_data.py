@@ -3,7 +3,7 @@
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -45,8 +45,8 @@ class Sizes:
     """A task with fewer training prompts has no inner model: its prompts are `general`."""
     labelled: float = 0.95
     """A capability point that tells responses apart in fewer of a task's training prompts is left out of the task."""
-    pairs: int = 300
-    """Pairs of each of the two sets of pairs, drawn once for all seeds."""
+    pairs: int | None = None
+    """Pairs of each of the two sets of pairs, drawn once for all seeds; all if None."""
     router_rows: int | None = None
     """Labelled prompts for the router, 100 of them to watch its training; all if None."""
 
@@ -208,14 +208,18 @@ def _labelled(points: Sequence[str], task: str, rows: Sequence[PreferenceRow], s
     return tuple(enough)
 
 
-def human_pairs(path: Path, sizes: Sizes, cut: Cutter) -> TestSet:
-    """Pairs labelled by people, without their ties."""
+def human_pairs(path: Path, sizes: Sizes, cut: Cutter, trained: Collection[str]) -> TestSet:
+    """Pairs labelled by people, without their ties and without the prompts that something is trained on (`prompt_id`)."""
     rows = [
         (row["prompt"], [row["response_1"], row["response_2"]], [row["preferred"] == 1, row["preferred"] == 2])
         for row in read_jsonl(path)
         if row["preferred"]
     ]
-    return _pairs(rows, "human", sizes, cut)
+    unseen = [row for row in rows if prompt_row(row[0]).prompt_id not in trained]
+    print(
+        f"human pairs: {len(rows) - len(unseen)} of {len(rows)} left out, because something is trained on their prompts"
+    )
+    return _pairs(unseen, "human", sizes, cut)
 
 
 def harmless_pairs(path: Path, sizes: Sizes, cut: Cutter) -> TestSet:
@@ -231,7 +235,7 @@ def _pairs(rows: Sequence[tuple], name: str, sizes: Sizes, cut: Cutter) -> TestS
     test = TestSet()
     usable = [index for index, (_, responses, _) in enumerate(rows) if all(text.strip() for text in responses)]
     print(f"{name} pairs: {len(rows)} without ties, {len(rows) - len(usable)} of them left out for an empty response")
-    for index in random.Random(0).sample(usable, min(sizes.pairs, len(usable))):
+    for index in random.Random(0).sample(usable, min(sizes.pairs or len(usable), len(usable))):
         prompt, responses, gold = rows[index]
         turns = _turns(prompt) if isinstance(prompt, str) else prompt
         last = cut(turns[-1]["content"], sizes.prompt_tokens, f"{name} prompts")

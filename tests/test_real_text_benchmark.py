@@ -1,0 +1,174 @@
+"""The benchmark on real text: its splits, its pairs and its numbers, on made-up texts."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent / "benchmarks"))
+
+from real_text import best_of_n, by_seed, consistency, counted  # noqa: E402
+from real_text_data import (  # noqa: E402
+    GENERAL,
+    ArenaPrompt,
+    Cutter,
+    Sizes,
+    TestSet,
+    arena_split,
+    harmless_pairs,
+    human_pairs,
+    prompt_row,
+)
+
+from dmoerm_trl.data.preference_row import PreferenceRow  # noqa: E402
+from dmoerm_trl.labelling.weak import weak_ranks  # noqa: E402
+from dmoerm_trl.tasks import TaskTable  # noqa: E402
+
+METHODS = ("mean", "WCO", "UWO", "DMoERM")
+
+
+def test_set(gold: dict[str, list[float]], lengths: list[int] | None = None) -> TestSet:
+    """A row for each key; responses of the given lengths."""
+    test = TestSet()
+    for key, values in gold.items():
+        texts = ["x" * length for length in lengths or [10] * len(values)]
+        test.add(prompt_row(key), values, texts, key)
+    return test
+
+
+test_set.__test__ = False
+
+
+# The numbers.
+
+
+def test_pairs_are_matched_within_a_share_of_the_longer():
+    test = test_set({"a": [1.0, 2.0, 3.0, 4.0]}, lengths=[10, 9, 8, 100])
+    assert test.matched(0, 0.1) == [(0, 1)]
+    assert test.matched(0, 0.2) == [(0, 1), (0, 2), (1, 2)]
+
+
+def test_consistency_counts_pairs_over_prompts_and_seeds():
+    """Of "a" three pairs, of "b" one; a tie of rewards is half a pair, a tie of gold is none."""
+    first = test_set({"a": [3.0, 2.0, 1.0], "b": [1.0, 2.0], "c": [1.0, 1.0]})
+    right = {"a": [3.0, 2.0, 1.0], "b": [1.0, 2.0], "c": [0.0, 5.0]}
+    wrong = {"a": [3.0, 1.0, 2.0], "b": [4.0, 4.0], "c": [0.0, 5.0]}  # two of three, and half of one
+    scores = {"mean": wrong, "WCO": {**wrong, "b": [2.0, 1.0]}, "UWO": {**wrong, "b": [2.0, 1.0]}, "DMoERM": right}
+    seeds = [(first, {method: list(rows.values()) for method, rows in scores.items()})]
+    found = consistency(counted(seeds))
+    assert {method: found["methods"][method]["mean"] for method in METHODS} == {
+        "mean": 2.5 / 4,
+        "WCO": 2 / 4,
+        "UWO": 2 / 4,
+        "DMoERM": 1.0,
+    }
+    assert found["gain"]["over"] == "mean" and found["gain"]["mean"] == pytest.approx(1.5 / 4)
+    assert (found["pairs"], found["prompts"]) == (4, 2)  # "c" has no pair
+    interval = found["methods"]["mean"]
+    assert 0.5 <= interval["low"] < interval["mean"] < interval["high"] <= 2 / 3  # of "b" alone and of "a" alone
+
+    second = test_set({"a": [3.0, 2.0, 1.0]})
+    other = (second, {method: [[1.0, 2.0, 3.0]] for method in METHODS})
+    both = by_seed([*seeds, other])
+    assert both["methods"]["DMoERM"]["mean"] == 4 / 7 and both["methods"]["DMoERM"]["seeds"] == [1.0, 0.0]
+    assert (both["pairs"], both["prompts"]) == (7, 2)  # "a" is one prompt in both seeds
+    assert both["gain"]["seeds"] == [1.5 / 4, 0.0]
+
+
+def test_length_matched_consistency_counts_no_other_pair():
+    """Rewards that are lengths are right in each pair but that of the two which are nearly as long."""
+    test = test_set({"a": [1.0, 3.0, 2.0]}, lengths=[10, 19, 20])
+    seeds = [(test, dict.fromkeys(METHODS, [[10.0, 19.0, 20.0]]))]
+    assert consistency(counted(seeds))["methods"]["mean"]["mean"] == pytest.approx(2 / 3)
+    matched = consistency(counted(seeds, share=0.1))
+    assert matched["methods"]["mean"]["mean"] == 0 and matched["pairs"] == 1
+
+
+def test_best_of_n_chooses_by_rewards_among_prompts_with_enough_responses(capsys):
+    gold = [float(i) for i in range(48)]
+    test = test_set({"a": gold, "b": [1.0, 2.0]})
+    best = best_of_n([(test, {"DMoERM": [gold, [0.0, 0.0]], "mean": [[-g for g in gold], [0.0, 0.0]]})])
+    assert "1 of 2 prompts have 48 responses" in capsys.readouterr().out
+    assert best["prompts"] == 1
+    found = {method: [best["curves"][method][n]["mean"] for n in (1, 48)] for method in ("DMoERM", "mean")}
+    assert found == {"DMoERM": [23.5, 47.0], "mean": [23.5, 0.0]}
+
+
+# The data.
+
+
+@pytest.fixture
+def prompts() -> list[ArenaPrompt]:
+    """Forty prompts of six responses, all different in length, of which the longest is cut."""
+    return [
+        ArenaPrompt(
+            f"arena {number}",
+            f"question {number}",
+            [" ".join(f"word{number}{k}{j}" for j in range(3 + 4 * k)) + "." for k in range(6)],
+            [float((k * 5 + number) % 6) for k in range(6)],
+        )
+        for number in range(40)
+    ]
+
+
+TABLE = TaskTable(
+    {"maths": ("content richness",), "chitchat": ("content richness",), GENERAL: ("content richness", "proactivity")},
+    ("content richness",),
+)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_arena_is_split_by_prompt(prompts, tokenizer, seed):
+    tasks = ["maths" if number % 2 else "chitchat" if number < 6 else "others" for number in range(40)]
+    sizes = Sizes(responses=4, test_share=0.25, task_prompts=10, response_tokens=20)
+    table, rows, test = arena_split(prompts, tasks, TABLE, sizes, Cutter(tokenizer), seed)
+    assert len(rows) == 30 and len(test.rows) == 10
+    assert not {row.prompt_id for row in rows} & {row.prompt_id for row in test.rows}
+    assert all(len(row.responses) == 4 for row in rows) and all(len(row.responses) == 6 for row in test.rows)
+    assert Counter(row.task for row in [*rows, *test.rows]) == {"maths": 20, GENERAL: 20}
+    assert table.tasks == {"maths": ("content richness",), GENERAL: ("content richness",)}  # nobody asks back
+
+    by_name = {prompt.prompt: prompt for prompt in prompts}
+    for row, gold, lengths in zip(test.rows, test.gold, test.lengths, strict=True):
+        prompt = by_name[row.prompt[0]["content"]]
+        assert gold == prompt.gold and lengths == [len(text) for text in prompt.responses]
+        assert not row.capability_ranks
+    for row in rows:
+        prompt = by_name[row.prompt[0]["content"]]
+        whole = [
+            next(text for text in prompt.responses if text.startswith(response[:8])) for response in row.responses
+        ]
+        gold = [prompt.gold[prompt.responses.index(text)] for text in whole]
+        assert sorted(zip(row.ranks, gold, strict=True), key=lambda pair: pair[1]) == sorted(
+            zip(row.ranks, gold, strict=True), reverse=True
+        )
+        labels = weak_ranks(prompt.prompt, whole, "content richness")  # of the whole texts, though most were cut
+        assert row.capability_ranks == {"content richness": labels}
+
+
+def test_pairs_whose_prompts_are_trained_on_are_left_out(tokenizer, tmp_path, capsys):
+    rows = [
+        {"prompt": f"Question {n}", "response_1": "one", "response_2": "two", "preferred": n % 3} for n in range(9)
+    ]
+    (tmp_path / "human.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained = {prompt_row(text).prompt_id for text in ("question  1", "Question 3")}  # of these the second is a tie
+    test = human_pairs(tmp_path / "human.jsonl", Sizes(), Cutter(tokenizer), trained)
+    assert "1 of 6 left out" in capsys.readouterr().out
+    found = {row.prompt[0]["content"]: gold for row, gold in zip(test.rows, test.gold, strict=True)}
+    first, second = [1.0, 0.0], [0.0, 1.0]
+    assert found == {f"Question {n}": {1: first, 2: second}[n % 3] for n in (2, 4, 5, 7, 8)}
+
+
+def test_harmless_pairs_are_last_turns(tokenizer, tmp_path):
+    turns = [{"role": "user", "content": "Hello"}]
+    row = {
+        "prompt": turns,
+        "chosen": [{"role": "assistant", "content": "Good"}],
+        "rejected": [{"role": "assistant", "content": "Bad"}],
+    }
+    empty = {**row, "rejected": [{"role": "assistant", "content": " "}]}
+    (tmp_path / "harmless.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (row, empty)))
+    test = harmless_pairs(tmp_path / "harmless.jsonl", Sizes(), Cutter(tokenizer))
+    assert test.rows == [PreferenceRow(turns, ["Good", "Bad"], [1, 2])] and test.gold == [[1.0, 0.0]]
