@@ -5,11 +5,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
-from real_text import best_of_n, by_seed, consistency, counted  # noqa: E402
+from real_text import best_of_n, by_seed, consistency, counted, logistic_weights, with_labels  # noqa: E402
 from real_text_data import (  # noqa: E402
     GENERAL,
     ArenaPrompt,
@@ -96,6 +97,25 @@ def test_best_of_n_chooses_by_rewards_among_prompts_with_enough_responses(capsys
     assert found == {"DMoERM": [23.5, 47.0], "mean": [23.5, 0.0]}
 
 
+def test_the_weights_of_labels_are_those_of_least_loss():
+    """Of one input the least of log(1 + e^-w) + r w^2 is where (1 + e^w)^-1 = 2 r w: at w = 1 with r = 1 / (2 + 2 e)."""
+    assert logistic_weights(np.ones((5, 1)), ridge=1 / (2 + 2 * np.e)) == pytest.approx([1.0])
+
+
+def test_labels_are_added_with_weights_of_other_prompts():
+    """Rewards that say nothing, labels that say all: every pair of held-out prompts is right."""
+    gold = {str(n): [float((k * (n % 4 + 1)) % 5) for k in range(5)] for n in range(12)}
+    test = test_set(gold)
+    test.labels = [{"structure": [5 - int(g) for g in values]} for values in gold.values()]
+    noise = np.random.default_rng(0).normal(size=(12, 5)).tolist()
+    stacked = with_labels(test, noise, folds=3)
+    assert [np.argsort(row).tolist() for row in stacked] == [np.argsort(values).tolist() for values in gold.values()]
+
+    test.labels[0] = {"structure": [1, 2, 3, 4, 5]}  # that of one prompt
+    changed = with_labels(test, noise, folds=3)
+    assert np.argsort(changed[0]).tolist() == [4, 3, 2, 1, 0]
+
+
 # The data.
 
 
@@ -131,8 +151,9 @@ def test_the_arena_is_split_by_prompt(prompts, tokenizer, seed):
     assert table.tasks == {"maths": ("content richness",), GENERAL: ("content richness",)}  # nobody asks back
 
     by_name = {prompt.prompt: prompt for prompt in prompts}
-    for row, gold, lengths in zip(test.rows, test.gold, test.lengths, strict=True):
+    for row, gold, lengths, labels in zip(test.rows, test.gold, test.lengths, test.labels, strict=True):
         prompt = by_name[row.prompt[0]["content"]]
+        assert labels == {"content richness": weak_ranks(prompt.prompt, prompt.responses, "content richness")}
         assert gold == prompt.gold and lengths == [len(text) for text in prompt.responses]
         assert not row.capability_ranks
     for row in rows:

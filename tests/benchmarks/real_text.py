@@ -18,6 +18,9 @@ encoder of random weights (or `--model`) and few steps.
 - `human_pairs`, `harmless_pairs`: consistency on pairs labelled by people, on whose prompts nothing was trained: those of the
   first set that the router's or the arena's prompts have too are left out.
 
+"mean + labels" is no reward model: the mean ensemble's reward plus the weak labels of the overall points, weighted by gold on
+other test prompts (`with_labels`). It says what the labels themselves could add to the best that is learnt without them.
+
 `low` and `high` are the 95% bootstrap interval over prompts, those of all seeds together. `gain` is DMoERM's consistency
 less that of the best ensemble (mean, WCO or UWO, whichever is best over all seeds), with the interval of the difference.
 
@@ -330,6 +333,37 @@ def by_seed(seeds: Sequence[tuple[TestSet, dict]], share: float | None = None) -
     return result
 
 
+def with_labels(test: TestSet, rewards: Sequence[Sequence[float]], folds: int = 6) -> list[list[float]]:
+    """
+    Rewards plus the labels of a test set, each with a weight of its own. The weights are those of a logistic regression on the
+    pairs of the other folds of its prompts, ridge 1e-3, all inputs standardised.
+    """
+    own = [np.asarray(row)[:, None] for row in rewards]
+    ranks = [-np.stack(list(labels.values()), 1) / len(row) for labels, row in zip(test.labels, rewards, strict=True)]
+    inputs = [np.concatenate(both, 1) for both in zip(own, ranks, strict=True)]
+    everything = np.concatenate(inputs)
+    inputs = [(x - everything.mean(0)) / everything.std(0).clip(1e-9) for x in inputs]
+    differences = [
+        x[better] - x[worse]
+        for x, gold in zip(inputs, test.gold, strict=True)
+        for better, worse in [np.nonzero(np.subtract.outer(gold, gold) > 0)]
+    ]
+    others = [np.concatenate([d for row, d in enumerate(differences) if row % folds != fold]) for fold in range(folds)]
+    weights = [logistic_weights(pairs) for pairs in others]
+    return [(x @ weights[row % folds]).tolist() for row, x in enumerate(inputs)]
+
+
+def logistic_weights(differences: np.ndarray, ridge: float = 1e-3) -> np.ndarray:
+    """The w of least mean -log sigmoid(w d) + ridge |w|^2, by Newton's method."""
+    w = np.zeros(differences.shape[1])
+    for _ in range(20):
+        right = 1 / (1 + np.exp(-differences @ w))
+        gradient = -differences.T @ (1 - right) / len(differences) + 2 * ridge * w
+        curvature = (differences * (right * (1 - right))[:, None]).T @ differences / len(differences)
+        w -= np.linalg.solve(curvature + 2 * ridge * np.eye(len(w)), gradient)
+    return w
+
+
 def best_of_n(seeds: Sequence[tuple[TestSet, dict]]) -> dict:
     """The curves over n to 48, of the prompts that have as many responses, which are counted."""
     chosen = [
@@ -356,13 +390,15 @@ def cell(values: Sequence[float]) -> dict:
 def markdown(tables: dict[str, dict]) -> str:
     """A row a method, a column a table, in percent with the interval; the gain and the numbers of pairs below."""
 
-    def percent(entry: dict) -> str:
-        return f"{100 * entry['mean']:.1f} [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
+    def percent(entry: dict | None) -> str:
+        return (
+            "" if entry is None else f"{100 * entry['mean']:.1f} [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
+        )
 
     lines = ["| method | " + " | ".join(tables) + " |", "| --- |" + " ---: |" * len(tables)]
     for method in next(iter(tables.values()))["methods"]:
         lines.append(
-            f"| {method} | " + " | ".join(percent(table["methods"][method]) for table in tables.values()) + " |"
+            f"| {method} | " + " | ".join(percent(table["methods"].get(method)) for table in tables.values()) + " |"
         )
     gains = (f"{percent(table['gain'])} over {table['gain']['over']}" for table in tables.values())
     lines.append("| gain | " + " | ".join(gains) + " |")
@@ -395,7 +431,10 @@ def main() -> None:
     print("router:", result["router"], flush=True)
     if not options.router_only:
         scored = [run_rewards(setting, seed, routers[seed], options.runs / str(seed) / "arena") for seed in seeds]
-        arena = [seed["arena"] for seed in scored]
+        arena = [
+            (test, scores | {"mean + labels": with_labels(test, scores["mean"])})
+            for test, scores in (seed["arena"] for seed in scored)
+        ]
         result["consistency"] = by_seed(arena)
         result["consistency_length_matched"] = by_seed(arena, MATCHED)
         for name in ("human_pairs", "harmless_pairs"):

@@ -83,6 +83,8 @@ class TestSet:
         gold (`list[list[float]]`): what is true of each response, higher is better.
         lengths (`list[list[int]]`): characters of each response before it was cut.
         keys (`list[str]`): the prompt of each row; rows of one prompt in several seeds have one key.
+        labels (`list[dict[str, list[int]]]`): weak ranks of the responses before they were cut, by overall point; empty where
+            they are not asked for.
     """
 
     __test__ = False  # pytest collects classes by this name
@@ -91,6 +93,7 @@ class TestSet:
     gold: list[list[float]] = field(default_factory=list)
     lengths: list[list[int]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
+    labels: list[dict[str, list[int]]] = field(default_factory=list)
 
     def add(self, row: PreferenceRow, gold: Sequence[float], responses: Sequence[str], key: str) -> None:
         self.rows.append(row)
@@ -184,6 +187,7 @@ def arena_split(
         prompt = prompts[index]
         everything = range(len(prompt.responses))
         test.add(row_of(prompt, tasks[index], everything, label=False), prompt.gold, prompt.responses, prompt.key)
+        test.labels.append({point: weak_ranks(prompt.prompt, prompt.responses, point) for point in table.overall})
     known = {task: {*points, *table.overall} for task, points in table.tasks.items()}
     rows = [
         replace(row, capability_ranks={p: ranks for p, ranks in row.capability_ranks.items() if p in known[row.task]})
