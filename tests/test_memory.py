@@ -14,12 +14,14 @@ from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
 from dmoerm_trl.training.memory import (
     Run,
     activation_bytes,
+    grpo_memory,
     inference_bytes,
     model_states,
     phase1_memory,
     phase2_memory,
     phase3_memory,
     ppo_memory,
+    sampling_memory,
     scoring_memory,
     shape_of,
 )
@@ -116,7 +118,7 @@ def test_what_saves_memory_saves_memory():
     assert phase2_memory(half, run).total < phase2_memory(SHAPE, run).total
     sizes = [phase2_memory(SHAPE, Run(1, precision)).weights for precision in ("autocast", "bf16", "8bit", "4bit")]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
-    parted = [phase2_memory(SHAPE, Run(1, "bf16", zero=3, ranks=ranks)).weights for ranks in (2, 4)]
+    parted = [phase2_memory(SHAPE, Run(1000, "bf16", zero=3, ranks=ranks)).weights for ranks in (2, 4)]
     assert parted[0] - parted[1] == 2 * SHAPE.base / 4
 
 
@@ -133,6 +135,39 @@ def test_ppo_holds_four_models_and_the_rollouts_logits_twice():
     memory = ppo_memory(SHAPE, Run(10, "fp32"), rollout=100, response_length=30)
     assert memory.weights == 4 * (2 * SHAPE.policy + SHAPE.base) + scoring_memory(SHAPE, Run(10, "fp32")).weights
     assert memory.activations == 2 * 100 * 30 * 50 * 4
+
+
+def test_a_stage_under_zero_ends_with_whole_weights_on_each_device():
+    options = {"offload_optimizer": True, "offload_parameters": True}
+    for stage, more in ((2, {}), (3, {}), (3, options)):
+        run = Run(1, "bf16", checkpointing=True, zero=stage, ranks=1000, **more)
+        memory = phase1_memory(SHAPE, run, eval_tokens=5)
+        passes = inference_bytes(SHAPE._replace(experts=1), Run(5, "fp32"))
+        assert memory.total == 4 * (SHAPE.base + 9) + passes and bool(memory.host) == bool(more)
+    run = Run(1, "bf16", checkpointing=True, zero=3, ranks=1000)
+    assert phase2_memory(SHAPE, run).total == 2 * SHAPE.base + 4 * (SHAPE.lora + SHAPE.heads)
+
+
+def test_ppo_holds_the_bases_of_all_tasks_and_divides_them_under_zero_3():
+    options = {"rollout": 1, "response_length": 1}
+    for zero, ranks in ((2, 1), (3, 4)):
+        run = Run(10, "bf16", zero=zero, ranks=4)
+        one, five = (ppo_memory(SHAPE, run, **options, tasks=tasks, router=7 * (tasks > 1)) for tasks in (1, 5))
+        small = 4 * (SHAPE.heads + SHAPE.aggregator) + 2 * SHAPE.lora
+        assert five.weights - one.weights == 4 * (2 * SHAPE.base / ranks + small) + 4 * 7 / ranks
+
+
+def test_grpo_holds_the_policy_three_times_while_its_monitor_measures():
+    run = Run(10, "bf16", checkpointing=True, zero=2, ranks=4)
+    memory = grpo_memory(SHAPE, run, responses=100, length=30, tasks=5, router=7, eval_tokens=1)
+    cache = 100 * 30 * 2 * 2 * 3 * 4
+    states = model_states(SHAPE.policy, 0, run).total
+    reward = scoring_memory(SHAPE, run, tasks=5, router=7).weights
+    assert memory.total == states + 2 * 2 * SHAPE.policy + reward + cache
+    writing = sampling_memory(SHAPE, run, responses=100, length=30)
+    assert writing.total == 2 * SHAPE.policy + cache
+    with pytest.raises(ValueError, match="zero=3, need 0 to 2"):
+        grpo_memory(SHAPE, Run(10, "bf16", zero=3), responses=1, length=1)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_recipes_of_one_kind_differ_where_models_do(kind):
         "ppo": {"policy", "reward_model", "prompts", "eval_prompts", "output_dir", "gradient_accumulation_steps"}
         | {"local_rollout_forward_batch_size"},
         "grpo": {"policy", "reward_model", "prompts", "eval_prompts", "output_dir"},
-        "bon": {"output_dir", "policy", "prompts", "reward_models", "gold"},
+        "bon": {"output_dir", "policy", "prompts", "reward_models", "gold", "batch_size"},
     }[kind]
     first, *others = [settings_of(RECIPES / name / f"{kind}.yaml") for name in RATES]
     for settings in others:

@@ -3,6 +3,7 @@
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from trl import TrlParser
 
 from dmoerm_trl.cli import main
+from dmoerm_trl.data.preference_row import PreferenceRow
 from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
 from dmoerm_trl.scripts.demo import RECIPE, DemoArguments
 from dmoerm_trl.tasks import TaskTable
@@ -28,6 +30,10 @@ def test_the_demo_recipe_is_read_by_the_demo():
 
 def characters(*, response: str, **_: object) -> int:
     return len(response)
+
+
+def nothing(**_: object) -> int:
+    return 0
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +129,49 @@ def test_a_finished_training_is_left_as_it_is(demo):
     train_recipe.write_text(yaml.safe_dump(settings))
     main(["train", "--config", str(train_recipe)])
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+
+
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch) -> tuple[Path, list[str]]:
+    """A training that counts as finished, whose one method scores 200 pairs: its folder, and the command that evaluates it."""
+    rows = [
+        PreferenceRow([{"role": "user", "content": f"{number}?"}], ["longer", "short"], [1, 2], "chitchat")
+        for number in range(200)
+    ]
+    run = SimpleNamespace(finished=True, root=tmp_path, tasks=TaskTable.paper(), rows=lambda part: rows)
+    monkeypatch.setattr("dmoerm_trl.scripts.eval.Pipeline", lambda recipe: run)
+    monkeypatch.setattr(
+        "dmoerm_trl.scripts.eval.method_scores", lambda run, rows: {"single": [[0.0, 1.0]] * len(rows)}
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        yaml.safe_dump(dict.fromkeys(("base_model", "train_data"), "none") | {"output_dir": str(tmp_path)})
+    )
+    return tmp_path, ["eval", "--config", str(recipe), "--resamples", "10"]
+
+
+def table_of(run: Path) -> dict[str, float]:
+    cells = json.loads((run / "consistency.json").read_text())["consistency"]
+    return {method: of_method["overall"]["mean"] for method, of_method in cells.items()}
+
+
+def test_a_judge_that_stops_leaves_the_table_of_all_before_it(evaluated, capsys):
+    run, command = evaluated
+    judges = {name: {"kind": "function", "function": f"test_scripts:{name}"} for name in ("characters", "nothing")}
+    command += ["--judges", json.dumps(judges)]
+    with pytest.raises(SystemExit, match="stopped: characters: .*max_calls above 0"):
+        main([*command, "--max_calls", "0"])
+    assert table_of(run) == {"single": 0.0}
+    assert "| single " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="stopped: nothing: the judge has an answer that cannot be read"):
+        main(command)
+    assert table_of(run) == {"single": 0.0, "characters": 1.0}
+    assert "| characters " in (printed := capsys.readouterr().out)
+    assert "characters: 200 pairs, 0 of them undecided; 400 answers, 0 unreadable" in printed
+    assert main([*command, "--stop_early", "false"]) == 0
+    assert table_of(run)["nothing"] == 0.5
+    printed = capsys.readouterr().out
+    assert "nothing: 200 pairs, 200 of them undecided; 400 answers, 400 unreadable. Warning: the judge has" in printed
 
 
 def test_world_writes_rows(tmp_path, capsys):

@@ -33,7 +33,8 @@ class AnswerStore:
         identity (`dict`):
             The judge's, see [`~dmoerm_trl.labelling.judges.Judge`].
         forget_unreadable (`bool`, *optional*, defaults to `False`):
-            Whether the unreadable answers that are there count as not given, so that they are asked for again.
+            Whether the unreadable answers that are there count as not given, so that they are asked for again: once each,
+            however often the store is opened until [`finish`].
 
     Raises:
         ValueError: if another process has the file, or it is no store of answers.
@@ -55,8 +56,19 @@ class AnswerStore:
                 f"{Path(path)}: got {'a file that another process uses' if in_use else f'no store of answers ({error})'}, "
                 f"need one for itself: {'wait for the other `dmoerm label`, or end it' if in_use else 'move the file away'}."
             ) from error
-        (last,) = self._connection.execute("SELECT coalesce(max(id), 0) FROM answers").fetchone()
-        self._readable_up_to = last if forget_unreadable else 0
+        self._readable_up_to = self._mark() if forget_unreadable else 0
+
+    def _mark(self) -> int:
+        """The last answer that was there when unreadable ones were first asked for again."""
+        self._connection.execute(
+            "INSERT OR IGNORE INTO asking_again SELECT ?, coalesce(max(id), 0) FROM answers", (self._judge,)
+        )
+        found = self._connection.execute("SELECT last FROM asking_again WHERE judge = ?", (self._judge,))
+        return found.fetchone()[0]
+
+    def finish(self) -> None:
+        """Says that all is answered: who asks for unreadable answers again from now on means all that are there by now."""
+        self._connection.execute("DELETE FROM asking_again WHERE judge = ?", (self._judge,))
 
     def key(self, question: Question) -> bytes:
         """What a question's answer is found by."""
@@ -91,9 +103,12 @@ class AnswerStore:
             ).fetchone()
         )
 
-    def count_once(self, key: bytes) -> bool:
-        """Whether this is the first call with the key since the store was opened or [`start_counting`] was called."""
-        return self._connection.execute("INSERT OR IGNORE INTO temp.counted VALUES (?)", (key,)).rowcount == 1
+    def count(self, key: bytes, times: int = 1) -> int:
+        """Counts a key, and returns the count before: since the store was opened or [`start_counting`] was called."""
+        found = self._connection.execute("SELECT times FROM temp.counted WHERE key = ?", (key,)).fetchone()
+        before = 0 if found is None else found[0]
+        self._connection.execute("INSERT OR REPLACE INTO temp.counted VALUES (?, ?)", (key, before + times))
+        return before
 
     def start_counting(self) -> None:
         self._connection.execute("DELETE FROM temp.counted")
@@ -115,5 +130,6 @@ CREATE TABLE IF NOT EXISTS answers (
     prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, time REAL NOT NULL
 );
 CREATE INDEX IF NOT EXISTS answers_by_key ON answers (key);
-CREATE TEMP TABLE counted (key BLOB PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS asking_again (judge BLOB PRIMARY KEY, last INTEGER NOT NULL);
+CREATE TEMP TABLE counted (key BLOB PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID;
 """

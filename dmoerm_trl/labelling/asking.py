@@ -1,9 +1,14 @@
 """Asks a judge: many questions at once, each once, within a budget, and with a way to stop at which no answer is lost."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+from tqdm.auto import tqdm
 
 from .answers import AnswerStore
 from .budget import Budget
@@ -11,6 +16,9 @@ from .judges import Answer, Judge, JudgeError, Question
 
 LINGER = 0.01
 """Seconds to wait for more questions where there are too few for a batch."""
+
+
+Result = TypeVar("Result")
 
 
 class Stopped(Exception):
@@ -162,3 +170,37 @@ class Asking:
                 self._settled.clear()
                 await self._settled.wait()
         return []
+
+
+async def together(calls: Iterable[Awaitable[Result]]) -> list[Result]:
+    """The results of calls that run at once. If some fail, an error is raised when all have ended, [`Stopped`] the last."""
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    errors = [result for result in results if isinstance(result, BaseException)]
+    if errors:
+        raise min(errors, key=lambda error: isinstance(error, Stopped))
+    return results
+
+
+@contextmanager
+def interrupts(asking: Asking) -> Iterator[None]:
+    """The first Ctrl-C, or SIGTERM, stops asking and waits for the answers under way; the second does not wait."""
+    loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+
+    def interrupted() -> None:
+        for number in signals:
+            loop.remove_signal_handler(number)
+        if asking.under_way:
+            tqdm.write(f"waiting for {asking.under_way} answers under way; Ctrl-C again leaves them", file=sys.stderr)
+        asking.stop("interrupted")
+
+    with suppress(
+        NotImplementedError, ValueError, RuntimeError
+    ):  # no handlers on Windows, nor outside the main thread
+        for number in signals:
+            loop.add_signal_handler(number, interrupted)
+    try:
+        yield
+    finally:
+        with suppress(NotImplementedError, ValueError, RuntimeError):
+            for number in signals:
+                loop.remove_signal_handler(number)

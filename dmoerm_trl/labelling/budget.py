@@ -1,4 +1,7 @@
-"""What asking may cost: limits that are never passed, because a question is not asked unless its dearest answer fits."""
+"""
+What asking may cost: a question is not asked unless its dearest answer fits. What it may take is the judge's estimate, so a limit
+is passed only by as much as the estimates of the questions under way are too low.
+"""
 
 from dataclasses import dataclass
 

@@ -11,10 +11,11 @@ from tqdm.auto import tqdm
 
 from ..data.preference_row import PreferenceRow
 from .answers import AnswerStore
-from .asking import Asking, Stopped
+from .asking import Asking, Stopped, interrupts, together
 from .budget import Budget
 from .judges import Judge, JudgeError, Question
 from .plan import agreed, distinct_responses
+from .report import Tally
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,16 @@ class Verdicts:
     """Pairs of responses that were compared; of a text that a row has twice, one."""
     undecided: int
     """Those on which the judge did not agree with itself in any round."""
+    answers: int
+    """Answers from which they come, of all rounds; those of earlier calls too."""
+    unreadable: int
+    """Those of them that could not be read, or preferred neither response."""
+    fault: str | None = None
+    """What makes the answers worthless, if something surely does."""
 
     def __str__(self) -> str:
-        return f"{self.pairs} pairs, {self.undecided} of them undecided"
+        counts = f"{self.pairs} pairs, {self.undecided} of them undecided; {self.answers} answers, {self.unreadable} unreadable"
+        return counts if self.fault is None else f"{counts}. Warning: {self.fault}"
 
 
 def generative_verdicts(
@@ -40,6 +48,7 @@ def generative_verdicts(
     max_rounds: int = 1,
     answers: str | os.PathLike = ":memory:",
     budget: Budget | None = None,
+    stop_early: bool = True,
 ) -> Verdicts:
     """
     Has a judge compare all pairs of each row's responses: overall, twice with the positions swapped, and anew until both
@@ -59,9 +68,11 @@ def generative_verdicts(
         max_rounds (`int`): how often a pair is asked about, two questions each time.
         answers (`str`): a file for the answers, from which another call goes on without asking anything again.
         budget ([`~dmoerm_trl.labelling.budget.Budget`], *optional*): of what the answers may cost.
+        stop_early (`bool`): whether asking stops when it is sure that the answers are worth nothing, because nearly all of
+            them name the same position or cannot be read.
 
     Raises:
-        JudgeError: if asking stopped before the end; what came is in `answers`.
+        JudgeError: if asking stopped before the end, by Ctrl-C too; what came is in `answers`.
         ValueError: if another round would get the same answers again.
     """
     if max_rounds < 1 or (max_rounds > 1 and not judge.samples):
@@ -69,46 +80,55 @@ def generative_verdicts(
             f"got max_rounds={max_rounds}, need 1, or more with a judge that samples, because any other gives the same answers "
             "again: set a temperature, such as 0.7."
         )
-    return asyncio.run(_judge_rows(judge, rows, max_rounds, answers, budget or Budget()))
+    return asyncio.run(_judge_rows(judge, rows, max_rounds, answers, budget or Budget(), stop_early))
 
 
 async def _judge_rows(
-    judge: Judge, rows: Sequence[PreferenceRow], max_rounds: int, path: str | os.PathLike, budget: Budget
+    judge: Judge,
+    rows: Sequence[PreferenceRow],
+    max_rounds: int,
+    path: str | os.PathLike,
+    budget: Budget,
+    stop_early: bool,
 ) -> Verdicts:
+    seen = Tally()  # of the first round: those that follow are of the pairs that are hard to tell
+    choices: Counter[int | None] = Counter()
+
+    async def judge_pair(row: PreferenceRow, pair: tuple[int, int]) -> int | None:
+        """The index of the response that is better whatever its position, or None."""
+        first, second = (row.responses[index] for index in pair)
+        for round in range(max_rounds):
+            forth = Question(row.prompt, first, second, None, row.task, round)
+            back = replace(forth, first=second, second=first)
+            given = tuple(answer.choice for answer in await together(map(asking.answer, (forth, back))))
+            choices.update(given)
+            if round == 0:
+                seen.add(pair, given)
+                if stop_early and (fault := seen.early_fault()):
+                    asking.stop(f"{fault}: mend its template or take another one; `stop_early: false` goes on with it")
+            winner = agreed(pair, *given)
+            if winner is not None:
+                return winner
+        return None
+
+    async def judge_row(row: PreferenceRow) -> list[int | None]:
+        winners = await together(judge_pair(row, pair) for pair in combinations(distinct_responses(row), 2))
+        bar.update()
+        return winners
+
     with AnswerStore(path, judge.identity) as answers, tqdm(total=len(rows), desc="judging", unit=" rows") as bar:
         budget.spend(*answers.spent)
-        async with Asking(judge, answers, budget) as asking:
-
-            async def judge_row(row: PreferenceRow) -> list[int | None]:
-                pairs = combinations(distinct_responses(row), 2)
-                winners = await asyncio.gather(*(_winner(asking, row, pair, max_rounds) for pair in pairs))
-                bar.update()
-                return winners
-
-            winners = await asyncio.gather(*map(judge_row, rows), return_exceptions=True)
-        await judge.close()
-    for error in winners:
-        if isinstance(error, Stopped):
-            raise JudgeError(f"{asking.stopped}. {bar.n} of {len(rows)} rows are judged.")
-        if isinstance(error, BaseException):
-            raise error
+        try:
+            async with Asking(judge, answers, budget) as asking:
+                with interrupts(asking):
+                    winners = await together(map(judge_row, rows))
+        except Stopped:
+            raise JudgeError(f"{asking.stopped}. {bar.n} of {len(rows)} rows are judged.") from None
+        finally:
+            await judge.close()
     decided = [winner for of_row in winners for winner in of_row]
     scores = [_wins(row, of_row) for row, of_row in zip(rows, winners, strict=True)]
-    return Verdicts(scores, len(decided), decided.count(None))
-
-
-async def _winner(asking: Asking, row: PreferenceRow, pair: tuple[int, int], max_rounds: int) -> int | None:
-    """The index of the response that is better whatever its position, or None."""
-    first, second = (row.responses[index] for index in pair)
-    question = Question(row.prompt, first, second, None, row.task)
-    for round in range(max_rounds):
-        forth = replace(question, round=round)
-        back = replace(forth, first=second, second=first)
-        answers = await asyncio.gather(asking.answer(forth), asking.answer(back))
-        winner = agreed(pair, *(answer.choice for answer in answers))
-        if winner is not None:
-            return winner
-    return None
+    return Verdicts(scores, len(decided), decided.count(None), choices.total(), choices[None], seen.fault())
 
 
 def _wins(row: PreferenceRow, winners: list[int | None]) -> list[float]:

@@ -46,7 +46,7 @@ class Answer(NamedTuple):
     text: str
     """The answer in the judge's own words, or why there is none, for the record."""
     prompt_tokens: int = 0
-    """Tokens of the question as the server billed them or the model read them."""
+    """Tokens of the question as the server billed them or the model read them; an estimate where a server does not say."""
     completion_tokens: int = 0
 
 

@@ -9,25 +9,21 @@ stored, and of that alone. So whatever ends the asking, the answers that came ar
 
 import asyncio
 import os
-import signal
-import sys
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 from tqdm.auto import tqdm
 
 from ..data.preference_row import PreferenceRow
 from ..data.rows import write_rows
 from .answers import AnswerStore
-from .asking import Asking, Stopped
+from .asking import Asking, Stopped, interrupts, together
 from .budget import Budget, Prices
 from .judges import Judge, Question
 from .plan import Pair, Plan, agreed, both_orders, distinct_responses
-from .report import EARLY, Report, Tally
+from .report import Report, Tally
 
-Result = TypeVar("Result")
 Choices = tuple[int | None, int | None]
 """What a judge said of a pair: in the pair's order, and with the positions swapped."""
 
@@ -107,15 +103,14 @@ class Labeller:
             tokens (`bool`): whether to count tokens too, which takes longer.
         """
         estimate = Estimate()
-        self.answers.start_counting()
-        for row in tqdm((rows or self.rows)(), desc="counting questions", unit=" rows", delay=3):
+        read = tqdm((rows or self.rows)(), desc="counting questions", unit=" rows", delay=3)
+        for row, points in self._planned(read):
             estimate.rows += 1
-            points = self.plan.points_of(row)
             estimate.labelled += len(self.plan.wanted_points(row)) - len(points)
-            for point in points:
-                for question, may_be_asked in self._questions(row, point):
+            for point, taken in points.items():
+                for question, may_be_asked in self._questions(row, point, taken):
                     known = question is not None
-                    if known and not self.answers.count_once(key := self.answers.key(question)):
+                    if known and self.answers.count(key := self.answers.key(question)):
                         continue
                     estimate.questions += 1
                     if known and self.answers.get(key) is not None:
@@ -127,23 +122,36 @@ class Labeller:
                         estimate.completion_tokens += answer_tokens
         return estimate
 
-    def _questions(self, row: PreferenceRow, point: str) -> Iterator[tuple[Question | None, Question]]:
+    def _planned(self, rows: Iterable[PreferenceRow]) -> Iterator[tuple[PreferenceRow, dict[str, int]]]:
+        """
+        The rows; beside each the points at which it is asked about, and how many of the `max_pairs` of its prompt the rows
+        before it take there. One pass at a time: the store counts, so that prompts need not fit into memory.
+        """
+        self.answers.start_counting()
+        for row in rows:
+            taken = dict.fromkeys(self.plan.points_of(row), 0)
+            if self.plan.max_pairs is not None:
+                pairs = self.plan.most_comparisons(row)
+                taken = {point: self.answers.count(f"{row.prompt_id} {point}".encode(), pairs) for point in taken}
+            yield row, taken
+
+    def _questions(self, row: PreferenceRow, point: str, taken: int) -> Iterator[tuple[Question | None, Question]]:
         """
         The questions of a row at a point, as far as the answers determine them; then for each that may follow `None`. Beside
         each stands the question by which its tokens are estimated.
         """
         made, complete = 0, True
-        for pair, choices in self._replay(row, point):
+        for pair, choices in self._replay(row, point, taken):
             made, complete = made + 1, complete and choices is not None
             yield from ((question, question) for question in both_orders(row, pair, point))
         if not complete:
             longest = sorted(distinct_responses(row), key=lambda index: len(row.responses[index]))[-2:]
-            for _ in range(self.plan.most_comparisons(row) - made):
+            for _ in range(self.plan.most_comparisons(row, taken) - made):
                 yield from ((None, question) for question in both_orders(row, tuple(longest), point))
 
-    def _replay(self, row: PreferenceRow, point: str) -> Iterator[tuple[Pair, Choices | None]]:
+    def _replay(self, row: PreferenceRow, point: str, taken: int) -> Iterator[tuple[Pair, Choices | None]]:
         """The comparisons that the stored answers lead to. The last ones lack answers, unless all is answered."""
-        comparisons, verdicts = self.plan.comparisons(row, point), None
+        comparisons, verdicts = self.plan.comparisons(row, point, taken), None
         with suppress(StopIteration):
             while True:
                 pairs = comparisons.send(verdicts)
@@ -182,28 +190,29 @@ class Labeller:
 
         seen = Tally()
 
-        def look_at(steps: Iterable[tuple[Pair, Choices]]) -> None:
-            for pair, choices in steps:
-                seen.add(pair, choices)
-            if self.stop_early and 2 * seen.pairs >= EARLY and (fault := seen.fault()):
+        def look_at(pair: Pair, choices: Choices) -> None:
+            seen.add(pair, choices)
+            if self.stop_early and (fault := seen.early_fault()):
                 asking.stop(f"{fault}: mend its template or take another one; `stop_early: false` goes on with it")
 
-        async def ask_point(row: PreferenceRow, point: str) -> None:
-            steps = list(self._replay(row, point))
-            stored = [step for step in steps if step[1] is not None]
-            look_at(stored)
-            while missing := [pair for pair, choices in steps if choices is None]:
-                questions = [question for pair in missing for question in both_orders(row, pair, point)]
-                answers = await together(asking.answer(question) for question in questions)
-                choices = [answer.choice for answer in answers]
-                look_at(zip(missing, zip(choices[::2], choices[1::2], strict=True), strict=True))
-                steps = list(self._replay(row, point))
-            if len(stored) < len(steps):  # a sort may need fewer than were counted
-                bar.total -= 2 * (self.plan.most_comparisons(row) - len(steps))
+        async def ask_pair(row: PreferenceRow, pair: Pair, point: str) -> None:
+            answers = await together(map(asking.answer, both_orders(row, pair, point)))
+            look_at(pair, tuple(answer.choice for answer in answers))
 
-        async def ask_row(row: PreferenceRow) -> None:
+        async def ask_point(row: PreferenceRow, point: str, taken: int) -> None:
+            steps = list(self._replay(row, point, taken))
+            stored = [step for step in steps if step[1] is not None]
+            for step in stored:
+                look_at(*step)
+            while missing := [pair for pair, choices in steps if choices is None]:
+                await together(ask_pair(row, pair, point) for pair in missing)
+                steps = list(self._replay(row, point, taken))
+            if len(stored) < len(steps):  # a sort may need fewer than were counted
+                bar.total -= 2 * (self.plan.most_comparisons(row, taken) - len(steps))
+
+        async def ask_row(row: PreferenceRow, points: dict[str, int]) -> None:
             try:
-                await together(ask_point(row, point) for point in self.plan.points_of(row))
+                await together(ask_point(row, point, taken) for point, taken in points.items())
             except Stopped:
                 pass
             except Exception as error:
@@ -216,11 +225,11 @@ class Labeller:
             async with Asking(self.judge, self.answers, self.budget, answered) as asking:
                 with interrupts(asking):
                     rows = set()
-                    for row in self.rows():
+                    for row, points in self._planned(self.rows()):
                         await window.acquire()
                         if asking.stopped is not None:
                             break
-                        task = asyncio.create_task(ask_row(row))
+                        task = asyncio.create_task(ask_row(row, points))
                         rows.add(task)
                         task.add_done_callback(rows.discard)
                         await asyncio.sleep(0)  # rows whose answers are all stored wait for nothing
@@ -240,52 +249,19 @@ class Labeller:
     def labelled(self, report: Report) -> Iterator[PreferenceRow]:
         """
         The rows whose questions are all answered, with the labels on which both answers agree as `capability_pairs`; none is
-        inferred from others. What they come to is added to `report`, and the rows that are left out.
+        inferred from others. What was answered is added to `report`, that of the rows left out too, and how many these are.
         """
-        for row in self.rows():
-            steps = {point: list(self._replay(row, point)) for point in self.plan.points_of(row)}
-            if any(choices is None for of_point in steps.values() for _, choices in of_point):
-                report.incomplete += 1
-                continue
-            report.rows += 1
-            ranked, labels = set(row.pairs_of()), {}
-            for point, of_point in steps.items():
+        for row, points in self._planned(self.rows()):
+            ranked, labels, complete = set(row.pairs_of()), {}, True
+            for point, taken in points.items():
                 tally = report.points[row.task or "none", point]
-                decided = [(pair, tally.add(pair, choices, ranked)) for pair, choices in of_point]
-                labels[point] = [[better, sum(pair) - better] for pair, better in decided if better is not None]
-            labels = {point: pairs for point, pairs in labels.items() if pairs}
-            yield replace(row, capability_pairs={**row.capability_pairs, **labels})
-
-
-async def together(calls: Iterable[Awaitable[Result]]) -> list[Result]:
-    """The results of calls that run at once. If some fail, an error is raised when all have ended, [`Stopped`] the last."""
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    errors = [result for result in results if isinstance(result, BaseException)]
-    if errors:
-        raise min(errors, key=lambda error: isinstance(error, Stopped))
-    return results
-
-
-@contextmanager
-def interrupts(asking: Asking) -> Iterator[None]:
-    """The first Ctrl-C, or SIGTERM, stops asking and waits for the answers under way; the second does not wait."""
-    loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
-
-    def interrupted() -> None:
-        for number in signals:
-            loop.remove_signal_handler(number)
-        if asking.under_way:
-            tqdm.write(f"waiting for {asking.under_way} answers under way; Ctrl-C again leaves them", file=sys.stderr)
-        asking.stop("interrupted")
-
-    with suppress(
-        NotImplementedError, ValueError, RuntimeError
-    ):  # no handlers on Windows, nor outside the main thread
-        for number in signals:
-            loop.add_signal_handler(number, interrupted)
-    try:
-        yield
-    finally:
-        with suppress(NotImplementedError, ValueError, RuntimeError):
-            for number in signals:
-                loop.remove_signal_handler(number)
+                for pair, choices in self._replay(row, point, taken):
+                    if choices is None:
+                        complete = False
+                    elif (better := tally.add(pair, choices, ranked)) is not None:
+                        labels.setdefault(point, []).append([better, sum(pair) - better])
+            if complete:
+                report.rows += 1
+                yield replace(row, capability_pairs={**row.capability_pairs, **labels})
+            else:
+                report.incomplete += 1

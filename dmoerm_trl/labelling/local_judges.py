@@ -179,7 +179,8 @@ class RewardJudge(_ScoreJudge):
 
     Args:
         model (`str`): folder or hub name of a reward model, which is read by its own tokenizer and chat template.
-        max_length (`int`): tokens of prompt and response; older turns are cut.
+        max_length (`int`): tokens of prompt and response; older turns are cut. A question with a response that is too long by
+            itself has no choice, nor has one whose turns the chat template refuses.
         batch_size (`int`): questions to give to one call of `ask`.
         dtype (`str`): in which the model computes.
     """
@@ -190,17 +191,38 @@ class RewardJudge(_ScoreJudge):
             raise ValueError(f"got model={model!r}, need a reward model: judge by the kind 'function' instead.")
         self.batch_size = batch_size
         self.identity = {"kind": "reward_model", **source.settings()}
+        tokenizer = AutoTokenizer.from_pretrained(model)
         if source.is_standardised:
+            self._formatter = Formatter(tokenizer, max_length)
             dmoerm = AutoModelForSequenceClassification.from_pretrained(model, dtype=getattr(torch, dtype))
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            tokenizer = AutoTokenizer.from_pretrained(model)
-            self._rewards = TextRewards(dmoerm.to(device), Formatter(tokenizer, max_length))
+            self._rewards = TextRewards(dmoerm.to(device), self._formatter)
         else:
             self._rewards, self._scorer = None, source.load()
+            if tokenizer.pad_token_id is None:  # as the scorer does
+                tokenizer.pad_token = tokenizer.eos_token
+            self._formatter = Formatter(tokenizer, max_length)
+
+    def _answer(self, questions: Sequence[Question]) -> list[Answer]:
+        faults = [self._fault(question) for question in questions]
+        fitting = [question for question, fault in zip(questions, faults, strict=True) if fault is None]
+        answers = iter(super()._answer(fitting) if fitting else [])
+        return [next(answers) if fault is None else Answer(None, f"no answer: {fault}") for fault in faults]
+
+    def _fault(self, question: Question) -> str | None:
+        """Why a response cannot be put into tokens."""
+        try:
+            self._formatter.encode_responses(question.prompt, [question.first, question.second])
+        except ValueError as error:
+            return str(error)
+        return None
 
     def _score(self, texts: list[_Text]) -> list[float | None]:
-        if self._rewards is None:
-            return [float(self._scorer({"prompt": text.prompt}, [text.response])) for text in texts]
+        scores = self._one_reward(texts) if self._rewards is None else self._points(texts)
+        return [None if math.isnan(score) else score for score in scores]
+
+    def _points(self, texts: list[_Text]) -> list[float]:
+        """The rewards of a DMoERM, or its scores for the texts' points; NaN where a task lacks the point."""
         names = ["reward", *self._rewards.points]
         wanted = ["reward" if text.point is None else text.point for text in texts]
         if unknown := set(wanted) - set(names):
@@ -210,8 +232,19 @@ class RewardJudge(_ScoreJudge):
             )
         table = self._rewards.scores([text.prompt for text in texts], [text.response for text in texts])
         columns = torch.tensor([names.index(name) for name in wanted])
-        scores = table.gather(1, columns.unsqueeze(1)).squeeze(1)
-        return [None if math.isnan(score) else score for score in scores.tolist()]
+        return table.gather(1, columns.unsqueeze(1)).squeeze(1).tolist()
+
+    def _one_reward(self, texts: list[_Text]) -> list[float]:
+        """The rewards, the responses to a prompt together, each once whatever its points."""
+        groups: dict[str, list[_Text]] = {}
+        for text in texts:
+            groups.setdefault(repr(text.prompt), []).append(text)
+        rewards: dict[tuple[str, str], float] = {}
+        for key, group in groups.items():
+            responses = list(dict.fromkeys(text.response for text in group))
+            scores = self._scorer({"prompt": group[0].prompt}, responses).tolist()
+            rewards |= {(key, response): score for response, score in zip(responses, scores, strict=True)}
+        return [rewards[repr(text.prompt), text.response] for text in texts]
 
 
 class FunctionJudge(_ScoreJudge):
@@ -234,14 +267,20 @@ class FunctionJudge(_ScoreJudge):
             ) from error
         try:
             inspect.signature(self._function).bind(prompt=[], response="", point="", task="")
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # ValueError: of some that are built in
             raise ValueError(
                 f"{function}: {error}. It is called as function(prompt=, response=, point=, task=): give it `**_` for those "
                 "that it does not read."
             ) from error
+        try:
+            source = Path(inspect.getsourcefile(inspect.unwrap(self._function)))
+        except TypeError as error:  # of a partial, a callable object, a function that is built in
+            raise ValueError(
+                f"got function={function!r}, a {type(self._function).__name__} without a file of its own, need a function whose "
+                "file tells when it changes: call this one from a `def`."
+            ) from error
         self.batch_size, self._name = batch_size, function
-        source = inspect.getsourcefile(inspect.unwrap(self._function))
-        self.identity = {"kind": "function", "function": function, "sha256 of its file": file_digest([Path(source)])}
+        self.identity = {"kind": "function", "function": function, "sha256 of its file": file_digest([source])}
 
     def _score(self, texts: list[_Text]) -> list[float | None]:
         scores: list[Any] = [self._function(**text._asdict()) for text in texts]

@@ -68,7 +68,7 @@ class Plan:
         order (`str`, *optional*, defaults to `"all"`):
             `"all"` compares every pair of a row's responses, `"sort"` as many as it takes to sort them.
         max_pairs (`int`, *optional*):
-            The most pairs of a row at a point, with `"all"`.
+            The most pairs of a prompt at a point, with `"all"`. Of rows with the same prompt the first ones take them.
         seed (`int`, *optional*, defaults to 0):
             Draws the pairs, and the order of sorting.
         without_task (`str`, *optional*, defaults to `"raise"`):
@@ -123,19 +123,25 @@ class Plan:
         labelled = row.labelled_points
         return [point for point in self.wanted_points(row) if point not in labelled]
 
-    def comparisons(self, row: PreferenceRow, point: str) -> Comparisons:
-        """The comparisons of a row at a point. They depend on the row, the point and the seed alone."""
+    def comparisons(self, row: PreferenceRow, point: str, taken: int = 0) -> Comparisons:
+        """
+        The comparisons of a row at a point. They depend on the row, the point, the seed and `taken` alone: how many of the
+        `max_pairs` of the prompt the rows before it take.
+        """
         rng = random.Random(f"{self.seed} {row.prompt_id} {point}")
         distinct = distinct_responses(row)
-        return insertion_sort(distinct, rng) if self.order == "sort" else every_pair(distinct, rng, self.max_pairs)
+        return insertion_sort(distinct, rng) if self.order == "sort" else every_pair(distinct, rng, self._left(taken))
 
-    def most_comparisons(self, row: PreferenceRow) -> int:
+    def most_comparisons(self, row: PreferenceRow, taken: int = 0) -> int:
         """How many comparisons a point takes: exactly with `"all"`, at most with `"sort"`."""
         count = len(distinct_responses(row))
         if self.order == "sort":
             return insertion_bound(count)
         pairs = count * (count - 1) // 2
-        return pairs if self.max_pairs is None else min(pairs, self.max_pairs)
+        return pairs if self.max_pairs is None else min(pairs, self._left(taken))
+
+    def _left(self, taken: int) -> int | None:
+        return None if self.max_pairs is None else max(0, self.max_pairs - taken)
 
 
 def distinct_responses(row: PreferenceRow) -> list[int]:

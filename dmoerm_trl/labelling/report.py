@@ -79,6 +79,10 @@ class Tally:
             *(mine + yours for mine, yours in zip(asdict(self).values(), asdict(other).values(), strict=True))
         )
 
+    def early_fault(self) -> str | None:
+        """The [`fault`] if there are answers enough to stop at it."""
+        return self.fault() if 2 * self.pairs >= EARLY else None
+
     def fault(self) -> str | None:
         """What makes the answers worthless, with its numbers, if something surely does."""
         readable, second = self.readable_answers, self.readable_answers - self.answers_first
@@ -100,6 +104,7 @@ class Report:
     incomplete: int = 0
     """Rows that are not written because questions of theirs are not answered."""
     points: dict[tuple[str, str], Tally] = field(default_factory=lambda: defaultdict(Tally))
+    """Of all pairs with both answers, those of incomplete rows too."""
     spent: Spent = Spent(0, 0, 0)
     cost: float | None = None
     stopped: str | None = None
@@ -149,6 +154,7 @@ class Report:
                 "Each pair is asked about twice, with the positions swapped, and its label is kept where the answers agree.",
                 "First position: answers that name it, of the pairs whose answers can both be read; 50% is no bias. As ranked:",
                 "labels that order the pair as `ranks` does, of those that `ranks` orders. Unreadable: one answer or both.",
+                "Pairs of rows that are left out count as soon as both answers are there.",
                 "",
             ]
         )

@@ -21,6 +21,8 @@ BYTES_PER_TOKEN = 3
 _TRY_AGAIN = {408, 409, 425, 429}  # and all from 500 on
 _NO_MONEY = {"insufficient_quota", "billing_hard_limit_reached"}
 _THIS_QUESTION = {"context_length_exceeded", "content_filter"}
+_MAY_BE_THIS_QUESTION = {400, 413, 422}
+_MOST_REFUSED = 500  # more than the questions of one long prompt: 360 for nine responses at five points
 
 _SCHEMA = {
     "type": "object",
@@ -34,9 +36,11 @@ class ServerJudge:
     """
     Asks a language model by the chat completions of the OpenAI protocol; needs `pip install "dmoerm-trl[label]"`.
 
-    What may pass (429, 5xx, time-outs, dropped connections, broken replies) is tried again, after a time that doubles with
-    each retry and is drawn between its half and its whole, or after the server's Retry-After; a 429 holds back all requests. A
-    question that is too long for the model, or that the server's filter refuses, is answered without a choice.
+    What may pass (5xx, time-outs, dropped connections, broken replies) is tried again, after a time that doubles with each
+    retry and is drawn between its half and its whole, or after the server's Retry-After. A 429 holds back all requests, for a
+    time that doubles until the next answer comes. A question that is too long for the model, or that the server's filter
+    refuses, is answered without a choice; so is any that it refuses with status 400, 413 or 422 while it answers others, up
+    to 500 in a row.
 
     Args:
         base_url (`str`): such as `https://api.openai.com/v1` or `http://localhost:8000/v1`. It is not part of the judge's
@@ -51,18 +55,18 @@ class ServerJudge:
         max_tokens (`int`): of an answer. One that is cut off there is unreadable: models that reason first need more.
         extra_body (`Mapping`, *optional*): more fields of the request, such as
             `{"chat_template_kwargs": {"enable_thinking": false}}`; null leaves a field out, as in
-            `{"max_tokens": null, "max_completion_tokens": 16}`.
+            `{"max_tokens": null, "max_completion_tokens": 16}`; one of these two has to be there.
         concurrency (`int`): requests under way at once.
         requests_per_minute (`float`, *optional*), tokens_per_minute (`float`, *optional*): limits to keep to, evenly; tokens
             are those of [`estimate_tokens`].
         timeout (`float`): seconds to wait for a reply.
-        retries (`int`): of one question, after which the server counts as gone.
+        retries (`int`): of one question, after which the server counts as gone; of 429s, in a row without any answer.
         first_wait (`float`), longest_wait (`float`): seconds before the first retry, and the most before any: a
             server whose Retry-After says more counts as gone.
 
     Raises:
         ImportError: if the package `openai` is missing.
-        JudgeError: if the key is missing.
+        JudgeError: if the key is missing or cannot be sent.
         ValueError: if a setting is out of range.
     """
 
@@ -111,7 +115,14 @@ class ServerJudge:
             self._body["response_format"] = {"type": "json_schema", "json_schema": schema}
         self._body |= extra_body or {}
         self._body = {name: value for name, value in self._body.items() if value is not None}
-        self._longest_answer = self._body.get("max_completion_tokens", self._body.get("max_tokens", max_tokens))
+        self._longest_answer = longest = self._body.get("max_completion_tokens", self._body.get("max_tokens"))
+        limited = type(longest) is int and longest >= 1
+        _check(
+            "extra_body",
+            extra_body,
+            limited,
+            "a whole number as max_tokens or max_completion_tokens, for the estimates",
+        )
         self.samples = self._body.get("temperature") != 0
         self._seed = seed if self.samples else None
         self.identity = {"kind": "server", "template": self._template.digest, "seed": self._seed, **self._body}
@@ -119,7 +130,10 @@ class ServerJudge:
         self._client, self._options = _client(base_url, self._key, timeout)
         self._slots = asyncio.Semaphore(concurrency)
         self._requests, self._tokens = _Pace(requests_per_minute), _Pace(tokens_per_minute)
-        self._go_on_at = 0.0  # on the event loop's clock
+        self._go_on_at = self._counted_until = 0.0  # on the event loop's clock
+        self._pauses = 0  # in a row, since the last answer
+        self._may_refuse = 0  # questions, before the next answer: then it is no fault of theirs
+        self._under_way, self._one_ended = 0, asyncio.Event()
 
     def __repr__(self) -> str:
         return f"ServerJudge(base_url={self.base_url!r}, model={self.model!r})"
@@ -143,41 +157,80 @@ class ServerJudge:
         return math.ceil(size / BYTES_PER_TOKEN), self._longest_answer
 
     async def _answer(self, question: Question) -> Answer:
+        async with self._slots:
+            self._under_way += 1
+            try:
+                return await self._try(question)
+            finally:
+                self._under_way -= 1
+                self._one_ended.set()
+
+    async def _try(self, question: Question) -> Answer:
         messages = self._template.messages(question)
         body = {**self._body, "messages": messages}
         if self._seed is not None:
             body["seed"] = self._seed + question.round
-        tokens = sum(self._estimate(messages))
-        clock = asyncio.get_running_loop().time
-        async with self._slots:
-            for attempt in range(self._retries + 1):
-                while (pause := self._go_on_at - clock()) > 0:
-                    await asyncio.sleep(pause * random.uniform(1, 1.1))
-                await self._requests.take(1)
-                await self._tokens.take(tokens)
-                outcome = await self._request(body)
-                if isinstance(outcome, Answer):
-                    return outcome
-                if isinstance(outcome, JudgeError):
-                    raise outcome
-                wait = outcome.wait
-                if wait is None:
-                    wait = min(self._longest_wait, self._first_wait * 2**attempt) * random.uniform(0.5, 1)
-                if wait > self._longest_wait:
-                    raise JudgeError(
-                        f"{self.base_url}: got {outcome.reason}, with the order to wait {wait:.0f} s, need at most "
-                        f"longest_wait={self._longest_wait:g} s: go on later, or raise longest_wait."
-                    )
-                if outcome.for_all:
-                    self._go_on_at = max(self._go_on_at, clock() + wait)
-                elif attempt < self._retries:
-                    await asyncio.sleep(wait)
-        raise JudgeError(
-            f"{self.base_url}: got no answer to one question in {self._retries + 1} requests, the last time {outcome.reason}, "
-            "need a server that answers: see that it runs and go on later."
-        )
+        estimate = self._estimate(messages)
+        clock, failures = asyncio.get_running_loop().time, 0
+        while True:
+            while (pause := self._go_on_at - clock()) > 0:
+                await asyncio.sleep(pause * random.uniform(1, 1.1))
+            await self._requests.take(1)
+            await self._tokens.take(sum(estimate))
+            sent = clock()
+            outcome = await self._request(body, estimate)
+            if isinstance(outcome, Answer):
+                return outcome
+            if isinstance(outcome, JudgeError):
+                raise outcome
+            if outcome.for_all:
+                is_new = sent >= self._counted_until  # what was sent before or in a pause calls for no second one
+                self._pauses += is_new
+                tries, share = max(self._pauses, 1), 1.0
+                gone = (
+                    f"{outcome.reason}, {tries} times in a row and no answer in between, need one: keep to the server's limit "
+                    "by requests_per_minute or tokens_per_minute, or go on later."
+                )
+            else:
+                tries = failures = failures + 1
+                share = random.uniform(0.5, 1)
+                gone = (
+                    f"no answer to one question in {tries} requests, the last time {outcome.reason}, need a server that "
+                    "answers: see that it runs and go on later."
+                )
+            if tries > self._retries:
+                raise JudgeError(f"{self.base_url}: got {gone}")
+            wait = outcome.wait
+            if wait is None:
+                wait = min(self._longest_wait, self._first_wait * 2 ** (tries - 1)) * share
+            if wait > self._longest_wait:
+                raise JudgeError(
+                    f"{self.base_url}: got {outcome.reason}, with the order to wait {wait:.0f} s, need at most "
+                    f"longest_wait={self._longest_wait:g} s: go on later, or raise longest_wait."
+                )
+            if outcome.for_all:
+                end = clock() + wait
+                self._go_on_at = max(self._go_on_at, end)
+                self._counted_until = end if is_new else self._counted_until
+            else:
+                await asyncio.sleep(wait)
 
-    async def _request(self, body: dict[str, Any]) -> "Answer | _Later | JudgeError":
+    async def _refuses_all(self) -> bool:
+        """Whether a refusal is of any question, because none is answered: neither before, nor of those under way."""
+        self._under_way -= 1
+        self._one_ended.set()
+        try:
+            while self._under_way and not self._may_refuse:
+                self._one_ended.clear()
+                await self._one_ended.wait()
+        finally:
+            self._under_way += 1
+        if not self._may_refuse:
+            return True
+        self._may_refuse -= 1
+        return False
+
+    async def _request(self, body: dict[str, Any], estimate: tuple[int, int]) -> "Answer | _Later | JudgeError":
         """One request. What the client raises is not chained to what is raised here: it holds what the server echoed."""
         import openai
 
@@ -186,7 +239,8 @@ class ServerJudge:
         except openai.APIStatusError as error:
             status, headers, details = error.status_code, error.response.headers, error.body
             if not isinstance(details, dict):
-                details = {"message": error.message}
+                details = {}
+            message = self._redact(str(details.get("message") or error.message))[:300]
         except openai.APIConnectionError as error:  # time-outs are of this kind
             return _Later(self._redact(f"{error} ({type(error.__cause__ or error).__name__})"))
         except UnicodeEncodeError:
@@ -194,14 +248,15 @@ class ServerJudge:
         except ValueError:
             return _Later("broken JSON")
         else:
-            return self._read(reply)
+            return self._read(reply, estimate)
 
-        code, message = details.get("code"), self._redact(str(details.get("message")))[:300]
-        reason = f"status {status} ({message})"
+        code, reason = str(details.get("code")), f"status {status} ({message})"
         if code in _THIS_QUESTION or (status == 400 and "maximum context length" in message):
             return Answer(None, f"no answer: {reason}")
         if (status in _TRY_AGAIN or status >= 500) and code not in _NO_MONEY:
             return _Later(reason, _retry_after(headers), for_all=status == 429)
+        if status in _MAY_BE_THIS_QUESTION and not await self._refuses_all():
+            return Answer(None, f"no answer: {reason}")
         where = "name its environment variable in `api_key_env`"
         if self._api_key_env is not None:
             where = f"put it into the environment variable {self._api_key_env}"
@@ -217,15 +272,19 @@ class ServerJudge:
         )
         return JudgeError(f"{self.base_url}: got {reason}, {way}.")
 
-    def _read(self, reply: Any) -> "Answer | _Later":
+    def _read(self, reply: Any, estimate: tuple[int, int]) -> "Answer | _Later":
         try:
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             text = choice["message"].get("content") or choice["message"].get("refusal") or ""
+            if isinstance(text, list):
+                text = "".join(part["text"] for part in text if part["type"] == "text")
             whole = choice.get("finish_reason") != "length"
-            tokens = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+            names = ("prompt_tokens", "completion_tokens")
+            tokens = [int(usage.get(name) or most) for name, most in zip(names, estimate, strict=True)]
             read = read_choice(text, structured=self._structured) if whole else None
         except (AttributeError, LookupError, TypeError, ValueError):
-            return _Later(self._redact(f"what is no chat completion: {str(reply)[:200]!r}"))
+            return _Later(f"what is no chat completion: {self._redact(str(reply))[:200]!r}")
+        self._pauses, self._may_refuse = 0, _MOST_REFUSED
         return Answer(read, self._redact(text), *tokens)
 
     def _redact(self, text: str) -> str:
@@ -276,6 +335,11 @@ def _read_key(variable: str | None) -> str | None:
         raise JudgeError(
             f"got no key in the environment variable {variable}, need one because the server may ask for it: set it, name "
             "another variable in `api_key_env`, or set `api_key_env: null` for a server that wants none."
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise JudgeError(
+            f"got a key in the environment variable {variable} with a line break or a character outside ASCII, need one "
+            "without because it is sent in a header: copy it anew."
         )
     return key
 

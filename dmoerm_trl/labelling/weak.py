@@ -2,8 +2,11 @@
 Weak labels: what can be counted in a text, for those who want to try the method before they pay a judge.
 
 Each function is called as `function(prompt=..., response=...)` and returns a number, higher is better at the point. That is
-what a judge that is a Python function is (`dmoerm_trl.labelling.weak:readability`) and what best of n takes as a scorer;
+what best of n takes as a scorer; [`weak`] is all of them in one, the judge `dmoerm_trl.labelling.weak:weak`, and
 [`weak_ranks`] ranks all responses to a prompt. They need no model, no network and no further library.
+
+A judge is asked about two responses, and ties those whose numbers are equal. [`weak_ranks`] sees all responses of a row and
+ties those that are close on the scale of the row, so it says nothing of some pairs that the judge decides.
 
 They are proxies, and weak ones. A function sees the surface: text that imitates it gets the label, so do not optimise a
 policy against them. `content_richness` grows with length and `conciseness` falls with it: compare with the length-only row.
@@ -12,7 +15,9 @@ correctness, objectiveness, reasoning ability, depth and breadth of knowledge, c
 emotion expression, empathy ability, and what roleplay has of its own.
 
 Words are runs of letters and digits; in Chinese and Japanese, which do not part their words, each character counts as one.
-Text without a word is the worst at every point.
+Text without a word is the worst at every point. textstat and lexicalrichness would cover one of the eight points each, but part
+words at spaces, so a Chinese sentence is one word to them. textstat ends sentences at `.!?` alone and leaves out those of one or
+two words; lexicalrichness has no MATTR for a text shorter than the window, and brings SciPy, pandas and TextBlob.
 """
 
 import math
@@ -110,6 +115,23 @@ WEAK_POINTS: dict[str, Callable[..., float]] = {
 """Capability point -> its function. The first five are points of the paper's table 12, the others are this module's own."""
 
 
+def weak(*, prompt: Prompt, response: str, point: str | None, **_: Any) -> float:
+    """
+    The number of a response at a point, by its function.
+
+    Args:
+        point (`str`): one of [`WEAK_POINTS`].
+
+    Raises:
+        ValueError: for a point without a function.
+    """
+    if point not in WEAK_POINTS:
+        raise ValueError(
+            f"got the point {point!r}, need one of {list(WEAK_POINTS)}: no function can judge the others, ask a judge."
+        )
+    return WEAK_POINTS[point](prompt=prompt, response=response)
+
+
 def weak_ranks(prompt: Prompt, responses: Sequence[str], point: str, tolerance: float = 0.1) -> list[int]:
     """
     Ranks the responses to a prompt at a point, as a preference row takes them in `capability_ranks`.
@@ -126,11 +148,7 @@ def weak_ranks(prompt: Prompt, responses: Sequence[str], point: str, tolerance: 
     Raises:
         ValueError: for a point without a function.
     """
-    if point not in WEAK_POINTS:
-        raise ValueError(
-            f"got the point {point!r}, need one of {list(WEAK_POINTS)}: no function can judge the others, ask a judge."
-        )
-    scores = [WEAK_POINTS[point](prompt=prompt, response=response) for response in responses]
+    scores = [weak(prompt=prompt, response=response, point=point) for response in responses]
     margin = tolerance * float(np.std(scores))
     ranks = [0] * len(scores)
     lead, rank = math.inf, 0

@@ -1,6 +1,7 @@
 """`dmoerm eval --config recipe.yaml`: prints and saves the consistency table of a finished training."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from ..evaluation.methods import method_scores
 from ..evaluation.table import Table, consistency_table
 from ..labelling.budget import Budget
 from ..labelling.generative import generative_verdicts
-from ..labelling.judges import judge_from_config
+from ..labelling.judges import JudgeError, judge_from_config
 from ..tasks import slug
 from ..training.pipeline import Pipeline
 from ..training.recipe import Recipe
@@ -36,6 +37,9 @@ class EvalArguments:
     max_calls: int | None = field(
         default=None, metadata={"help": "The most answers of a judge, earlier ones included."}
     )
+    stop_early: bool = field(
+        default=True, metadata={"help": "Stop at a judge that nearly always names one position, or is unreadable."}
+    )
 
     def __post_init__(self):
         try:
@@ -52,6 +56,7 @@ def evaluate(
     judges: Mapping[str, Mapping[str, Any]] | None = None,
     max_rounds: int = 1,
     max_calls: int | None = None,
+    stop_early: bool = True,
 ) -> Table:
     """
     The consistency table of a finished training, saved as `consistency.md` and `consistency.json` in its folder.
@@ -61,11 +66,12 @@ def evaluate(
         judges (`Mapping`, *optional*): name of a row of the table -> a judge's settings, for the generative baseline of
             appendix B.3.3; see [`~dmoerm_trl.labelling.generative.generative_verdicts`]. Its answers lie in `judges/`, and
             none is asked for twice.
-        max_rounds (`int`), max_calls (`int`, *optional*): of each judge.
+        max_rounds (`int`), max_calls (`int`, *optional*), stop_early (`bool`): of each judge.
 
     Raises:
         FileNotFoundError: if the training is not finished.
-        JudgeError: if a judge could not be asked to the end; what it answered is there for the next time.
+        JudgeError: if a judge could not be asked to the end. The table without it is printed and saved by then, and what it
+            answered is there for the next time.
         ValueError: for a judge named as a method is, or with settings that it does not have.
     """
     if not run.finished:
@@ -79,22 +85,44 @@ def evaluate(
         evaluated, report = load_rows(rows, tasks=run.tasks, on_error=run.recipe.on_error)
         print(report)
     scores = method_scores(run, evaluated)
+
+    def saved() -> Table:
+        table = consistency_table(scores, evaluated, list(run.tasks.tasks), resamples=resamples)
+        table.save(run.root / "consistency")
+        return table
+
+    table = saved()
     if taken := [name for name in asked if name in scores]:
         raise ValueError(f"`judges`: got the names {taken}, which are methods of the table, need other ones.")
     for name, judge in asked.items():
+        print(f"before asking {name}:\n{table.to_markdown()}")  # all that there is if it fails
         answers = run.root / "judges" / f"{slug(name)}.sqlite"
         answers.parent.mkdir(exist_ok=True)
-        verdicts = generative_verdicts(
-            judge, evaluated, max_rounds=max_rounds, answers=answers, budget=Budget(max_calls)
-        )
+        try:
+            verdicts = generative_verdicts(
+                judge,
+                evaluated,
+                max_rounds=max_rounds,
+                answers=answers,
+                budget=Budget(max_calls),
+                stop_early=stop_early,
+            )
+        except JudgeError as error:
+            raise JudgeError(f"{name}: {error}") from error
         print(f"{name}: {verdicts}")
         scores[name] = verdicts.scores
-    table = consistency_table(scores, evaluated, list(run.tasks.tasks), resamples=resamples)
-    table.save(run.root / "consistency")
+        table = saved()
     return table
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = TrlParser((EvalArguments, Recipe), prog="dmoerm eval", description=__doc__)
     arguments, recipe = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
-    print(evaluate(Pipeline(recipe), **vars(arguments)).to_markdown())
+    run = Pipeline(recipe)
+    try:
+        print(evaluate(run, **vars(arguments)).to_markdown())
+    except JudgeError as error:
+        sys.exit(
+            f"stopped: {error}\n{run.root / 'consistency.md'} has the methods and the judges before this one. Every answer that "
+            "came is kept: run the same command to go on."
+        )

@@ -49,7 +49,7 @@ class LabelArguments:
     )
     order: str = field(default="all", metadata={"help": "'all' compares every pair of a row, 'sort' fewer."})
     max_pairs: int | None = field(
-        default=None, metadata={"help": "The most pairs of a row at a point, drawn by seed."}
+        default=None, metadata={"help": "The most pairs of a prompt at a point, drawn by seed."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the pairs that are drawn, and of the order of sorting."})
 
@@ -130,6 +130,8 @@ def label(arguments: LabelArguments) -> Report | None:
             return None
         stopped = labeller.ask(estimate.calls)
         report = labeller.write(folder / UNFINISHED)
+        if not report.incomplete:
+            answers.finish()
     if report.incomplete:
         report.stopped = stopped
     else:

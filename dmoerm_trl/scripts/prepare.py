@@ -3,12 +3,13 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import AutoTokenizer
 from trl import TrlParser
@@ -20,8 +21,8 @@ from ..data.prepare.preparation import Preparation
 from ..data.prepare.reading import open_set
 from ..data.prepare.sets import SETS
 from ..data.rows import write_rows
+from ..evaluation.scoring import route_encodings
 from ..modeling.modeling import DMoERMForSequenceClassification
-from ..rl.routes import routed_tasks
 from ..tasks import TaskTable
 
 
@@ -49,7 +50,12 @@ class PrepareArguments:
     )
 
     # Labels
-    tie_margin: float | None = field(default=None, metadata={"help": "Scores that differ by no more are ties; 0."})
+    tie_margin: float | None = field(
+        default=None,
+        metadata={
+            "help": "Scores that differ by no more are ties; 0. One number for overall scores and ratings alike."
+        },
+    )
     min_score_ratio: float | None = field(default=None, metadata={"help": "shp: the least score ratio to take; 1."})
     annotators_agree: bool | None = field(
         default=None, metadata={"help": "helpsteer3: only pairs whose annotators are all on one side."}
@@ -86,7 +92,9 @@ class PrepareArguments:
     tokenizer: str | None = field(default=None, metadata={"help": "Hub name or folder; counts tokens for the report."})
     router: str | None = field(
         default=None,
-        metadata={"help": "Hub name or folder of a DMoERM; counts the tasks by its router for the report."},
+        metadata={
+            "help": "Hub name or folder of a DMoERM: its router gives a task to the rows that have none; not with `task`."
+        },
     )
 
     def __post_init__(self):
@@ -104,6 +112,11 @@ class PrepareArguments:
             raise ValueError(
                 f"`split`: got {self.split} of the file {self.source}, need one because a file has one: give a folder, or "
                 "prepare each file and name the others in `against`."
+            )
+        if self.task is not None and self.router is not None:
+            raise ValueError(
+                f"got `task: {self.task}` and `router: {self.router}`, need one of them because each gives a task to the rows "
+                "without one: leave the other out."
             )
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"`max_rows`: got {self.max_rows}, need at least 1.")
@@ -144,8 +157,6 @@ def prepare(arguments: PrepareArguments) -> dict[str, PartAudit]:
         )
         rows = preparation.rows(dataset, audits[split], split=split, source=arguments.source)
         write_rows(islice(rows, arguments.max_rows), arguments.path(split))
-    if arguments.router is not None:
-        _count_routes(arguments, audits)
     table = preparation.table([task for audit in audits.values() for task in audit.tasks])
     if table is not None:
         tasks = {task: list(points) for task, points in table.tasks.items()}
@@ -157,6 +168,7 @@ def prepare(arguments: PrepareArguments) -> dict[str, PartAudit]:
 
 def _preparation(arguments: PrepareArguments) -> Preparation:
     tasks = None if arguments.tasks is None else TaskTable.load(arguments.tasks)
+    route = None if arguments.router is None else _router(arguments.router, tasks)
     preference_set, options = SETS[arguments.dataset], arguments.options
     if "tasks" in preference_set.options:
         options["tasks"] = tasks
@@ -167,6 +179,7 @@ def _preparation(arguments: PrepareArguments) -> Preparation:
         task=arguments.task,
         task_column=arguments.task_column,
         task_names=arguments.task_names,
+        route=route,
         points=arguments.points,
         where=arguments.where,
         drop_personal_data=arguments.drop_personal_data,
@@ -192,13 +205,26 @@ def _written(path: str | Path) -> Iterator[PreferenceRow]:
                 ) from error
 
 
-def _count_routes(arguments: PrepareArguments, audits: dict[str, PartAudit], batch: int = 1000) -> None:
-    model = DMoERMForSequenceClassification.from_pretrained(arguments.router)
-    formatter = Formatter(AutoTokenizer.from_pretrained(arguments.router), sys.maxsize)
-    for split, audit in audits.items():
-        prompts = (row.prompt for row in _written(arguments.path(split)))
-        while some := list(islice(prompts, batch)):
-            audit.routes.update(routed_tasks(model, some, formatter))
+def _router(source: str, table: TaskTable | None) -> Callable[[Sequence[list[dict]]], list[str]]:
+    """Prompts -> the task that the router of a DMoERM sends each to."""
+    model = DMoERMForSequenceClassification.from_pretrained(source)
+    tasks = list(model.config.tasks)
+    if table is not None and (unknown := [task for task in tasks if task not in table.tasks]):
+        raise ValueError(
+            f"`router`: got {source}, whose tasks {unknown} `tasks` does not have, need some of {list(table.tasks)} because "
+            "rows get them: give `tasks` the table that it was trained with."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    formatter = Formatter(tokenizer, tokenizer.model_max_length)
+    if model.model.router is not None:
+        model.model.router.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    def route(prompts: Sequence[list[dict]]) -> list[str]:
+        encodings = [formatter.encode(prompt, "") for prompt in prompts]
+        routes = route_encodings(model, encodings, pad_token_id=tokenizer.pad_token_id)
+        return [tasks[index] for index in routes.argmax(1).tolist()]
+
+    return route
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,12 +1,12 @@
 """
-What the phases, scoring and PPO take in memory, estimated from configurations alone: no weight is loaded.
+What the phases, scoring, best of n, PPO and GRPO take in memory, estimated from configurations alone: no weight is loaded.
 
 A decoder with a gated MLP is assumed, such as those of Qwen, Llama and Mistral. Left out: the interpreter, CUDA's context,
 fragmentation, and the buckets of communication. `tests/benchmarks/memory.py` puts the estimates beside measurements;
 recipes/SCALE.md has those of the recipes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -126,6 +126,11 @@ class Shape(NamedTuple):
     qk_norm: bool
     vocabulary: int
 
+    @property
+    def without_experts(self) -> "Shape":
+        """The same after phase 1."""
+        return self._replace(lora=0, heads=self.hidden + 1, aggregator=0, experts=0)
+
 
 def shape_of(config: DMoERMConfig) -> Shape:
     """
@@ -175,25 +180,36 @@ def shape_of(config: DMoERMConfig) -> Shape:
 # What is run.
 
 
-def phase1_memory(shape: Shape, run: Run) -> Memory:
-    """Full fine-tuning of a base."""
-    return model_states(shape.base + shape.heads, shape.largest, run)._replace(
+def phase1_memory(shape: Shape, run: Run, *, eval_tokens: int = 0) -> Memory:
+    """
+    Full fine-tuning of a base. With ZeRO each device has all of it at the end, in fp32, and normalises the rewards so.
+
+    Args:
+        eval_tokens (`int`): tokens of a batch while the rewards are normalised.
+    """
+    training = model_states(shape.base + shape.heads, shape.largest, run)._replace(
         activations=activation_bytes(shape, run, trained=True)
     )
+    if not run.zero:
+        return training
+    end = scoring_memory(shape.without_experts, Run(eval_tokens, "fp32", device=run.device))
+    return max(training, end._replace(host=training.host), key=lambda memory: memory.total)
 
 
 def phase2_memory(shape: Shape, run: Run) -> Memory:
     """
     LoRA and heads of k experts at once. The frozen base is there once; from the first layer with LoRA on, the step's tokens
-    are there k times.
+    are there k times. At the end of ZeRO-3 each device has the base whole, in bf16.
     """
     states = model_states(shape.lora + shape.heads, 0, run)
     base, host = _frozen(shape.base, shape, run)
-    return states._replace(
+    training = states._replace(
         weights=states.weights + base,
         activations=activation_bytes(shape, run, trained=False),
         host=states.host + host,
     )
+    whole = 2 * shape.base + 4 * (shape.lora + shape.heads) if run.zero == 3 else 0
+    return max(training, Memory(whole, host=training.host), key=lambda memory: memory.total)
 
 
 def phase3_memory(shape: Shape, run: Run) -> Memory:
@@ -223,30 +239,77 @@ def scoring_memory(shape: Shape, run: Run, *, tasks: int = 1, router: int = 0) -
     )
 
 
-def ppo_memory(shape: Shape, run: Run, *, rollout: int, response_length: int, tasks: int = 1) -> Memory:
+def sampling_memory(shape: Shape, run: Run, *, responses: int, length: int) -> Memory:
+    """
+    A frozen policy that writes with transformers: its weights, and keys and values of all tokens. Logits, of a token at a
+    time, are left out.
+
+    Args:
+        responses (`int`): written at a time.
+        length (`int`): tokens of a prompt and its response.
+    """
+    cache = 2 * run.product_bytes * shape.layers * shape.key_value * length
+    return Memory(FROZEN_BYTES[run.precision] * shape.policy, activations=responses * cache)
+
+
+def ppo_memory(
+    shape: Shape, run: Run, *, rollout: int, response_length: int, tasks: int = 1, router: int = 0
+) -> Memory:
     """
     TRL's PPO with policy and value model (both trained), reference and reward model (both frozen), all of one shape.
 
     Logits are fp32. Those of a rollout are there twice, because TRL puts its parts together; those of an update three times,
-    with their softmax and their gradient. Under ZeRO-3 policy and value model are whole during a rollout, and policy and
-    reference while the monitor samples.
+    with their softmax and their gradient. Under ZeRO-3 policy and value model are whole during a rollout, policy and
+    reference while the monitor samples, and one base while its task is scored, which is less.
 
     Args:
         run ([`Run`]): `tokens` are those of an update's micro-batch.
         rollout (`int`): responses that a device writes between two updates.
         response_length (`int`): tokens of each.
         tasks (`int`): tasks of the prompts: the bases of others are freed.
+        router (`int`): parameters of the router, which stays in fp32.
     """
     states = model_states(shape.policy + shape.base, shape.largest, run)
     reference, host = _frozen(shape.policy, shape, run)
     reward = scoring_memory(shape, run, tasks=tasks)
     row = 4 * shape.vocabulary
     update = 2 * activation_bytes(shape, run, trained=True) + 3 * run.tokens * row
-    whole = 2 * 2 * shape.policy if run.zero == 3 else 0
+    whole, gathered = (2 * 2 * shape.policy, 2 * shape.largest) if run.zero == 3 else (0, 0)
+    gate = 4 * router / (run.ranks if run.zero == 3 else 1)
     return states._replace(
-        weights=states.weights + reference + reward.weights,
+        weights=states.weights + reference + reward.weights - (tasks - 1) * gathered + gate,
         activations=max(update, whole + 2 * rollout * response_length * row),
         host=states.host + host + reward.host,
+    )
+
+
+def grpo_memory(
+    shape: Shape, run: Run, *, responses: int, length: int, tasks: int = 1, router: int = 0, eval_tokens: int = 0
+) -> Memory:
+    """
+    TRL's GRPO or RLOO with a policy (trained) and its reference under ZeRO-1 or 2, and the reward model whole on each device.
+    While the monitor measures, its own reference is there too.
+
+    Args:
+        run ([`Run`]): `tokens` are those of an update's micro-batch.
+        responses (`int`): that a device writes at a time.
+        length (`int`): tokens of a prompt and its response.
+        tasks (`int`), router (`int`): as of [`ppo_memory`]; the router is in the precision of the bases.
+        eval_tokens (`int`): tokens of a batch while the reward model scores.
+
+    Raises:
+        ValueError: under ZeRO-3, which would divide the policy and not the rest.
+    """
+    if run.zero == 3:
+        raise ValueError("got zero=3, need 0 to 2, because what is whole for how long under ZeRO-3 is not estimated.")
+    reference = FROZEN_BYTES[run.precision] * shape.policy
+    reward = scoring_memory(shape, replace(run, tokens=eval_tokens), tasks=tasks, router=router)
+    writing = sampling_memory(shape, run, responses=responses, length=length).activations
+    update = activation_bytes(shape, run, trained=True) + 3 * 4 * run.tokens * shape.vocabulary
+    states = model_states(shape.policy, shape.largest, run)
+    return states._replace(
+        weights=states.weights + reference + reward.weights,
+        activations=max(update, reference + max(writing, reward.activations)),
     )
 
 

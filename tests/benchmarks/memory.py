@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,10 +44,12 @@ from dmoerm_trl.training.memory import (  # noqa: E402
     Memory,
     Run,
     Shape,
+    grpo_memory,
     phase1_memory,
     phase2_memory,
     phase3_memory,
     ppo_memory,
+    sampling_memory,
     scoring_memory,
     shape_of,
 )
@@ -126,6 +129,9 @@ SIZES: dict[str, PreTrainedConfig] = {
 STEP = 4096
 """Tokens of a step: a prompt of 1,024 with four responses of 768, say."""
 
+EVAL = 16_384
+"""Tokens of a batch in scoring and in evaluation."""
+
 BF16 = {"precision": "bf16", "checkpointing": True}
 
 OFFLOADED = {"offload_optimizer": True, "offload_parameters": True}
@@ -143,28 +149,55 @@ PLANS: dict[str, tuple[str, dict[str, Any]]] = {
     "phase 2, 8 GPUs, ZeRO-3": ("phase2", {**BF16, "zero": 3, "ranks": 8}),
     "phase 2, 8-bit base": ("phase2", {"precision": "8bit", "checkpointing": True}),
     "phase 2, 4-bit base": ("phase2", {"precision": "4bit", "checkpointing": True}),
-    "phase 3": ("phase3", {"tokens": 16_384}),
-    "scoring, five tasks, fp32": ("scoring", {"precision": "fp32", "tokens": 16_384}),
-    "scoring, five tasks, bf16": ("scoring", {"precision": "bf16", "tokens": 16_384}),
-    "scoring, one task resident, bf16": ("scoring_one", {"precision": "bf16", "tokens": 16_384}),
-    "scoring, one task resident, 4-bit": ("scoring_one", {"precision": "4bit", "tokens": 16_384}),
+    "phase 3": ("phase3", {"tokens": EVAL}),
+    "scoring, five tasks, fp32": ("scoring", {"precision": "fp32", "tokens": EVAL}),
+    "scoring, five tasks, bf16": ("scoring", {"precision": "bf16", "tokens": EVAL}),
+    "scoring, one task resident, bf16": ("scoring_one", {"precision": "bf16", "tokens": EVAL}),
+    "scoring, one task resident, 4-bit": ("scoring_one", {"precision": "4bit", "tokens": EVAL}),
+    "scoring, a single reward model, bf16": ("scoring_single", {"precision": "bf16", "tokens": EVAL}),
+    "best of n, the policy writes 64 responses": ("writing_64", {"precision": "bf16"}),
+    "best of n, the policy writes 32 responses": ("writing_32", {"precision": "bf16"}),
     "PPO, 8 GPUs, ZeRO-2": ("ppo", {**BF16, "zero": 2, "ranks": 8}),
     "PPO, 8 GPUs, ZeRO-3": ("ppo", {**BF16, "zero": 3, "ranks": 8}),
     "PPO, 16 GPUs in two machines, ZeRO-3": ("ppo", {**BF16, "zero": 3, "ranks": 16, "machines": 2}),
+    "PPO, 8 GPUs, ZeRO-3, one task": ("ppo_one", {**BF16, "zero": 3, "ranks": 8}),
+    "GRPO, 8 GPUs, ZeRO-2": ("grpo", {**BF16, "zero": 2, "ranks": 8}),
+    "GRPO, 8 GPUs, ZeRO-2, optimizer offloaded": ("grpo", {**BF16, "zero": 2, "ranks": 8, "offload_optimizer": True}),
+    "GRPO, 8 GPUs, ZeRO-2, optimizer offloaded, one task": (
+        "grpo_one",
+        {**BF16, "zero": 2, "ranks": 8, "offload_optimizer": True},
+    ),
 }
-"""What of the recipes' sizes is estimated, as in `CASES`; experts are six."""
+"""What of the recipes' sizes is estimated, as in `CASES`; experts are six. Policies' prompts are of five tasks, or of one."""
 
 ROUTER = 600_000_000
 """Parameters of the recipes' routers, at most."""
 
+PPO = {"rollout": 4, "response_length": 1024}
+
+GRPO = {"responses": 8, "length": 2048, "eval_tokens": EVAL}
+
 ESTIMATES: dict[str, Callable[..., Memory]] = {
-    "phase1": phase1_memory,
+    "phase1": partial(phase1_memory, eval_tokens=EVAL),
     "phase2": phase2_memory,
     "phase3": phase3_memory,
-    "scoring": lambda shape, run: scoring_memory(shape, run, tasks=5, router=ROUTER),
-    "scoring_one": lambda shape, run: scoring_memory(shape, run, router=ROUTER),
-    "ppo": lambda shape, run: ppo_memory(shape, run, rollout=4, response_length=1024),
+    "scoring": partial(scoring_memory, tasks=5, router=ROUTER),
+    "scoring_one": partial(scoring_memory, router=ROUTER),
+    "scoring_single": lambda shape, run: scoring_memory(shape.without_experts, run),
+    "writing_64": partial(sampling_memory, responses=64, length=200 + 1024),
+    "writing_32": partial(sampling_memory, responses=32, length=200 + 1024),
+    "ppo": partial(ppo_memory, **PPO, tasks=5, router=ROUTER),
+    "ppo_one": partial(ppo_memory, **PPO),
+    "grpo": partial(grpo_memory, **GRPO, tasks=5, router=ROUTER),
+    "grpo_one": partial(grpo_memory, **GRPO),
 }
+
+LOADED: dict[str, Callable[[Shape], float]] = {
+    "train": lambda shape: shape.base,
+    "PPO, five tasks": lambda shape: 5 * (shape.base + shape.lora) + ROUTER + 2 * shape.policy + shape.base,
+    "PPO, one task": lambda shape: 2 * shape.base + shape.lora + 2 * shape.policy,
+}
+"""What is started -> parameters that each process loads in fp32 before they are divided, or put on its device."""
 
 
 # What is measured.
@@ -249,10 +282,15 @@ def estimate_of_case(case: str) -> Memory:
     return estimate(shape_of(config), Run(tokens, "fp32", device="cpu", **options))
 
 
+@cache
+def shape_of_size(size: str) -> Shape:
+    return shape_of(DMoERMConfig(SIZES[size], {TASK: [f"point {number}" for number in range(6)]}))
+
+
 def recipe_rows() -> Iterator[dict[str, Any]]:
     """The estimates of `PLANS`, and beside those under ZeRO what DeepSpeed's own estimator has of it."""
-    for size, config in tqdm(SIZES.items(), desc="estimating"):
-        shape = shape_of(DMoERMConfig(config, {TASK: [f"point {number}" for number in range(6)]}))
+    for size in tqdm(SIZES, desc="estimating"):
+        shape = shape_of_size(size)
         for plan, (what, options) in PLANS.items():
             run = Run(**{"tokens": STEP, **options})
             named = {"case": plan, "size": size}
@@ -269,6 +307,14 @@ def recipe_table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             [plan, *(f"{gib} ({host:.0f})" if host else gib for gib, host in zip(totals, hosts, strict=True))]
         )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def loaded_table() -> str:
+    """GB of a machine's memory for each process, in fp32, before anything is divided."""
+    lines = [["GB a process", *SIZES], ["---", *["---:"] * len(SIZES)]]
+    shapes = [shape_of_size(size) for size in SIZES]
+    lines += [[what, *(f"{4 * count(shape) / 1e9:.0f}" for shape in shapes)] for what, count in LOADED.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -309,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
         estimate, value = row["estimate_gib"], row["measured_gib"]
         print(f"{row['case']:30} {estimate:.3f} GiB, measured {value:.3f}, off by {estimate / value - 1:+.1%}")
     rows += recipe_rows()
-    print(recipe_table(rows))
+    print(recipe_table(rows), loaded_table(), sep="\n\n")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=2))

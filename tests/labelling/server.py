@@ -42,7 +42,8 @@ class Server:
             (a minute late), `"ok"`.
         fault_share (`float`): after those, the share of requests that are met with one of `kinds`.
         kinds (`Sequence[str]`): of the faults drawn.
-        key (`str`): the key to demand; what was given instead stands in the error.
+        edit (`Callable[[dict], dict]`): makes of a chat completion what is sent.
+        key (`str`): the key to demand; what was given instead stands in the error, and the key itself in those of `faults`.
         model (`str`): the one model that it knows.
         port (`int`): 0 takes any that is free.
     """
@@ -55,12 +56,14 @@ class Server:
         faults: Sequence[str] = (),
         fault_share: float = 0.0,
         kinds: Sequence[str] = ("429:0.01", "500", "broken", "drop", "half"),
+        edit: Callable[[dict[str, Any]], dict[str, Any]] = dict,
         key: str | None = None,
         model: str = "judge",
         port: int = 0,
     ):
         self.answer, self.latency, self.faults = answer, latency, deque(faults)
-        self.fault_share, self.kinds, self.key, self.model, self.port = fault_share, kinds, key, model, port
+        self.fault_share, self.kinds, self.edit = fault_share, kinds, edit
+        self.key, self.model, self.port = key, model, port
         self.asked: Counter[str] = Counter()
         """Text of a question -> requests for it, those included that failed."""
         self.answered: Counter[str] = Counter()
@@ -169,7 +172,8 @@ class Server:
             return _http(200, {"choices": []}), True
         status, _, code = fault.partition(" ")
         status, _, seconds = status.partition(":")
-        return _error(int(status), "try again", {"Retry-After": seconds} if seconds else {}, code or None), True
+        message = "try again" if self.key is None else f"try again with {self.key}"
+        return _error(int(status), message, {"Retry-After": seconds} if seconds else {}, code or None), True
 
     def _completion(self, content: dict, question: str, *, cut: bool) -> dict[str, Any]:
         if callable(self.answer):
@@ -183,7 +187,7 @@ class Server:
             text = self.answer
         message = {"role": "assistant", "content": text}
         usage = {"prompt_tokens": len(question.split()), "completion_tokens": len(text.split())}
-        return {
+        completion = {
             "id": "0",
             "object": "chat.completion",
             "created": 0,
@@ -191,6 +195,7 @@ class Server:
             "choices": [{"index": 0, "message": message, "finish_reason": "length" if cut else "stop"}],
             "usage": usage | {"total_tokens": sum(usage.values())},
         }
+        return self.edit(completion)
 
 
 def _http(status: int, content: Any, headers: dict[str, str] | None = None, kind: str = "application/json") -> bytes:

@@ -80,11 +80,27 @@ def test_unreadable_answers_are_asked_for_again_on_request_and_stay_on_record(pa
         assert store.spent == Spent(3, 15, 15)
 
 
-def test_keys_are_counted_once_until_the_counting_starts_anew(path):
+def test_a_restart_does_not_ask_anew_for_what_was_asked_again(path):
     with AnswerStore(path, IDENTITY) as store:
-        assert [store.count_once(key) for key in (b"a", b"b", b"a")] == [True, True, False]
+        key = store.key(QUESTION)
+        store.add(key, Answer(None, "well"))
+    with AnswerStore(path, IDENTITY, forget_unreadable=True) as store:
+        store.add(key, Answer(None, "hm"))
+    with AnswerStore(path, IDENTITY, forget_unreadable=True) as store:
+        assert store.get(key).text == "hm"
+        store.finish()
+    with AnswerStore(path, IDENTITY, forget_unreadable=True) as store:
+        assert store.get(key) is None
+    with AnswerStore(path, IDENTITY) as store:
+        assert store.get(key).text == "hm"
+
+
+def test_keys_are_counted_until_the_counting_starts_anew(path):
+    with AnswerStore(path, IDENTITY) as store:
+        assert [store.count(key) for key in (b"a", b"b", b"a")] == [0, 0, 1]
+        assert [store.count(b"c", 5), store.count(b"c", 2), store.count(b"c")] == [0, 5, 7]
         store.start_counting()
-        assert store.count_once(b"a")
+        assert store.count(b"a") == 0
 
 
 def test_a_file_that_another_process_uses_is_an_error(path):

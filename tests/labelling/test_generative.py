@@ -1,9 +1,12 @@
 """The generative baseline: a judge as a row of the consistency table."""
 
+import signal
+
 import pytest
 from scripted import ScriptedJudge, longer, row
 
 from dmoerm_trl.evaluation.table import consistency_table
+from dmoerm_trl.labelling.answers import AnswerStore
 from dmoerm_trl.labelling.generative import generative_verdicts
 from dmoerm_trl.labelling.judges import JudgeError, Question, judge_from_config
 
@@ -27,14 +30,14 @@ def test_pairs_won_are_the_scores():
 def test_a_pair_on_which_the_orders_disagree_is_half_a_win():
     verdicts = generative_verdicts(SamplingJudge(first), [row("aaa", "a"), row("a", "aa", "aaa")])
     assert verdicts.scores == [[0.5, 0.5], [1, 1, 1]]
-    assert str(verdicts) == "4 pairs, 4 of them undecided"
+    assert str(verdicts) == "4 pairs, 4 of them undecided; 8 answers, 0 unreadable"
 
 
 def test_what_cannot_be_read_is_undecided():
-    verdicts = generative_verdicts(
-        SamplingJudge(lambda question: 1 if question.first == "a" else None), [row("a", "b")]
-    )
+    judge = SamplingJudge(lambda question: 1 if question.first == "a" else None)
+    verdicts = generative_verdicts(judge, [row("a", "b")], max_rounds=3)
     assert verdicts.scores == [[0.5, 0.5]]
+    assert (verdicts.answers, verdicts.unreadable) == (6, 3)
 
 
 def test_the_table_takes_the_scores_as_a_method():
@@ -70,18 +73,62 @@ def test_rounds_need_a_judge_that_may_answer_otherwise():
         generative_verdicts(ScriptedJudge(longer), [row("aaa", "a")], max_rounds=2)
 
 
-def test_a_file_of_answers_is_gone_on_from(tmp_path):
-    rows = [row("a" * count, "a", prompt=f"{count}?") for count in range(2, 22)]
+class FaltersOnce(SamplingJudge):
+    """Takes its time, for each question more, but at the sixth says at once that it is gone, or has Ctrl-C pressed."""
 
-    def gone(question: Question) -> int | Exception:
-        return JudgeError("server gone") if question.prompt[0]["content"] == "12?" else longer(question)
+    closed = False
 
-    before, after = SamplingJudge(gone), SamplingJudge(longer)
-    with pytest.raises(JudgeError, match=r"server gone\. \d+ of 20 rows are judged"):
-        generative_verdicts(before, rows, answers=tmp_path / "answers.sqlite")
-    verdicts = generative_verdicts(after, rows, answers=tmp_path / "answers.sqlite")
-    assert verdicts.scores == [[1, 0]] * 20
-    assert 0 < len(after.asked) < 40
+    def __init__(self, interrupted: bool):
+        super().__init__(concurrency=6)
+        self.interrupted = interrupted
+
+    async def ask(self, questions):
+        if len(self.asked) == 5:
+            if not self.interrupted:
+                raise JudgeError("server gone.")
+            signal.raise_signal(signal.SIGINT)
+        self.seconds += 0.1
+        return await super().ask(questions)
+
+    async def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize("interrupted, says", [(False, "server gone"), (True, "interrupted")])
+@pytest.mark.parametrize("responses, questions", [(2, 2), (9, 72)])
+def test_whatever_stops_it_no_answer_is_paid_for_twice(responses, questions, interrupted, says, tmp_path):
+    rows = [row(*("a" * length for length in range(responses, 0, -1)), prompt=f"{n}?") for n in range(4)]
+    before, after, path = FaltersOnce(interrupted), SamplingJudge(longer), tmp_path / "answers.sqlite"
+    with pytest.raises(JudgeError, match=rf"^{says}\. \d+ of 4 rows are judged\.$"):
+        generative_verdicts(before, rows, answers=path)
+    assert before.closed
+    with AnswerStore(path, before.identity) as store:
+        assert 5 <= store.spent.calls == len(before.asked) <= 6
+    verdicts = generative_verdicts(after, rows, answers=path)
+    assert verdicts.scores == [[*range(responses - 1, -1, -1)]] * 4
+    assert len(before.asked) + len(after.asked) == 4 * questions == verdicts.answers
+
+
+@pytest.mark.parametrize(
+    "choice, says", [(1, "names the first response"), (2, "names the second"), (None, "cannot be read")]
+)
+def test_a_judge_that_always_says_the_same_is_found_out_early(choice, says):
+    rows = [row("aaa", "a", prompt=f"{number}?") for number in range(200)]
+    judge = SamplingJudge(lambda question: choice)
+    with pytest.raises(JudgeError, match=f"{says}.*`stop_early: false` goes on"):
+        generative_verdicts(judge, rows, max_rounds=5)
+    assert len(judge.asked) <= 100
+    goes_on = SamplingJudge(lambda question: choice)
+    verdicts = generative_verdicts(goes_on, rows, max_rounds=5, stop_early=False)
+    assert len(goes_on.asked) == 2000
+    assert "Warning: the judge" in str(verdicts) and says in verdicts.fault
+
+
+def test_rounds_about_hard_pairs_do_not_make_a_fair_judge_look_biased():
+    """Of 100 pairs 30 are close: the first is named in 70 + 600 * 2 of 1340 answers, but in 65% of those of the first round."""
+    rows = [row("aaa", "a" if number % 10 < 7 else "bbb", prompt=f"{number}?") for number in range(100)]
+    verdicts = generative_verdicts(SamplingJudge(lambda question: longer(question) or 1), rows, max_rounds=20)
+    assert (verdicts.undecided, verdicts.answers, verdicts.fault) == (30, 1340, None)
 
 
 @pytest.mark.parametrize("example", [None, "en"])

@@ -25,7 +25,7 @@ def make(server, **settings) -> Judge:
 def ask(judge: Judge, *questions: Question) -> list[Answer]:
     async def run() -> list[Answer]:
         try:
-            return await judge.ask(questions)
+            return await asyncio.wait_for(judge.ask(questions), 60)
         finally:
             await judge.close()
 
@@ -72,6 +72,33 @@ def test_the_request_is_what_the_recipe_says(serve):
     expected = {"model": "judge", "temperature": 0.5, "seed": 9, "max_completion_tokens": 9, "top_p": 0.5}
     assert {name: request.get(name) for name in expected} == expected and "max_tokens" not in request
     assert judge.samples
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": 0, "completion_tokens": 0}])
+def test_an_answer_whose_tokens_the_server_does_not_count_has_those_of_the_estimate(serve, usage):
+    judge = make(serve(edit=lambda reply: reply | {"usage": usage}), max_tokens=5)
+    (answer,) = ask(judge, question())
+    assert answer == (1, "1", *judge.estimate_tokens(question())) and answer.prompt_tokens > 50
+
+
+@pytest.mark.parametrize(
+    ("parts", "answer"),
+    [
+        (
+            [
+                {"type": "thinking", "thinking": "2?"},
+                {"type": "text", "text": "Answer: "},
+                {"type": "text", "text": "1"},
+            ],
+            (1, "Answer: 1"),
+        ),
+        ([{"type": "image_url", "image_url": {"url": "x"}}], (None, "")),
+    ],
+)
+def test_an_answer_in_parts_is_read_by_its_text(serve, parts, answer):
+    server = serve(edit=lambda reply: reply | {"choices": [{"message": {"content": parts}}]})
+    assert ask(make(server), question())[0][:2] == answer
+    assert sum(server.asked.values()) == 1
 
 
 def test_no_more_requests_at_once_than_the_recipe_allows(serve):
@@ -160,6 +187,34 @@ def test_other_requests_wait_too_after_429(serve):
     assert len(rest) == 2 and min(rest) - first >= 1
 
 
+def test_a_limit_below_the_concurrency_is_no_fault(serve):
+    """Each answer is followed by five 429s: more in all than one question's or all questions' retries."""
+    server = serve(faults=["ok", *["429"] * 5] * 20)
+    judge = make(server, concurrency=8, retries=5, longest_wait=0.05)
+    answers = ask(judge, *(question(number) for number in range(20)))
+    assert [answer.choice for answer in answers] == [1] * 20
+    assert sum(server.asked.values()) > 20 + 5 * 10
+
+
+def test_many_429s_at_once_are_one_pause(serve):
+    """Eight of them: counted one by one the second wait would be of 0.05 s * 2^8, and the retries would not do."""
+    server = serve(faults=["429"] * 8 + ["ok"] * 8, latency=0.1)
+    judge = make(server, concurrency=8, first_wait=0.05, retries=1)
+    assert [a.choice for a in ask(judge, *(question(number) for number in range(8)))] == [1] * 8
+
+
+@pytest.mark.parametrize("fault", ["429", "429:0", "429:0.02"])
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_a_server_that_says_429_alone_counts_as_gone(serve, fault, concurrency):
+    server = serve(fault_share=1, kinds=[fault], latency=0.005)
+    questions = [question(number) for number in range(concurrency)]
+    with pytest.raises(
+        JudgeError, match="status 429 .*, 4 times in a row and no answer .*requests_per_minute .*go on later"
+    ):
+        ask(make(server, retries=3, concurrency=concurrency), *questions)
+    assert 4 <= sum(server.asked.values()) <= 5 * concurrency
+
+
 def test_a_server_that_asks_for_a_long_wait_counts_as_gone(serve):
     with pytest.raises(
         JudgeError, match="status 429 .*order to wait 3600 s, need at most longest_wait=300 s: go on later"
@@ -170,7 +225,7 @@ def test_a_server_that_asks_for_a_long_wait_counts_as_gone(serve):
 # Failures that do not
 
 
-@pytest.mark.parametrize("fault", ["500", "drop", "broken", "429:0"])
+@pytest.mark.parametrize("fault", ["500", "drop", "broken"])
 def test_after_the_last_retry_the_server_counts_as_gone(serve, fault):
     server = serve(faults=[fault] * 10)
     with pytest.raises(
@@ -223,6 +278,38 @@ def test_a_question_that_the_server_refuses_is_no_choice(serve, code):
     assert answered.choice == 1
 
 
+@pytest.mark.parametrize("status", ["400", "413", "422"])
+def test_after_an_answer_a_refusal_is_of_its_question_alone(serve, monkeypatch, status):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    server = serve(faults=["ok", status, "ok"], key=KEY)
+    judge = make(server, concurrency=1, api_key_env="JUDGE_KEY")
+    first, refused, last = ask(judge, *(question(number) for number in range(3)))
+    assert (first.choice, refused.choice, last.choice) == (1, None, 1)
+    assert refused.text == f"no answer: status {status} (try again with [key])"
+    assert sum(server.asked.values()) == 3
+
+
+def test_a_refusal_waits_for_the_first_answer_to_others(serve):
+    """A restart begins with the question that was refused: it must not end there again."""
+    server = serve(faults=["400", "500"], latency=0.02)
+    answers = ask(make(server, concurrency=3), *(question(number) for number in range(3)))
+    assert sorted(str(answer.choice) for answer in answers) == ["1", "1", "None"]
+
+
+def test_refusals_of_all_are_an_error_at_once(serve):
+    server = serve(fault_share=1, kinds=["400"], latency=0.02)
+    with pytest.raises(JudgeError, match="status 400 .*need a request that it takes"):
+        ask(make(server, concurrency=4), *(question(number) for number in range(20)))
+    assert len(server.asked) <= 8
+
+
+def test_a_server_that_begins_to_refuse_all_is_an_error(serve):
+    server = serve(faults=["ok"], fault_share=1, kinds=["400"])
+    with pytest.raises(JudgeError, match="status 400"):
+        ask(make(server, concurrency=1), *(question(number) for number in range(600)))
+    assert 500 < len(server.asked) < 510
+
+
 def test_an_account_without_money_is_not_tried_again(serve):
     server = serve(faults=["429 insufficient_quota"])
     with pytest.raises(JudgeError, match="status 429 .*need an account that can pay"):
@@ -272,6 +359,23 @@ def test_an_error_does_not_tell_the_key_that_a_server_echoes(serve, monkeypatch,
         told += repr(error)
         error = error.__cause__ or error.__context__
     assert KEY not in told + caplog.text
+
+
+@pytest.mark.parametrize("padding", range(150, 200, 7))
+def test_no_part_of_a_key_is_told_where_a_reply_is_cut(serve, monkeypatch, padding):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with pytest.raises(JudgeError, match="what is no chat completion") as caught:
+        server = serve(edit=lambda reply: {"x": "y" * padding + KEY})
+        ask(make(server, api_key_env="JUDGE_KEY", retries=0), question())
+    assert KEY[:5] not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["sk-ключ-0123", "sk-one\nsk-two", "sk\u2013secret"])
+def test_a_key_that_cannot_be_sent_is_told_before_anything_is_asked(monkeypatch, key):
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with pytest.raises(JudgeError, match="environment variable JUDGE_KEY .*outside ASCII.*copy it anew") as caught:
+        make("http://localhost/v1", api_key_env="JUDGE_KEY")
+    assert key not in str(caught.value) and "secret" not in str(caught.value)
 
 
 def test_a_server_without_a_key_is_not_sent_one(serve, monkeypatch):
@@ -348,6 +452,14 @@ def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=f"got {next(iter(settings))}=") as caught:
         make("http://x/v1", **settings)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("body", [{"max_tokens": None}, {"max_tokens": "16"}, {"max_completion_tokens": 0}])
+def test_an_answer_without_a_limit_is_refused(body):
+    with pytest.raises(
+        ValueError, match="got extra_body=.*need a whole number as max_tokens or max_completion_tokens"
+    ):
+        make("http://x/v1", extra_body=body)
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):

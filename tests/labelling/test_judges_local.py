@@ -13,6 +13,8 @@ from dmoerm_trl.labelling.template import Template
 from dmoerm_trl.rl.reward_functions import TextRewards
 
 FUNCTIONS = """
+import functools
+
 calls = []
 
 def longer(*, prompt, response, point, task):
@@ -27,6 +29,13 @@ def broken(response, **_):
 
 def picky(response):
     return 0
+
+class Longer:
+    def __call__(self, response, **_):
+        return len(response)
+
+instance = Longer()
+partial = functools.partial(longer)
 """
 
 
@@ -83,6 +92,9 @@ def test_a_score_that_is_no_number_ends_the_asking(functions):
     [
         ("no_such_module:f", "need an importable module:function"),
         ("math:no_such_function", "need an importable module:function"),
+        ("{functions}:instance", "a Longer without a file of its own, need a function"),
+        ("{functions}:partial", "a partial without a file of its own, need a function .*call this one from a `def`"),
+        ("builtins:max", "It is called as function"),
         ("{functions}:picky", "It is called as function.prompt=, response=, point=, task=.: give it"),
     ],
 )
@@ -141,6 +153,41 @@ def test_any_reward_model_judges_by_its_one_reward(tokenizer, saved):
     best = 1 if scores[0] > scores[1] else 2
     answers = ask(judge, question(), question(*RESPONSES[1::-1]), question(point=None))
     assert [answer.choice for answer in answers] == [best, 3 - best, best]
+
+
+@pytest.mark.parametrize("kind", ["dmoerm", "plain"])
+def test_a_response_that_is_too_long_for_a_reward_model_is_no_choice(kind, dmoerm, tokenizer, saved):
+    model = dmoerm if kind == "dmoerm" else make_value_model(tokenizer)
+    judge = judge_from_config({"kind": "reward_model", "model": saved(model), "max_length": 100})
+    long, fits = question("word " * 100, "short"), question()
+    for asked in ([long, fits], [long]):
+        refused, *others = ask(judge, *asked)
+        assert refused.choice is None and refused.text.startswith("no answer: got a response of ")
+        assert "exceeds max_length=100" in refused.text
+        assert [answer.choice for answer in others] == [answer.choice for answer in ask(judge, *asked[1:])]
+    assert ask(judge, fits)[0].choice in (1, 2)
+
+
+def test_responses_to_one_prompt_share_the_batches_of_a_reward_model(tokenizer, saved, monkeypatch):
+    model = make_value_model(tokenizer).eval()
+    judge = judge_from_config({"kind": "reward_model", "model": saved(model), "max_length": 256})
+    sizes = []
+    forward = type(model).forward
+    monkeypatch.setattr(
+        type(model), "forward", lambda self, ids, **more: sizes.append(len(ids)) or forward(self, ids, **more)
+    )
+    orders = [(0, 1), (1, 2), (2, 0)]
+    asked = [
+        question(RESPONSES[i], RESPONSES[j], task=task, point=point)
+        for task in ("maths", "chitchat")
+        for i, j in orders
+        for point in ("logic", None)
+    ]
+    answers = ask(judge, *asked)
+    assert sizes == [3, 3]  # three responses to each of two prompts
+    alone = [ask(judge, one)[0] for one in asked]
+    assert [answer.choice for answer in answers] == [answer.choice for answer in alone]
+    assert len({answer.text for answer in answers}) == 6
 
 
 def test_a_program_is_no_reward_model():

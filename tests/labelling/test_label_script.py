@@ -134,6 +134,19 @@ def test_a_judge_that_always_says_one_is_stopped_and_can_be_told_to_go_on(serve,
     assert labelled(tmp_path) == ROWS
 
 
+def test_asking_again_goes_on_where_it_was_until_all_is_asked_again(serve, recipe, tmp_path):
+    server = serve("nonsense")
+    command = ["label", "--config", recipe(server.url, stop_early=False)]
+    main(command)
+    command += ["--ask_again_unreadable", "true", "--max_calls"]
+    with pytest.raises(SystemExit, match="raise it to go on"):
+        main([*command, str(QUESTIONS + 50)])
+    assert main([*command, "10000"]) == 0
+    assert {*server.asked.values()} == {2} and stored(tmp_path) == 2 * QUESTIONS
+    assert main([*command, "10000"]) == 0
+    assert {*server.asked.values()} == {3}
+
+
 # What goes wrong.
 
 

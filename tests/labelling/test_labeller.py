@@ -117,6 +117,39 @@ def test_a_judge_that_is_not_transitive_is_written_down_as_it_is(tmp_path):
     assert labelled.capability_pairs == {"correctness": [[0, 1], [2, 0], [1, 2]]}
 
 
+def test_what_a_stopped_run_paid_for_is_reported(tmp_path):
+    """Ten of the twelve questions of a row: the five pairs are in the report, though the row is not written."""
+    labelling = labeller([row("aaaa", "bb", "c", "ddd")], ScriptedJudge(concurrency=1), budget=Budget(max_calls=10))
+    labelling.ask()
+    rows, report = written(labelling, tmp_path)
+    assert (rows, report.rows, report.incomplete) == ([], 0, 1)
+    assert report.total.pairs == report.total.agreed == 5
+
+
+# At most so many pairs of a prompt.
+
+OF_ONE_PROMPT = [row("aa", "b"), row("aa", "c"), row("b", "ccc", "dddd", task="others"), row("eee", "ff")]
+
+
+@pytest.mark.parametrize(
+    "limit, pairs",  # of the rows at correctness, of the third at logic and readability: the first rows take the pairs
+    [(1, [1, 0, 2, 0]), (2, [1, 1, 4, 0]), (3, [1, 1, 6, 1]), (9, [1, 1, 6, 1])],
+)
+def test_max_pairs_counts_by_prompt_and_point(limit, pairs, tmp_path):
+    judge = ScriptedJudge()
+    rows = [*OF_ONE_PROMPT, row("aa", "b", prompt="And how many?")]
+    labelling = labeller(rows, judge, max_pairs=limit, path=tmp_path / "a.sqlite", budget=Budget(max_calls=3))
+    assert labelling.estimate().calls == 2 * (sum(pairs) + 1)
+    labelling.ask()
+    labelling.answers.close()
+    labelling = labeller(rows, judge, max_pairs=limit, path=tmp_path / "a.sqlite")
+    labelling.ask()
+    assert len(judge.asked) == 2 * (sum(pairs) + 1)
+    labelled, report = written(labelling, tmp_path)
+    assert [sum(map(len, row.capability_pairs.values())) for row in labelled] == [*pairs, 1]
+    assert report.incomplete == 0
+
+
 # Sorting.
 
 
@@ -269,6 +302,13 @@ def test_a_judge_that_always_says_the_same_is_found_out_early(choice, says, orde
     goes_on = ScriptedJudge(lambda question: choice)
     assert labeller(MANY, goes_on, order=order).ask() is None
     assert len(goes_on.asked) == 600
+
+
+def test_a_biased_judge_is_found_out_within_one_row():
+    judge = ScriptedJudge(lambda question: 1, seconds=0.002)
+    labelling = labeller([row(*("x" * length for length in range(1, 13)))], judge, stop_early=True)
+    assert "names the first response, whatever it is, in 50 of 50 answers" in labelling.ask()
+    assert len(judge.asked) <= 50 + 2 * judge.concurrency
 
 
 def test_a_biased_judge_is_found_out_before_anything_is_asked_again(tmp_path):

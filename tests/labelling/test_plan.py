@@ -145,6 +145,13 @@ def test_the_most_comparisons_of_a_row(settings, most):
     assert len(made(plan.comparisons(row(*"abcdef"), "logic"), min)) <= most
 
 
+def test_what_rows_before_took_of_a_prompts_pairs_is_not_drawn_again():
+    plan, six = Plan(TASKS, max_pairs=4), row(*"abcdef")
+    for taken, most in ((0, 4), (3, 1), (4, 0), (7, 0)):
+        assert plan.most_comparisons(six, taken) == most == len(made(plan.comparisons(six, "logic", taken), min))
+    assert Plan(TASKS).most_comparisons(six, 7) == 15
+
+
 def test_both_orders_of_a_question_and_what_they_agree_on():
     first, swapped = both_orders(row("a", "b", "c"), (0, 2), "logic")
     assert (first.first, first.second, swapped.first, swapped.second) == ("a", "c", "c", "a")

@@ -57,6 +57,12 @@ def test_a_judge_without_worth_is_told_from_chance(choices, says):
     assert fault is None if says is None else says in fault
 
 
+def test_a_fault_is_early_when_there_are_fifty_answers():
+    assert [tally([(None, 1)] * pairs).early_fault() is None for pairs in (24, 36)] == [True, False]
+    assert [tally([(1, 1)] * pairs).early_fault() is None for pairs in (24, 25)] == [True, False]
+    assert tally([(1, 1)] * 24).fault() is not None
+
+
 @pytest.fixture
 def report() -> Report:
     result = Report(rows=9, incomplete=1, spent=Spent(4321, 123_456, 4321), cost=1.5, stopped="interrupted")

@@ -1,5 +1,6 @@
 """Weak labels: the better text wins at each point, any text gets a number, and ranks keep ties within the tolerance."""
 
+import asyncio
 import math
 from pathlib import Path
 
@@ -8,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl import TrlParser
 
-from dmoerm_trl.labelling.weak import WEAK_POINTS, weak_ranks
+from dmoerm_trl.labelling.judges import Question, judge_from_config
+from dmoerm_trl.labelling.weak import WEAK_POINTS, weak, weak_ranks
 from dmoerm_trl.tasks import TaskTable
 from dmoerm_trl.training.recipe import Recipe
 
@@ -140,9 +142,22 @@ def test_scores_within_the_tolerance_tie():
     assert weak_ranks("", responses, "conciseness", tolerance=1.3) == [1, 1, 1, 4]  # 1/20 is too far from the best
 
 
-def test_a_point_without_a_function_is_an_error():
-    with pytest.raises(ValueError, match="got the point 'logic', need one of .*readability.* ask a judge"):
-        weak_ranks("", ["a", "b"], "logic")
+@pytest.mark.parametrize("point", ["logic", None])
+def test_a_point_without_a_function_is_an_error(point):
+    for judge in (lambda: weak_ranks("", ["a", "b"], point), lambda: weak(prompt="", response="a", point=point)):
+        with pytest.raises(ValueError, match=f"got the point {point!r}, need one of .*readability.* ask a judge"):
+            judge()
+
+
+# All points by one function, as a judge.
+
+
+def test_one_judge_for_all_points():
+    judge = judge_from_config({"kind": "function", "function": "dmoerm_trl.labelling.weak:weak"})
+    questions = [Question(PROMPT, *BETTER_AND_WORSE[point], point, "chitchat") for point in WEAK_POINTS]
+    same = Question(PROMPT, "By the sun.", "By the sun!", "structure", None)
+    answers = asyncio.run(judge.ask([*questions, same]))
+    assert [answer.choice for answer in answers] == [1] * len(WEAK_POINTS) + [None]
 
 
 # The recipe.

@@ -50,6 +50,7 @@ class PartAudit:
     flagged: int = 0  # rows that seem to hold some
     personal_data: Counter = field(default_factory=Counter)  # kind -> rows
     routes: Counter = field(default_factory=Counter)  # task -> rows, by a router
+    routed: int = 0  # rows whose task is the router's
     _seen: set[int] = field(default_factory=set)
 
     def flag(self, kinds: Iterable[str]) -> None:
@@ -101,6 +102,7 @@ class PartAudit:
                 for task, rows in self.tasks.most_common()
             },
             "tasks by the router": _shares(self.routes),
+            "rows with the router's task": self.routed,
             "languages": _shares(self.languages),
             "capability points": dict(self.points.most_common()),
             "personal data": {
@@ -175,6 +177,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
             "duplicates among the rows": part["duplicates"],
             "skipped": sum(part["skipped"].values()),
             "rows with what looks like personal data, before any was dropped": flagged,
+            "rows with the router's task, because they had none": part["rows with the router's task"],
             "pairs in which the longer response is the better": "–" if longer is None else f"{longer:.1%}",
         }
         sections += [f"# {name}", _table(["", "number"], sizes.items())]

@@ -1,8 +1,9 @@
 """From the examples of a set to checked rows; what makes no row is counted by its reason."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -16,6 +17,9 @@ from .sets import PreferenceSet
 
 GENERAL = "general"
 """The task of the rows of a set that brings its own capability points and no tasks."""
+
+ROUTED_AT_ONCE = 1000
+"""Rows that a router is given at a time."""
 
 
 @dataclass
@@ -36,6 +40,8 @@ class Preparation:
             The column that holds the task. A suffix `_<split>`, as of SHP's domains, is taken off.
         task_names (`Mapping[str, str]`):
             Value of `task_column` -> task. Others stay as they are.
+        route (`Callable`, *optional*):
+            Prompts -> one task a prompt, as a router gives it: the task of rows that have none, where there is no `task`.
         points (`Mapping[str, str | None]`):
             The set's name of a capability point -> the name to write, or None to leave the point out. Others stay.
         where (`Mapping[str, Any]`):
@@ -56,6 +62,7 @@ class Preparation:
     task: str | None = None
     task_column: str | None = None
     task_names: Mapping[str, str] = field(default_factory=dict)
+    route: Callable[[Sequence[list[dict]]], Sequence[str]] | None = None
     points: Mapping[str, str | None] = field(default_factory=dict)
     where: Mapping[str, Any] = field(default_factory=dict)
     drop_personal_data: bool = False
@@ -91,9 +98,10 @@ class Preparation:
         self._check_columns(dataset, source)
         examples = read_examples(dataset, self.columns, self.preference_set.group_by, self.preference_set.consecutive)
         look = personal_data.is_available()
-        for group in tqdm(examples, desc=f"preparing {source} {split}", unit=" examples", delay=3):
+        examples = tqdm(examples, desc=f"preparing {source} {split}", unit=" examples", delay=3)
+        for converted, route in self._with_routes(self._converted(group, split) for group in examples):
             try:
-                row = self._row(group, split)
+                row = self._finished(converted, route)
             except RowError as error:
                 audit.skipped[error.reason] += 1
                 continue
@@ -104,6 +112,9 @@ class Preparation:
                     audit.skipped["personal data"] += 1
                     continue
             audit.add(row)
+            if route is not None:
+                audit.routes[route] += 1
+                audit.routed += converted.task is None
             yield row
         if not audit.rows:
             raise ValueError(
@@ -127,6 +138,37 @@ class Preparation:
                 "columns, or say with `columns` what they are called here."
             )
 
+    def _converted(self, group: list[dict[str, Any]], split: str) -> PreferenceRow | RowError:
+        """The row, whose task, where it has none, and labels are still to be checked; or why there is none."""
+        try:
+            row = self._row(group, split)
+            check_row(replace(row, task=None, capability_ranks={}, capability_pairs={}), TaskTable.paper())
+        except RowError as error:
+            return error
+        return row
+
+    def _with_routes(
+        self, converted: Iterable[PreferenceRow | RowError]
+    ) -> Iterator[tuple[PreferenceRow | RowError, str | None]]:
+        """Each with the router's task, which is None without a router, and for what is no row."""
+        if self.route is None:
+            yield from ((row, None) for row in converted)
+            return
+        converted = iter(converted)
+        while batch := list(islice(converted, ROUTED_AT_ONCE)):
+            prompts = [row.prompt for row in batch if isinstance(row, PreferenceRow)]
+            routes = iter(self.route(prompts) if prompts else ())
+            yield from ((row, next(routes) if isinstance(row, PreferenceRow) else None) for row in batch)
+
+    def _finished(self, row: PreferenceRow | RowError, route: str | None) -> PreferenceRow:
+        if isinstance(row, RowError):
+            raise row
+        default = GENERAL if self.tasks is None and self.own_points else None
+        row = replace(row, task=row.task or route or default)
+        if self.tasks is not None:  # else the table is made of the rows
+            check_row(row, self.tasks)
+        return row
+
     def _row(self, group: list[dict[str, Any]], split: str) -> PreferenceRow:
         first = group[0]
         for column, wanted in self.where.items():
@@ -136,25 +178,19 @@ class Preparation:
             if column not in self.preference_set.points and any(example.get(column) is None for example in group):
                 raise RowError(f"no `{column}`", f"got no `{column}`, need one.")
         row = self.preference_set.convert(group if self.preference_set.group_by else first)
-        row = replace(
+        return replace(
             row,
             task=self._task(row, first, split),
             capability_ranks=self._renamed(row.capability_ranks),
             capability_pairs=self._renamed(row.capability_pairs),
         )
-        if self.tasks is not None:
-            check_row(row, self.tasks)
-        else:  # the table is made of the rows, so only what is not of the table is checked
-            check_row(replace(row, task=None, capability_ranks={}, capability_pairs={}), TaskTable.paper())
-        return row
 
     def _task(self, row: PreferenceRow, example: Mapping[str, Any], split: str) -> str | None:
         named = example.get(self.task_column) if self.task_column else None
         if named is not None:
             named = str(named).removesuffix(f"_{split}")
             return self.task_names.get(named, named)
-        default = GENERAL if self.tasks is None and self.own_points else None
-        return row.task or self.task or default
+        return row.task or self.task
 
     def _renamed(self, labels: Mapping[str, list]) -> dict[str, list]:
         named = {self.points.get(point, point): of_point for point, of_point in labels.items()}

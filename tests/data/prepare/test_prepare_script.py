@@ -1,21 +1,26 @@
 """`dmoerm prepare` from end to end, and the examples of its configuration."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset, DatasetDict
-from models import PROMPTS
+from models import PROMPTS, TASKS
 from trl import TrlParser
 
 from dmoerm_trl.cli import main
-from dmoerm_trl.data.prepare import reading
+from dmoerm_trl.data.prepare import preparation, reading
 from dmoerm_trl.data.prepare.sets import SETS
 from dmoerm_trl.data.rows import check_capability_labels, load_rows
+from dmoerm_trl.labelling.plan import Plan
 from dmoerm_trl.scripts.prepare import PrepareArguments
 from dmoerm_trl.tasks import TaskTable
 
-RECIPES = sorted((Path(__file__).parents[3] / "recipes" / "prepare").glob("*.yaml"))
+FOLDER = Path(__file__).parents[3] / "recipes" / "prepare"
+ONE_TASK = FOLDER / "general.tasks.yaml"
+RECIPES = sorted({*FOLDER.glob("*.yaml")} - {ONE_TASK})
 
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
@@ -28,6 +33,11 @@ def helpsteer2(prompt: str, *helpfulness: int) -> list[dict]:
 
 def pair(prompt: str) -> dict:
     return {"prompt": prompt, "response_1": "Yes.", "response_2": "No.", "preferred": 2}
+
+
+def hh(prompt: str) -> dict:
+    start = f"\n\nHuman: {'Hello! ' * 40}\n\nAssistant: Hi.\n\nHuman: {prompt}\n\nAssistant: "
+    return {"chosen": f"{start}The long answer.", "rejected": f"{start}No."}
 
 
 def run(*arguments: object) -> None:
@@ -80,6 +90,82 @@ def test_splits_and_what_they_share(tmp_path, write):
     assert report["leaks"] == [{"parts": ["train", test], "prompts": 1, "rows": {"train": 1, test: 1}}]
     with pytest.raises(ValueError, match="source.jsonl, line 1: got no row as `dmoerm prepare` writes it"):
         run("--dataset", "pairs", "--source", other, "--output", other, "--against", tmp_path / "source.jsonl")
+
+
+@pytest.fixture
+def router(tmp_path, dmoerm, tokenizer) -> Path:
+    """The folder of a DMoERM whose router sends the prompts of `PROMPTS` to their tasks, and reads no more than a short turn."""
+    dmoerm.save_pretrained(tmp_path / "model")
+    tokenizer.model_max_length = 40
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    """The task table of that DMoERM."""
+    path = tmp_path / "tasks.yaml"
+    path.write_text(yaml.safe_dump({"tasks": TASKS, "overall": ["logic"]}, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def test_from_a_plain_set_by_a_router_to_rows_that_a_judge_can_be_asked_about(
+    tmp_path, write, router, table, monkeypatch
+):
+    monkeypatch.setattr(preparation, "ROUTED_AT_ONCE", 2)
+    tasks = ["maths", "chitchat", "story writing"]
+    bad = {"chosen": "no transcript", "rejected": "no transcript"}
+    source = write([hh(PROMPTS["maths"]), bad, hh(PROMPTS["chitchat"]), hh(PROMPTS["story writing"]), hh("More?")])
+    output = tmp_path / "rows.jsonl"
+    settings = ("--router", router, "--tasks", table, "--max_rows", 3)
+    run("--dataset", "hh", "--source", source, "--output", output, *settings)
+    rows, _ = load_rows(output, tasks=TaskTable.load(str(table)))
+    assert [row.task for row in rows] == tasks
+    plan = Plan(TaskTable.load(str(table)))
+    assert [plan.wanted_points(row) for row in rows] == [TASKS[task] for task in tasks]
+    report = json.loads((tmp_path / "rows.report.json").read_text())["parts"]["train"]
+    routed = {task: number["rows"] for task, number in report["tasks by the router"].items()}
+    assert routed == {task: number["rows"] for task, number in report["tasks"].items()} == Counter(tasks)
+    assert report["rows with the router's task"] == 3 and report["skipped"] == {"no transcript": 1}
+
+
+def test_without_a_router_the_recipe_and_its_table_lead_to_labels_for_training(tmp_path, write):
+    source, output, labels = write([hh(f"Number {n}?") for n in range(3)]), tmp_path / "hh.jsonl", tmp_path / "labels"
+    recipe = ("--config", FOLDER / "hh.yaml", "--drop_personal_data", "false")
+    run(*recipe, "--source", source, "--split", "train", "--output", output)
+    longer = {"kind": "function", "function": "dmoerm_trl.labelling.weak:content_richness"}
+    asked = {
+        "rows": output,
+        "output_dir": labels,
+        "tasks": ONE_TASK,
+        "judge": json.dumps(longer),
+        "stop_early": "false",
+    }
+    assert main(["label", *(str(word) for key, value in asked.items() for word in (f"--{key}", value))]) == 0
+    tasks = TaskTable.load(str(ONE_TASK))
+    rows, _ = load_rows(labels / "labelled.jsonl", tasks=tasks)
+    assert [row.task for row in rows] == ["general"] * 3
+    check_capability_labels(rows, tasks)
+
+
+def test_a_router_leaves_a_rows_own_task_and_makes_the_table_of_a_set_with_points(tmp_path, write, router):
+    output = tmp_path / "rows.jsonl"
+    own = {"prompt": PROMPTS["maths"], "responses": ["A", "B"], "ranks": [1, 2]}
+    source = write([own | {"task": "chitchat"}, own | {"prompt": PROMPTS["chitchat"]}, own | {"task": "others"}])
+    arguments = ("--dataset", "rows", "--source", source, "--output", output)
+    run(*arguments, "--router", router)
+    assert [json.loads(line)["task"] for line in output.read_text().splitlines()] == ["chitchat", "chitchat", "others"]
+    report = json.loads((tmp_path / "rows.report.json").read_text())["parts"]["train"]
+    assert report["tasks by the router"]["maths"]["rows"] == 2 and report["rows with the router's task"] == 1
+    assert "| rows with the router's task, because they had none | 1 |" in (tmp_path / "rows.report.md").read_text()
+    with pytest.raises(
+        ValueError, match=r"`router`: got .*model, whose tasks \['story writing', 'maths'\] `tasks` does not"
+    ):
+        run(*arguments, "--router", router, "--tasks", "paper")
+
+    source = write(helpsteer2(PROMPTS["maths"], 4, 1) + helpsteer2(PROMPTS["chitchat"], 0, 2))
+    run("--dataset", "helpsteer2", "--source", source, "--output", output, "--router", router)
+    assert TaskTable.load(str(tmp_path / "rows.tasks.yaml")).tasks == {"maths": ATTRIBUTES, "chitchat": ATTRIBUTES}
 
 
 def test_tokens_and_routes(tmp_path, write, dmoerm, tokenizer):
@@ -152,6 +238,7 @@ def test_a_hub_dataset_is_streamed_as_it_is_named(monkeypatch):
     [
         ({"dataset": "hhh"}, "`dataset`: got 'hhh', need one of hh, shp"),
         ({"columns": "{prompt"}, "`columns`: got '{prompt', need JSON"),
+        ({"task": "talk", "router": "model"}, "got `task: talk` and `router: model`, need one of them"),
         ({"max_rows": 0}, "`max_rows`: got 0, need at least 1"),
         ({"source": __file__, "split": ["train", "test"]}, r"`split`: got \['train', 'test'\] of the file"),
     ],
