@@ -1,5 +1,6 @@
 """The whole training under DeepSpeed and FSDP, by real processes on the CPU: the weights of one process, kills, and what is refused."""
 
+import gc
 import json
 import os
 import shutil
@@ -20,13 +21,13 @@ import yaml
 from accelerate import DistributedType
 from models import PROMPTS, RESPONSES, make_backbone, make_dmoerm, make_tokenizer
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.data.rows import PreferenceRow
 from dmoerm_trl.scripts.train import train as train_script
 from dmoerm_trl.training.distributed import check_engine
-from dmoerm_trl.training.phases import phase2
+from dmoerm_trl.training.phases import phase1, phase2
 from dmoerm_trl.training.pipeline import Pipeline
 from dmoerm_trl.training.recipe import Recipe
 from dmoerm_trl.training.trainer import PhaseConfig, last_checkpoint
@@ -379,6 +380,51 @@ def test_in_bf16_small_steps_are_kept(tmp_path):
     moved = torch.cat([(found[name] - rounded[name]).flatten() for name in trained])
     expected = torch.cat([(alone[name] - start[name]).flatten() for name in trained])
     assert float((moved - expected).norm() / expected.norm()) < 0.2
+
+
+LEFT = """
+import json, sys
+from pathlib import Path
+from accelerate import PartialState
+from test_zero import left_by
+print("left:" + json.dumps([left_by(stage, Path(sys.argv[1])) for stage in (1, 2, 3, 3)]))
+PartialState().destroy_process_group()
+"""
+
+
+def left_by(stage: int, folder: Path) -> tuple[int, int]:
+    """In a launched process: bytes of the tensors that are there after phase 1 beside the model, and after the model."""
+    tokenizer = make_tokenizer()
+    make_backbone(tokenizer).save_pretrained(folder / "base")
+    rows = [
+        PreferenceRow(row["prompt"], row["responses"], row["ranks"], row["task"]) for row in islice(make_rows(), 4)
+    ]
+    few = {"max_steps": 3, "eval_steps": 2, "use_cpu": True, "report_to": "none", "metric_for_best_model": "eval_loss"}
+    args = PhaseConfig(str(folder / "run"), **few, deepspeed=zero(stage))
+    model, _ = phase1(str(folder / "base"), "chitchat", rows, rows, Formatter(tokenizer, 256), args)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    beside = sum(size for address, size in tensors().items() if address not in own)
+    del model
+    shutil.rmtree(folder / "run")
+    return beside, sum(tensors().values())
+
+
+def tensors() -> dict[int, int]:
+    """Address and bytes of the memory of all tensors that the garbage collector knows."""
+    gc.collect()
+    storages = [found.untyped_storage() for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+@launches
+@pytest.mark.slow
+def test_a_stage_under_zero_leaves_nothing_but_its_model(tmp_path):
+    (tmp_path / "script.py").write_text(LEFT)
+    said = said_by(launched(str(tmp_path / "script.py"), str(tmp_path), processes=1))
+    (line,) = [line for line in said.splitlines() if line.startswith("left:")] or [pytest.fail(said[-3000:])]
+    size = sum(weight.numel() * 4 for weight in make_backbone(make_tokenizer()).parameters())
+    for beside, after in json.loads(line.removeprefix("left:")):
+        assert beside < size / 10 and after < size / 10
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """Training under DeepSpeed or FSDP: that it runs where it is asked for, its checkpoints, whole weights where they are needed."""
 
+import gc
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -183,62 +185,98 @@ def whole_after(trainer: Trainer) -> Iterator[None]:
     Raises:
         ValueError: if a process has no room for the whole model. The checkpoints stay.
     """
-    model, before = trainer.model, []
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = None
-        before = [(module, type(module), [dict(hooks) for hooks in _hooks(module)]) for module in model.modules()]
+    model = trainer.model
+    before = [Before.of(module) for module in model.modules()]
     yield
     if trainer.deepspeed is not None:
         _check_room(trainer)
-        _without_deepspeed(trainer)
+        _without_deepspeed(trainer, before)
     elif any(isinstance(weight, DTensor) for weight in model.parameters()):
         _check_room(trainer)
         _without_fsdp(before, trainer.accelerator.device)
 
 
-def _without_deepspeed(trainer: Trainer) -> None:
-    model, device = trainer.model, trainer.accelerator.device
-    copies = {weight: whole_copy(weight) for weight in _gathered_at_the_end(model)}
-    trainer.deepspeed.destroy()
-    trainer.deepspeed, trainer.is_deepspeed_enabled = None, False
-    unset_hf_deepspeed_config()
-    for module in model.modules():
-        module._parameters = dict(module._parameters)  # DeepSpeed's gathers what is read
-    for weight, whole in copies.items():
-        if hasattr(weight, "ds_id"):
-            vars(weight).clear()
-        weight.data = whole.to(device)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not set(model._keep_in_fp32_modules_strict).isdisjoint(name.split(".")):
-            tensor.data = tensor.data.float()  # in bf16 DeepSpeed casts all there is
+class Before(NamedTuple):
+    """A module as it was before an engine changed it."""
 
+    module: nn.Module
+    kind: type[nn.Module]
+    names: frozenset[str]
+    hooks: list[dict]
 
-def _without_fsdp(before: Sequence[tuple[nn.Module, type, list[dict]]], device: torch.device) -> None:
-    """
-    Args:
-        before: each module, with its class and hooks, as it was.
-    """
-    for module, _, _ in before:
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    for module, kind, hooks in before:
-        for name, weight in module._parameters.items():
-            if isinstance(weight, DTensor):
-                module._parameters[name] = nn.Parameter(whole_copy(weight), weight.requires_grad)
-        module.__class__ = kind
-        for now, kept in zip(_hooks(module), hooks, strict=True):
+    @classmethod
+    def of(cls, module: nn.Module) -> "Before":
+        return cls(module, type(module), frozenset(vars(module)), [dict(hooks) for hooks in _hooks(module)])
+
+    def restore(self) -> None:
+        """All but the weights."""
+        self.module.__class__ = self.kind
+        for name in vars(self.module).keys() - self.names:
+            delattr(self.module, name)
+        for now, kept in zip(_hooks(self.module), self.hooks, strict=True):
             now.clear()
             now.update(kept)
-    before[0][0].to(device)
 
 
 def _hooks(module: nn.Module) -> tuple[dict, ...]:
     return (
         module._forward_pre_hooks,
         module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
         module._state_dict_pre_hooks,
         module._load_state_dict_pre_hooks,
     )
+
+
+def _without_deepspeed(trainer: Trainer, before: Sequence[Before]) -> None:
+    model, device = trainer.model, trainer.accelerator.device
+    copies = {weight: whole_copy(weight) for weight in _gathered_at_the_end(model)}
+    _free_deepspeed(trainer)
+    for module in before:
+        module.restore()
+        module.module._parameters = dict(module.module._parameters)  # DeepSpeed's gathers what is read
+    for weight in copies:
+        vars(weight).clear()  # DeepSpeed's references to its shards and its optimizer
+    gc.collect()  # the engine is in cycles, and its states are to go before the weights come back
+    for weight, whole in copies.items():
+        weight.data = whole.to(device)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not set(model._keep_in_fp32_modules_strict).isdisjoint(name.split(".")):
+            tensor.data = tensor.data.float()  # in bf16 DeepSpeed casts all there is
+
+
+def _free_deepspeed(trainer: Trainer) -> None:
+    """The engine and its optimizer's states go, to which trainer, accelerator and DeepSpeed's own globals refer."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    trainer.deepspeed, trainer.is_deepspeed_enabled, trainer.model_wrapped = None, False, trainer.model
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.callback_handler.optimizer = trainer.callback_handler.lr_scheduler = None
+    FWD_MODULE_STACK.clear()  # the last forward pass leaves its modules there
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():
+            if hasattr(cell.cell_contents, "cache_clear"):  # an `lru_cache` keeps all modules that it was called with
+                cell.cell_contents.cache_clear()
+    trainer.accelerator.free_memory()
+    unset_hf_deepspeed_config()
+
+
+def _without_fsdp(before: Sequence[Before], device: torch.device) -> None:
+    modules = [of_module.module for of_module in before]
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for module in modules:
+        for name, weight in module._parameters.items():
+            if isinstance(weight, DTensor):
+                module._parameters[name] = nn.Parameter(whole_copy(weight), weight.requires_grad)
+    for of_module in before:
+        of_module.restore()
+    modules[0].to(device)
 
 
 def _gathered_at_the_end(model: nn.Module) -> list[nn.Parameter]:

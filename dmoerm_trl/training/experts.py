@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from accelerate import PartialState
@@ -142,7 +143,7 @@ class ExpertsTrainer(RankedRewardTrainer):
             self._check_configuration(plugin.deepspeed_config)
             plugin.deepspeed_config["gradient_clipping"] = 0.0  # of all experts together; see `_each_alone`
         self._at_rest: set[str] = set()
-        self._hooked: torch.optim.Optimizer | None = None
+        self._hooked: WeakSet[torch.optim.Optimizer] = WeakSet()
 
     def _check_configuration(self, configuration: dict[str, Any]) -> None:
         if "optimizer" in configuration:
@@ -209,9 +210,9 @@ class ExpertsTrainer(RankedRewardTrainer):
         optimizer = self.optimizer
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
-        if optimizer is not self._hooked:
+        if optimizer not in self._hooked:
             optimizer.register_step_pre_hook(self._each_alone)
-            self._hooked = optimizer
+            self._hooked.add(optimizer)
             if self.is_deepspeed_enabled:
                 engine = self.model_wrapped
                 engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
