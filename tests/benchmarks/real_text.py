@@ -18,8 +18,9 @@ encoder of random weights (or `--model`) and few steps.
 - `human_pairs`, `harmless_pairs`: consistency on pairs labelled by people, on whose prompts nothing was trained: those of the
   first set that the router's or the arena's prompts have too are left out.
 
-"mean + labels" is no reward model: the mean ensemble's reward plus the weak labels of the overall points, weighted by gold on
-other test prompts (`with_labels`). It says what the labels themselves could add to the best that is learnt without them.
+"phase 1 alone" is the base that DMoERM's experts stand on, of 60% of the training rows, with its own head. "mean + labels" is
+no reward model: the mean ensemble's reward plus the weak labels of the overall points, weighted by gold on other test prompts
+(`with_labels`). It says what the labels themselves could add to the best that is learnt without them.
 
 `low` and `high` are the 95% bootstrap interval over prompts, those of all seeds together. `gain` is DMoERM's consistency
 less that of the best ensemble (mean, WCO or UWO, whichever is best over all seeds), with the interval of the difference.
@@ -61,11 +62,11 @@ from dmoerm_trl.data.preference_row import PreferenceRow
 from dmoerm_trl.data.rows import write_rows
 from dmoerm_trl.evaluation.best_of_n_curves import best_of_n_curves, default_grid
 from dmoerm_trl.evaluation.consistency import pair_agreement
-from dmoerm_trl.evaluation.methods import method_scores
-from dmoerm_trl.evaluation.scoring import map_encodings
+from dmoerm_trl.evaluation.methods import DEVICE, method_scores
+from dmoerm_trl.evaluation.scoring import map_encodings, score_encodings
 from dmoerm_trl.evaluation.table import LENGTH_ONLY
 from dmoerm_trl.modeling.router import Router
-from dmoerm_trl.tasks import OTHERS, TaskTable
+from dmoerm_trl.tasks import OTHERS, OVERALL, TaskTable
 from dmoerm_trl.training.phases import routing_metrics, train_router
 from dmoerm_trl.training.pipeline import Pipeline
 from dmoerm_trl.training.recipe import Recipe
@@ -241,14 +242,25 @@ def run_rewards(setting: Setting, seed: int, router: dict, folder: Path) -> dict
     run.run()
     scored = {}
     for name, test in sets.items():
-        path = folder / f"scores-{name}.json"
-        if not path.exists():
-            with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16):  # as in training
-                write_json(path, method_scores(run, test.rows))
-        scores = json.loads(path.read_text())
+        scores = {}
+        for kind, score in (("scores", method_scores), ("phase1", phase1_scores)):
+            path = folder / f"{kind}-{name}.json"
+            if not path.exists():
+                with torch.autocast(DEVICE, torch.bfloat16):  # as in training
+                    write_json(path, score(run, test.rows))
+            scores |= json.loads(path.read_text())
         scores[LENGTH_ONLY] = [[float(length) for length in lengths] for lengths in test.lengths]  # of whole texts
         scored[name] = test, scores
     return scored
+
+
+def phase1_scores(run: Pipeline, rows: Sequence[PreferenceRow]) -> dict[str, list[list[float]]]:
+    """The rewards of the base that all tasks share, before it has experts."""
+    encodings, _ = run.formatter.encode_rows(rows)
+    model, pad_token_id = run.load(f"{OVERALL}/phase1").to(DEVICE), run.formatter.tokenizer.pad_token_id
+    flat = [encoding for row in encodings for encoding in row]
+    rewards = iter(score_encodings(model, flat, pad_token_id=pad_token_id, description="scoring by phase 1").tolist())
+    return {"phase 1 alone": [[next(rewards) for _ in row.responses] for row in rows]}
 
 
 def read_recipe(setting: Setting, seed: int, folder: Path) -> Recipe:
