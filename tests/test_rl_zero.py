@@ -192,14 +192,28 @@ def test_deepspeed_without_a_launcher_is_an_error(run, tmp_path, monkeypatch, na
         example(name).main(recipe)
 
 
+REFUSED = """
+import sys
+from rl_runs import example
+for name, recipe in zip(sys.argv[1::2], sys.argv[2::2]):
+    try:
+        example(name).main(["--config", recipe])
+    except ValueError as error:
+        print(name, "says", error)
+"""
+
+
 @launches
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param("ppo", marks=pytest.mark.requires_ppo), "grpo"])
-def test_deepspeed_that_would_not_run_is_an_error(run, tmp_path, monkeypatch, name):
+@pytest.mark.requires_ppo
+def test_deepspeed_that_would_not_run_is_an_error(run, tmp_path, monkeypatch):
     """What `accelerate launch --cpu` sets."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    own = {"ppo": PPO, "grpo": GRPO}[name]
-    recipe = write_recipe(tmp_path / "run.yaml", settings(run, tmp_path / "run", **own))
-    process = launched(str(ROOT / "examples" / f"{name}.py"), *recipe, processes=1)
-    said = said_by(process)
-    assert process.returncode != 0 and "got a DeepSpeed configuration and a run without DeepSpeed" in said
+    (tmp_path / "refused.py").write_text(REFUSED)
+    command = []
+    for name, own in {"ppo": PPO, "grpo": GRPO}.items():
+        _, recipe = write_recipe(tmp_path / f"{name}.yaml", settings(run, tmp_path / name, **own))
+        command += [name, recipe]
+    said = said_by(launched(str(tmp_path / "refused.py"), *command, processes=1))
+    for name in ("ppo", "grpo"):
+        assert f"{name} says got a DeepSpeed configuration and a run without DeepSpeed" in said

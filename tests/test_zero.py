@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.data.rows import PreferenceRow
 from dmoerm_trl.scripts.train import train as train_script
-from dmoerm_trl.training.distributed import check_engine
+from dmoerm_trl.training.distributed import check_checkpoint, check_engine
 from dmoerm_trl.training.phases import phase1, phase2
 from dmoerm_trl.training.pipeline import Pipeline
 from dmoerm_trl.training.recipe import Recipe
@@ -233,11 +234,12 @@ def test_a_killed_process_ends_the_run_and_it_goes_on_with_as_many_processes(alo
     assert launcher.returncode != 0 and "Signal 9 (SIGKILL)" in said
     assert checkpoint.exists() and not (output / "model").exists()
 
-    other = start(write_recipe(material, output, 1, zero(3)), 1)
-    said = said_by(other)
-    assert other.returncode != 0
-    assert "got a checkpoint of ZeRO-3 (2 processes) training and ZeRO-3 (1 processes) training now" in said
-    recipe = write_recipe(material, output, 2, zero(3))
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    accelerator = SimpleNamespace(state=state, num_processes=1)
+    other = SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=True, accelerator=accelerator)
+    says = re.escape("got a checkpoint of ZeRO-3 (2 processes) training and ZeRO-3 (1 processes) training now")
+    with pytest.raises(ValueError, match=says):
+        check_checkpoint(checkpoint.parent, other)
 
     train(recipe, 2)
     close(output, alone)
