@@ -29,7 +29,7 @@ from dmoerm_trl.data.rows import PreferenceRow
 from dmoerm_trl.scripts.train import train as train_script
 from dmoerm_trl.training.distributed import check_checkpoint, check_engine
 from dmoerm_trl.training.phases import phase1, phase2
-from dmoerm_trl.training.pipeline import Pipeline
+from dmoerm_trl.training.pipeline import Pipeline, Stage
 from dmoerm_trl.training.recipe import Recipe
 from dmoerm_trl.training.trainer import PhaseConfig, last_checkpoint
 
@@ -540,6 +540,17 @@ def test_a_changed_global_batch_is_a_changed_recipe_and_its_division_is_not(mate
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(ValueError, match="differs in .*'prompts a step of phase1'.*`gradient_accumulation_steps`"):
         pipeline(1, 2).check()
+
+
+def test_a_stage_s_checkpoints_are_there_until_all_processes_are_done_with_it(material, tmp_path, monkeypatch):
+    run = Pipeline(Recipe(**yaml.safe_load(write_recipe(material, tmp_path / "run", 1, None).read_text())))
+    work, result, seen = run.root / "work/router", run.root / "router", []
+    monkeypatch.setattr(
+        "dmoerm_trl.training.pipeline.wait_for_all", lambda: seen.append((work.exists(), result.exists()))
+    )
+    run.stages["router"] = Stage(lambda folder: seen.append("run") or [])
+    run.run_stage("router")
+    assert seen == [(True, False), "run", (True, False), (False, True)]
 
 
 def test_only_the_main_process_prints(material, tmp_path, monkeypatch, capsys):

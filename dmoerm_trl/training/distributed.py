@@ -199,22 +199,18 @@ def whole_after(trainer: Trainer) -> Iterator[None]:
 
 
 class Before(NamedTuple):
-    """A module as it was before an engine changed it."""
+    """A module, and its class and hooks before an engine changed them, which hold the engine and its states."""
 
     module: nn.Module
     kind: type[nn.Module]
-    names: frozenset[str]
     hooks: list[dict]
 
     @classmethod
     def of(cls, module: nn.Module) -> "Before":
-        return cls(module, type(module), frozenset(vars(module)), [dict(hooks) for hooks in _hooks(module)])
+        return cls(module, type(module), [dict(hooks) for hooks in _hooks(module)])
 
     def restore(self) -> None:
-        """All but the weights."""
         self.module.__class__ = self.kind
-        for name in vars(self.module).keys() - self.names:
-            delattr(self.module, name)
         for now, kept in zip(_hooks(self.module), self.hooks, strict=True):
             now.clear()
             now.update(kept)
@@ -235,9 +231,9 @@ def _without_deepspeed(trainer: Trainer, before: Sequence[Before]) -> None:
     model, device = trainer.model, trainer.accelerator.device
     copies = {weight: whole_copy(weight) for weight in _gathered_at_the_end(model)}
     _free_deepspeed(trainer)
-    for module in before:
-        module.restore()
-        module.module._parameters = dict(module.module._parameters)  # DeepSpeed's gathers what is read
+    for was in before:
+        was.restore()
+        was.module._parameters = dict(was.module._parameters)  # DeepSpeed's gathers what is read
     for weight in copies:
         vars(weight).clear()  # DeepSpeed's references to its shards and its optimizer
     gc.collect()  # the engine is in cycles, and its states are to go before the weights come back
@@ -266,7 +262,7 @@ def _free_deepspeed(trainer: Trainer) -> None:
 
 
 def _without_fsdp(before: Sequence[Before], device: torch.device) -> None:
-    modules = [of_module.module for of_module in before]
+    modules = [was.module for was in before]
     for module in modules:
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -274,8 +270,8 @@ def _without_fsdp(before: Sequence[Before], device: torch.device) -> None:
         for name, weight in module._parameters.items():
             if isinstance(weight, DTensor):
                 module._parameters[name] = nn.Parameter(whole_copy(weight), weight.requires_grad)
-    for of_module in before:
-        of_module.restore()
+    for was in before:
+        was.restore()
     modules[0].to(device)
 
 

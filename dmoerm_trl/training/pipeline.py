@@ -354,6 +354,7 @@ class Pipeline:
             folder.mkdir(parents=True)
         wait_for_all()
         history = self.stages[name].run(folder)
+        wait_for_all()  # another may still read from the checkpoints, which go now
         if is_main():
             (folder / "history.json").write_text(json.dumps(history))
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
