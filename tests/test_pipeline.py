@@ -402,11 +402,31 @@ def test_test_rows_of_their_own(material, tmp_path):
 
 def test_bad_rows_are_skipped_on_request_and_counted(material, tmp_path):
     rows = make_rows()
-    write([*rows, {**rows[0], "ranks": [1] * len(rows[0]["ranks"]), "prompt": "New"}], tmp_path / "rows.jsonl")
+    tied = {"ranks": [1] * len(rows[0]["ranks"]), "capability_ranks": {}, "prompt": "New"}
+    write([*rows, rows[0] | tied], tmp_path / "rows.jsonl")
     recipe = make_recipe(material, tmp_path / "run")
     run = Pipeline(replace(recipe, train_data=str(tmp_path / "rows.jsonl"), on_error="skip"))
     run.run_stage("data")
     assert "26 rows; 1 skipped (no two distinct ranks: 1)" in (run.root / "data/report.txt").read_text()
+
+
+def test_rows_with_capability_labels_alone_train_the_experts_alone(material, run, tmp_path):
+    """Of every prompt there are two more responses, which nobody compared on the whole."""
+    rows = make_rows()
+    more = [
+        {**row, "responses": ["Yes.", "No, never."], "ranks": [1, 1], "capability_pairs": {}}
+        | {"capability_ranks": dict.fromkeys([*POINTS.get(row["task"], []), *OVERALL_POINTS], [1, 2])}
+        for row in rows
+    ]
+    write([*rows, *more], tmp_path / "rows.jsonl")
+    other = Pipeline(make_recipe(material, tmp_path / "run", train_data=str(tmp_path / "rows.jsonl")))
+    same = ("maths/phase1", "ensemble/0", "ensemble/1")
+    for stage in ("data", *same, "maths/experts", "maths/phase3"):
+        other.run_stage(stage)
+    before, after = (weights(pipeline.root) for pipeline in (run, other))
+    assert len(other.rows("phase1_train")) == 2 * len(run.rows("phase1_train"))
+    for name in after:
+        assert (before[name] == after[name]) == name.startswith(same), name
 
 
 # Bad input: an error that names it and the way out, before any training.

@@ -144,6 +144,21 @@ def test_a_source_that_is_not_there(tmp_path):
         load_rows(write(tmp_path / "rows.txt", GOOD), tasks=TASKS)
 
 
+def test_a_row_may_have_a_preference_at_a_capability_point_alone(tmp_path):
+    tied = GOOD | {"ranks": [1, 1]}
+    kept = [
+        tied | {"capability_ranks": {"logic": [2, 1], "empathy ability": [1, 1]}},
+        tied | {"prompt": "Where?", "capability_pairs": {"logic": [[0, 1]]}},
+    ]
+    nothing = tied | {"capability_ranks": {"logic": [1, 1]}, "capability_pairs": {"empathy ability": []}}
+    path = write(tmp_path / "rows.jsonl", *kept)
+    rows, _ = load_rows(path, tasks=TASKS)
+    assert [(row.pairs_of(), row.pairs_of("logic")) for row in rows] == [([], [(1, 0)]), ([], [(0, 1)])]
+    path = write(tmp_path / "bad.jsonl", *kept, nothing)
+    with pytest.raises(ValueError, match="line 3: .* better and a worse response, overall or at a capability point"):
+        load_rows(path, tasks=TASKS)
+
+
 # -------------------------------------------------------------------------------------------------- bad rows
 
 BAD = {  # reason -> what differs from GOOD (or the line), what the message says

@@ -20,7 +20,8 @@ class PreferenceRow:
         responses (`list[str]`):
             K >= 2 answers to the last turn.
         ranks (`list[int]`):
-            One rank a response, 1 is best, ties allowed.
+            One rank a response, 1 is best, ties allowed. Where all are the same, nothing is said of the overall preference, and
+            the row is one for the experts alone.
         task (`str`, *optional*):
             Name of the task, `"others"`, or `None` where it is not known.
         capability_ranks (`dict[str, list[int]]`):
@@ -113,11 +114,11 @@ def check_row(row: PreferenceRow, tasks: TaskTable) -> None:
         _check_ranks(f"capability_ranks.{point}", ranks, len(row.responses))
     for point, pairs in row.capability_pairs.items():
         _check_pairs(f"capability_pairs.{point}", pairs, len(row.responses))
-    if len(set(row.ranks)) < 2:
+    if not any(row.pairs_of(point) for point in (None, *row.labelled_points)):
         raise RowError(
             "no two distinct ranks",
             f"field `ranks`: got {row.ranks}, need two distinct ranks because a row without a better and a worse "
-            "response teaches nothing: rank the responses or drop the row.",
+            "response, overall or at a capability point, teaches nothing: rank the responses or drop the row.",
         )
     if row.task is not None and row.task != OTHERS and row.task not in tasks.tasks:
         raise RowError(

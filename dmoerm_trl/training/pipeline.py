@@ -195,7 +195,8 @@ class Pipeline:
             trust_remote_code=self.recipe.trust_remote_code,
             **self.recipe.model_settings,
         )
-        normalise(model, eval_rows, self.formatter, unit_variance=unit_variance)
+        ranked = [row for row in eval_rows if row.pairs_of()]  # rows for the experts alone are not of this training
+        normalise(model, ranked, self.formatter, unit_variance=unit_variance)
         self._save(model, folder)
         return history
 
