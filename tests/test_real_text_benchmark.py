@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ sys.path.append(str(Path(__file__).parent / "benchmarks"))
 from real_text import best_of_n, by_seed, consistency, counted, logistic_weights, with_labels  # noqa: E402
 from real_text_data import (  # noqa: E402
     GENERAL,
+    SOURCE,
     ArenaPrompt,
     Cutter,
     Sizes,
@@ -24,6 +24,7 @@ from real_text_data import (  # noqa: E402
 )
 
 from dmoerm_trl.data.preference_row import PreferenceRow  # noqa: E402
+from dmoerm_trl.labelling.sources import source_ranks, source_strength  # noqa: E402
 from dmoerm_trl.labelling.weak import weak_ranks  # noqa: E402
 from dmoerm_trl.tasks import TaskTable  # noqa: E402
 
@@ -128,14 +129,19 @@ def prompts() -> list[ArenaPrompt]:
             f"question {number}",
             [" ".join(f"word{number}{k}{j}" for j in range(3 + 4 * k)) + "." for k in range(6)],
             [float((k * 5 + number) % 6) for k in range(6)],
+            [f"system {(k + number) % 7}" for k in range(6)],
         )
         for number in range(40)
     ]
 
 
 TABLE = TaskTable(
-    {"maths": ("content richness",), "chitchat": ("content richness",), GENERAL: ("content richness", "proactivity")},
-    ("content richness",),
+    {
+        "maths": ("content richness", SOURCE),
+        "chitchat": (SOURCE,),
+        GENERAL: ("content richness", SOURCE, "proactivity"),
+    },
+    ("content richness", SOURCE),
 )
 
 
@@ -144,29 +150,41 @@ def test_the_arena_is_split_by_prompt(prompts, tokenizer, seed):
     tasks = ["maths" if number % 2 else "chitchat" if number < 6 else "others" for number in range(40)]
     sizes = Sizes(responses=4, test_share=0.25, task_prompts=10, response_tokens=20)
     table, rows, test = arena_split(prompts, tasks, TABLE, sizes, Cutter(tokenizer), seed)
-    assert len(rows) == 30 and len(test.rows) == 10
     assert not {row.prompt_id for row in rows} & {row.prompt_id for row in test.rows}
-    assert all(len(row.responses) == 4 for row in rows) and all(len(row.responses) == 6 for row in test.rows)
-    assert Counter(row.task for row in [*rows, *test.rows]) == {"maths": 20, GENERAL: 20}
-    assert table.tasks == {"maths": ("content richness",), GENERAL: ("content richness",)}  # nobody asks back
+    ranked, others = [row for row in rows if row.pairs_of()], [row for row in rows if not row.pairs_of()]
+    assert len(ranked) == 30 and all(len(row.responses) == 4 for row in ranked)
+    assert others and all(len(row.responses) == 2 and row.ranks == [1, 1] for row in others)  # what is left of six
+    assert len(test.rows) == 10 and all(len(row.responses) == 6 for row in test.rows)
+    assert {row.task for row in [*rows, *test.rows]} == {"maths", GENERAL}
+    assert table.tasks == dict.fromkeys(("maths", GENERAL), ("content richness", SOURCE))  # nobody asks back
 
     by_name = {prompt.prompt: prompt for prompt in prompts}
+
+    def whole(row: PreferenceRow) -> tuple[list[str], list[float], list[str]]:
+        """Its responses as they were before they were cut, with gold and sources."""
+        prompt = by_name[row.prompt[0]["content"]]
+        places = [
+            next(i for i, text in enumerate(prompt.responses) if text.startswith(response[:8]))
+            for response in row.responses
+        ]
+        return tuple([values[i] for i in places] for values in (prompt.responses, prompt.gold, prompt.sources))
+
+    strength = source_strength((row.ranks, whole(row)[2]) for row in ranked)
+    for row in rows:
+        texts, gold, sources = whole(row)
+        assert row in others or row.ranks == [1 + sum(other > value for other in gold) for value in gold]
+        assert row.capability_ranks == {  # of the whole texts, though most were cut
+            "content richness": weak_ranks(row.prompt[0]["content"], texts, "content richness"),
+            SOURCE: source_ranks(strength, sources),
+        }
+    seen = [{text[:8] for row in rows if row.prompt == other.prompt for text in row.responses} for other in ranked]
+    assert all(len(texts) in (4, 6) for texts in seen)  # no response twice
     for row, gold, lengths, labels in zip(test.rows, test.gold, test.lengths, test.labels, strict=True):
         prompt = by_name[row.prompt[0]["content"]]
-        assert labels == {"content richness": weak_ranks(prompt.prompt, prompt.responses, "content richness")}
+        assert labels["content richness"] == weak_ranks(prompt.prompt, prompt.responses, "content richness")
+        assert labels[SOURCE] == source_ranks(strength, prompt.sources)
         assert gold == prompt.gold and lengths == [len(text) for text in prompt.responses]
         assert not row.capability_ranks
-    for row in rows:
-        prompt = by_name[row.prompt[0]["content"]]
-        whole = [
-            next(text for text in prompt.responses if text.startswith(response[:8])) for response in row.responses
-        ]
-        gold = [prompt.gold[prompt.responses.index(text)] for text in whole]
-        assert sorted(zip(row.ranks, gold, strict=True), key=lambda pair: pair[1]) == sorted(
-            zip(row.ranks, gold, strict=True), reverse=True
-        )
-        labels = weak_ranks(prompt.prompt, whole, "content richness")  # of the whole texts, though most were cut
-        assert row.capability_ranks == {"content richness": labels}
 
 
 def test_pairs_whose_prompts_are_trained_on_are_left_out(tokenizer, tmp_path, capsys):

@@ -139,16 +139,26 @@ def weak_ranks(prompt: Prompt, responses: Sequence[str], point: str, tolerance: 
     Args:
         responses (`Sequence[str]`): K texts.
         point (`str`): one of [`WEAK_POINTS`].
+        tolerance (`float`): as of [`ranks_of`].
+
+    Raises:
+        ValueError: for a point without a function.
+    """
+    return ranks_of([weak(prompt=prompt, response=response, point=point) for response in responses], tolerance)
+
+
+def ranks_of(scores: Sequence[float], tolerance: float = 0.1) -> list[int]:
+    """
+    Ranks by scores, of which the higher is the better; those that are close are tied.
+
+    Args:
+        scores (`Sequence[float]`): K numbers.
         tolerance (`float`): how far below the best of a tie its other members may be, in standard deviations of the K
             scores.
 
     Returns:
         `list[int]`: K ranks, 1 is best; a response's rank is one more than the number of those before its tie.
-
-    Raises:
-        ValueError: for a point without a function.
     """
-    scores = [weak(prompt=prompt, response=response, point=point) for response in responses]
     margin = tolerance * float(np.std(scores))
     ranks = [0] * len(scores)
     lead, rank = math.inf, 0

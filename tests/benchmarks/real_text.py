@@ -103,8 +103,9 @@ ROUTER = {
 
 
 def precision() -> dict[str, bool]:
-    """bf16 wherever the training runs, which on a CPU nearly halves its time; there it must be asked for by `use_cpu`."""
-    return {"bf16": True, "use_cpu": not torch.cuda.is_available()}
+    """bf16 where the machine computes in it, which on a CPU nearly halves the time; others only emulate it, slowly."""
+    on_gpu = torch.cuda.is_available()
+    return {"bf16": on_gpu or torch.cpu.get_capabilities().get("avx512_bf16", False), "use_cpu": not on_gpu}
 
 
 class Setting:
@@ -246,7 +247,7 @@ def run_rewards(setting: Setting, seed: int, router: dict, folder: Path) -> dict
         for kind, score in (("scores", method_scores), ("phase1", phase1_scores)):
             path = folder / f"{kind}-{name}.json"
             if not path.exists():
-                with torch.autocast(DEVICE, torch.bfloat16):  # as in training
+                with torch.autocast(DEVICE, torch.bfloat16, enabled=precision()["bf16"]):  # as in training
                     write_json(path, score(run, test.rows))
             scores |= json.loads(path.read_text())
         scores[LENGTH_ONLY] = [[float(length) for length in lengths] for lengths in test.lengths]  # of whole texts

@@ -3,7 +3,7 @@
 import json
 import random
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from dmoerm_trl.data.preference_row import PreferenceRow
+from dmoerm_trl.labelling.sources import source_ranks, source_strength
 from dmoerm_trl.labelling.weak import weak_ranks
 from dmoerm_trl.tasks import TaskTable
 
@@ -21,6 +22,9 @@ CUT = " ... "
 
 GENERAL = "general"
 """The task of the prompts that the router calls others, and of those of rare tasks."""
+
+SOURCE = "source strength"
+"""The capability point that is labelled by who wrote a response; all others are labelled by functions of its text."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,14 @@ class Sizes:
     """Tokens of a prompt for the router."""
     prompt_tokens: int = 48
     """Tokens of a prompt's last turn for the reward models."""
-    response_tokens: int = 224
+    response_tokens: int = 128
     """Tokens of a response; the fewer, the less of what the weak points of the whole text say can be seen."""
     responses: int = 8
     """Responses of a training row, drawn from the prompt's about 48 without replacement."""
-    rows: int = 1
-    """Training rows a prompt."""
+    ranked_rows: int = 1
+    """Training rows a prompt with overall ranks by gold, from which all methods learn."""
+    rows: int = 6
+    """Training rows a prompt, all with capability labels: those without overall ranks are for the experts alone."""
     prompts: int | None = None
     """Arena prompts, drawn by the seed; all if None."""
     test_share: float = 0.12
@@ -45,8 +51,8 @@ class Sizes:
     """A task with fewer training prompts has no inner model: its prompts are `general`."""
     labelled: float = 0.95
     """A capability point that tells responses apart in fewer of a task's training prompts is left out of the task."""
-    pairs: int | None = None
-    """Pairs of each of the two sets of pairs, drawn once for all seeds; all if None."""
+    pairs: int | None = 500
+    """Pairs of each of the two sets of pairs, drawn once for all seeds; all if None, or if there are fewer."""
     router_rows: int | None = None
     """Labelled prompts for the router, 100 of them to watch its training; all if None."""
 
@@ -113,6 +119,8 @@ class ArenaPrompt(NamedTuple):
     prompt: str
     responses: list[str]
     gold: list[float]
+    sources: list[str]
+    """The system that wrote each response."""
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -134,9 +142,10 @@ def read_arena(path: Path) -> list[ArenaPrompt]:
     prompts: dict[int, ArenaPrompt] = {}
     for row in pq.read_table(path).to_pylist():
         key = row["prompt_id"]
-        prompt = prompts.setdefault(key, ArenaPrompt(f"arena {key}", row["instruction"], [], []))
+        prompt = prompts.setdefault(key, ArenaPrompt(f"arena {key}", row["instruction"], [], [], []))
         prompt.responses.append(row["response"])
         prompt.gold.append(row["gold"])
+        prompt.sources.append(row["generator"])
     return [prompts[key] for key in sorted(prompts)]
 
 
@@ -144,7 +153,8 @@ def arena_split(
     prompts: Sequence[ArenaPrompt], tasks: Sequence[str], table: TaskTable, sizes: Sizes, cut: Cutter, seed: int
 ) -> tuple[TaskTable, list[PreferenceRow], TestSet]:
     """
-    Training rows of K responses with weak labels, and the test set, which share no prompt.
+    Training rows of K responses with weak labels, and the test set, which share no prompt. How strong a source is, the ranked
+    training rows alone tell.
 
     Args:
         tasks (`Sequence[str]`): the task of each prompt, by a router.
@@ -161,33 +171,55 @@ def arena_split(
         task: points for task, points in table.tasks.items() if task == GENERAL or counts[task] >= sizes.task_prompts
     }
 
-    def row_of(prompt: ArenaPrompt, task: str, chosen: Sequence[int], label: bool) -> PreferenceRow:
-        responses, gold = [prompt.responses[i] for i in chosen], [prompt.gold[i] for i in chosen]
-        task = task if task in kept else GENERAL
-        points = dict.fromkeys([*kept[task], *table.overall]) if label else ()
+    def row_of(prompt: ArenaPrompt, task: str, chosen: Sequence[int], ranks: list[int], labels: dict) -> PreferenceRow:
         return PreferenceRow(
             _turns(cut(prompt.prompt, sizes.prompt_tokens, "prompts")),
-            [cut(response, sizes.response_tokens, "responses") for response in responses],
-            [1 + sum(other > value for other in gold) for value in gold],
-            task,
-            {point: weak_ranks(prompt.prompt, responses, point) for point in points},  # of the whole texts
+            [cut(prompt.responses[i], sizes.response_tokens, "responses") for i in chosen],
+            ranks,
+            task if task in kept else GENERAL,
+            labels,
         )
 
-    rows = []
+    def gold_ranks(prompt: ArenaPrompt, chosen: Sequence[int]) -> list[int]:
+        return [1 + sum(prompt.gold[other] > prompt.gold[i] for other in chosen) for i in chosen]
+
+    drawn: list[tuple[int, list[int], list[int]]] = []  # a prompt, some of its responses, and their ranks
     for index in training:
         prompt = prompts[index]
         shuffled = draw.sample(range(len(prompt.responses)), len(prompt.responses))
-        for start in range(0, sizes.rows * sizes.responses, sizes.responses):
-            chosen = shuffled[start : start + sizes.responses]
-            if len({prompt.gold[i] for i in chosen}) > 1:  # else there is nothing to learn
-                rows.append(row_of(prompt, tasks[index], chosen, label=True))
+        for number in range(sizes.rows):
+            chosen = shuffled[number * sizes.responses : (number + 1) * sizes.responses]
+            if number < sizes.ranked_rows:
+                drawn.append((index, chosen, gold_ranks(prompt, chosen)))
+            elif len(chosen) > 1:
+                drawn.append((index, chosen, [1] * len(chosen)))
+    ranked = [(ranks, [prompts[index].sources[i] for i in chosen]) for index, chosen, ranks in drawn if max(ranks) > 1]
+    strength = dict.fromkeys(
+        (source for prompt in prompts for source in prompt.sources), 0.5
+    )  # of what is in no ranked row
+    strength |= source_strength(ranked)
+
+    def labels_of(prompt: ArenaPrompt, chosen: Sequence[int], points: Iterable[str]) -> dict[str, list[int]]:
+        """Of the whole texts."""
+        responses, sources = [prompt.responses[i] for i in chosen], [prompt.sources[i] for i in chosen]
+        return {
+            point: source_ranks(strength, sources) if point == SOURCE else weak_ranks(prompt.prompt, responses, point)
+            for point in points
+        }
+
+    rows = []
+    for index, chosen, ranks in drawn:
+        task = tasks[index] if tasks[index] in kept else GENERAL
+        labels = labels_of(prompts[index], chosen, dict.fromkeys([*kept[task], *table.overall]))
+        rows.append(row_of(prompts[index], task, chosen, ranks, labels))
+    rows = [row for row in rows if any(row.pairs_of(point) for point in (None, *row.labelled_points))]
     table = TaskTable({task: _labelled(points, task, rows, sizes) for task, points in kept.items()}, table.overall)
     test = TestSet()
     for index in order[:tested]:
-        prompt = prompts[index]
-        everything = range(len(prompt.responses))
-        test.add(row_of(prompt, tasks[index], everything, label=False), prompt.gold, prompt.responses, prompt.key)
-        test.labels.append({point: weak_ranks(prompt.prompt, prompt.responses, point) for point in table.overall})
+        prompt, everything = prompts[index], range(len(prompts[index].responses))
+        row = row_of(prompt, tasks[index], everything, gold_ranks(prompt, everything), {})
+        test.add(row, prompt.gold, prompt.responses, prompt.key)
+        test.labels.append(labels_of(prompt, everything, table.overall))
     known = {task: {*points, *table.overall} for task, points in table.tasks.items()}
     rows = [
         replace(row, capability_ranks={p: ranks for p, ranks in row.capability_ranks.items() if p in known[row.task]})

@@ -163,10 +163,16 @@ def test_one_judge_for_all_points():
 # The recipe.
 
 
-def test_the_task_table_is_the_papers_tasks_with_points_that_have_a_function():
-    table = TaskTable.load(str(RECIPES / "tasks.yaml"))
-    assert list(table.tasks) == [*TaskTable.paper().tasks, "general"]
-    assert {point for points in [*table.tasks.values(), table.overall] for point in points} == set(WEAK_POINTS)
+def test_the_task_tables_are_the_papers_tasks_with_points_that_have_labels():
+    """Of the first all points have a function, and each function a point."""
+    tables = [
+        TaskTable.load(str(path)) for path in (RECIPES.parent / "label" / "weak_tasks.yaml", RECIPES / "tasks.yaml")
+    ]
+    weak_points, points = ({p for of_task in [*t.tasks.values(), t.overall] for p in of_task} for t in tables)
+    assert all(list(table.tasks) == [*TaskTable.paper().tasks, "general"] for table in tables)
+    assert weak_points == set(WEAK_POINTS)
+    assert points <= {*WEAK_POINTS, "source strength"}
+    assert all("source strength" in of_task for of_task in [*tables[1].tasks.values(), tables[1].overall])
 
 
 def test_the_recipe_is_one_of_dmoerm_train():
