@@ -432,6 +432,17 @@ def test_rows_with_capability_labels_alone_train_the_experts_alone(material, run
 # Bad input: an error that names it and the way out, before any training.
 
 
+def test_a_part_of_a_task_without_an_overall_preference_is_refused(material, tmp_path):
+    rows = [row | {"ranks": [1] * len(row["ranks"])} if row["task"] == "maths" else row for row in make_rows()]
+    write(rows, tmp_path / "rows.jsonl")
+    recipe = make_recipe(material, tmp_path / "run", train_data=str(tmp_path / "rows.jsonl"))
+    refused(
+        recipe, "rows of the task 'maths' in the part phase1_train, none with two distinct `ranks`.*rank responses"
+    )
+    shared = make_recipe(material, tmp_path / "shared", train_data=str(tmp_path / "rows.jsonl"), share_base=True)
+    refused(shared, "rows of the task 'maths' in the part phase3_train")  # the base learns from chitchat
+
+
 def refused(recipe: Recipe, match: str) -> str:
     with pytest.raises((ValueError, FileNotFoundError), match=match) as error:
         Pipeline(recipe).run()

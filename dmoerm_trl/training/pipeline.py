@@ -153,11 +153,25 @@ class Pipeline:
                 check_capability_labels(part, self.tasks, overall=recipe.without_outer)
             except ValueError as error:
                 raise ValueError(f"{recipe.train_data}: in the {len(part)} {what}: {error}") from error
+        self._check_preferences(parts)
         for name, part in parts.items():
             lines += [f"{name}: {len(part)} rows; {self.formatter.encode_rows(part)[1]}"]
             write_rows(part, folder / f"{name}.jsonl")
         (folder / "report.txt").write_text("\n".join(lines) + "\n")
         return []
+
+    def _check_preferences(self, parts: dict[str, list[PreferenceRow]]) -> None:
+        """Rows may have capability labels alone, but phases 1 and 3 need others."""
+        for name, part in parts.items():
+            together = name.startswith("phase1") and self.recipe.share_base
+            for task in [OVERALL] if together else self.tasks.tasks:
+                rows = [row for row in part if task in (OVERALL, row.task)]
+                if name != "test" and rows and not any(row.pairs_of() for row in rows):
+                    raise ValueError(
+                        f"{self.recipe.train_data}: got {len(rows)} rows of the task {task!r} in the part {name}, none with two "
+                        "distinct `ranks`, need one because a base and an aggregator learn from the overall preference: rank "
+                        "responses to more of the task's prompts."
+                    )
 
     def _router(self, folder: Path) -> History:
         router, history = train_router(

@@ -187,12 +187,14 @@ def arena_split(
     for index in training:
         prompt = prompts[index]
         shuffled = draw.sample(range(len(prompt.responses)), len(prompt.responses))
-        for number in range(sizes.rows):
-            chosen = shuffled[number * sizes.responses : (number + 1) * sizes.responses]
-            if number < sizes.ranked_rows:
-                drawn.append((index, chosen, gold_ranks(prompt, chosen)))
-            elif len(chosen) > 1:
-                drawn.append((index, chosen, [1] * len(chosen)))
+        rows = [
+            shuffled[start : start + sizes.responses]
+            for start in range(0, sizes.rows * sizes.responses, sizes.responses)
+        ]
+        ranked = [(chosen, gold_ranks(prompt, chosen)) for chosen in rows[: sizes.ranked_rows]]
+        if any(max(ranks) > 1 for _, ranks in ranked):  # else there is nothing to learn from the prompt
+            drawn += [(index, chosen, ranks) for chosen, ranks in ranked]
+            drawn += [(index, chosen, [1] * len(chosen)) for chosen in rows[sizes.ranked_rows :] if len(chosen) > 1]
     ranked = [(ranks, [prompts[index].sources[i] for i in chosen]) for index, chosen, ranks in drawn if max(ranks) > 1]
     strength = dict.fromkeys(
         (source for prompt in prompts for source in prompt.sources), 0.5
