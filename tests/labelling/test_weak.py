@@ -166,7 +166,8 @@ def test_one_judge_for_all_points():
 def test_the_task_tables_are_the_papers_tasks_with_points_that_have_labels():
     """Of the first all points have a function, and each function a point."""
     tables = [
-        TaskTable.load(str(path)) for path in (RECIPES.parent / "label" / "weak_tasks.yaml", RECIPES / "tasks.yaml")
+        TaskTable.load(str(path))
+        for path in (RECIPES.parent / "label" / "tasks" / "weak.yaml", RECIPES / "tasks.yaml")
     ]
     weak_points, points = ({p for of_task in [*t.tasks.values(), t.overall] for p in of_task} for t in tables)
     assert all(list(table.tasks) == [*TaskTable.paper().tasks, "general"] for table in tables)
