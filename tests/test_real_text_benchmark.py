@@ -3,13 +3,27 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
-from real_text import best_of_n, by_seed, consistency, counted, logistic_weights, with_labels  # noqa: E402
+from real_text import (  # noqa: E402
+    METHODS,
+    best_of_n,
+    by_seed,
+    consistency,
+    counted,
+    logistic_weights,
+    run_rewards,
+    with_labels,
+)
 from real_text_data import (  # noqa: E402
     GENERAL,
     SOURCE,
@@ -28,7 +42,7 @@ from dmoerm_trl.labelling.sources import source_ranks, source_strength  # noqa: 
 from dmoerm_trl.labelling.weak import weak_ranks  # noqa: E402
 from dmoerm_trl.tasks import TaskTable  # noqa: E402
 
-METHODS = ("mean", "WCO", "UWO", "DMoERM")
+FEW = ("mean", "WCO", "UWO", "DMoERM")
 
 
 def test_set(gold: dict[str, list[float]], lengths: list[int] | None = None) -> TestSet:
@@ -60,7 +74,7 @@ def test_consistency_counts_pairs_over_prompts_and_seeds():
     scores = {"mean": wrong, "WCO": {**wrong, "b": [2.0, 1.0]}, "UWO": {**wrong, "b": [2.0, 1.0]}, "DMoERM": right}
     seeds = [(first, {method: list(rows.values()) for method, rows in scores.items()})]
     found = consistency(counted(seeds))
-    assert {method: found["methods"][method]["mean"] for method in METHODS} == {
+    assert {method: found["methods"][method]["mean"] for method in FEW} == {
         "mean": 2.5 / 4,
         "WCO": 2 / 4,
         "UWO": 2 / 4,
@@ -72,7 +86,7 @@ def test_consistency_counts_pairs_over_prompts_and_seeds():
     assert 0.5 <= interval["low"] < interval["mean"] < interval["high"] <= 2 / 3  # of "b" alone and of "a" alone
 
     second = test_set({"a": [3.0, 2.0, 1.0]})
-    other = (second, {method: [[1.0, 2.0, 3.0]] for method in METHODS})
+    other = (second, {method: [[1.0, 2.0, 3.0]] for method in FEW})
     both = by_seed([*seeds, other])
     assert both["methods"]["DMoERM"]["mean"] == 4 / 7 and both["methods"]["DMoERM"]["seeds"] == [1.0, 0.0]
     assert (both["pairs"], both["prompts"]) == (7, 2)  # "a" is one prompt in both seeds
@@ -82,7 +96,7 @@ def test_consistency_counts_pairs_over_prompts_and_seeds():
 def test_length_matched_consistency_counts_no_other_pair():
     """Rewards that are lengths are right in each pair but that of the two which are nearly as long."""
     test = test_set({"a": [1.0, 3.0, 2.0]}, lengths=[10, 19, 20])
-    seeds = [(test, dict.fromkeys(METHODS, [[10.0, 19.0, 20.0]]))]
+    seeds = [(test, dict.fromkeys(FEW, [[10.0, 19.0, 20.0]]))]
     assert consistency(counted(seeds))["methods"]["mean"]["mean"] == pytest.approx(2 / 3)
     matched = consistency(counted(seeds, share=0.1))
     assert matched["methods"]["mean"]["mean"] == 0 and matched["pairs"] == 1
@@ -210,3 +224,54 @@ def test_harmless_pairs_are_last_turns(tokenizer, tmp_path):
     (tmp_path / "harmless.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (row, empty)))
     test = harmless_pairs(tmp_path / "harmless.jsonl", Sizes(), Cutter(tokenizer))
     assert test.rows == [PreferenceRow(turns, ["Good", "Bad"], [1, 2])] and test.gold == [[1.0, 0.0]]
+
+
+# A seed that was run elsewhere.
+
+
+@pytest.fixture
+def setting(prompts, tokenizer, tmp_path) -> SimpleNamespace:
+    """The prompts and two small sets of pairs, in files as the benchmark reads them."""
+    responses = [
+        {"prompt_id": number, "instruction": prompt.prompt, "generator": source, "response": text, "gold": gold}
+        for number, prompt in enumerate(prompts)
+        for text, gold, source in zip(prompt.responses, prompt.gold, prompt.sources, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(responses), tmp_path / "arena.parquet")
+    turn = {"role": "user", "content": "Hello"}
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("Good", "Bad"))
+    files = {
+        "router_train": [{"prompt": "What?", "task": "maths", "scenario": "sums"}],
+        "human_pairs": [{"prompt": "Why?", "response_1": "one", "response_2": "two", "preferred": 2}],
+        "harmless_pairs": [{"prompt": [turn], "chosen": chosen, "rejected": rejected}] * 2,
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = Sizes(responses=4, test_share=0.25, task_prompts=10, response_tokens=20)
+    return SimpleNamespace(data=tmp_path, sizes=sizes, tokenizer=tokenizer, table=TABLE)
+
+
+def test_of_a_seed_its_rewards_are_enough(setting, tmp_path):
+    """Nothing is trained where they are: ten test prompts with six responses, one human pair, two harmless ones."""
+    counts = {"arena": 60, "human_pairs": 2, "harmless_pairs": 4}
+    rewards = {
+        f"{name}/{method}": torch.arange(count) + 100.0 * place
+        for name, count in counts.items()
+        for place, method in enumerate(METHODS)
+    }
+    save_file(rewards, tmp_path / "rewards.safetensors")
+    router = {"arena_tasks": ["maths" if number % 2 else "others" for number in range(40)]}
+    scored = run_rewards(setting, 0, router, tmp_path)
+    for name, count in counts.items():
+        test, scores = scored[name]
+        assert list(scores) == [*METHODS, "length only"]
+        assert [len(row) for row in scores["DMoERM"]] == [len(gold) for gold in test.gold]
+        for place, method in enumerate(METHODS):
+            assert sum(scores[method], []) == [100.0 * place + i for i in range(count)]
+        assert scores["length only"] == test.lengths
+
+    save_file(rewards | {"human_pairs/UWO": torch.zeros(3)}, tmp_path / "rewards.safetensors")
+    with pytest.raises(
+        SystemExit, match="got 3 rewards by UWO, need 2, one for each response of human_pairs, .* delete it"
+    ):
+        run_rewards(setting, 0, router, tmp_path)

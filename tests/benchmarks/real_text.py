@@ -79,6 +79,7 @@ from dmoerm_trl.training.trainer import PhaseConfig
 RECIPE = Path(__file__).parents[2] / "recipes" / "real_text" / "train.yaml"
 TASKS = RECIPE.with_name("tasks.yaml")
 ENSEMBLES = ("mean", "WCO", "UWO")
+METHODS = ("single", *ENSEMBLES, "DMoERM-w/o-Outer", "DMoERM", "phase 1 alone", "source experts alone")
 MATCHED = 0.1
 BEST_OF = 48
 BALANCE = 1.0
@@ -253,17 +254,26 @@ def run_rewards(setting: Setting, seed: int, router: dict, folder: Path) -> dict
         tasks = {task: sum(row.task == task for row in rows) for task in table.tasks}
         print(f"arena, seed {seed}: training rows {tasks}; {cut}", flush=True)
         rewards = train_and_score(setting, seed, table, rows, sets, folder / "arena")
-        flat = {f"{name}/{method}": sum(of, []) for name, methods in rewards.items() for method, of in methods.items()}
-        save_file({name: torch.tensor(values) for name, values in flat.items()}, path.with_suffix(".partial"))
+        save_file(
+            {
+                f"{name}/{method}": torch.tensor(sum(of[method], []))
+                for name, of in rewards.items()
+                for method in METHODS
+            },
+            path.with_suffix(".partial"),
+        )
         path.with_suffix(".partial").replace(path)
-    flat = {name: iter(values.tolist()) for name, values in load_file(path).items()}
-    scored = {}
+    flat, scored = load_file(path), {}
     for name, test in sets.items():
-        scores = {
-            key.removeprefix(f"{name}/"): [[next(values) for _ in gold] for gold in test.gold]
-            for key, values in flat.items()
-            if key.startswith(f"{name}/")
-        }
+        sizes_of_rows, scores = [len(gold) for gold in test.gold], {}
+        for method in METHODS:
+            values = flat[f"{name}/{method}"]
+            if len(values) != sum(sizes_of_rows):
+                raise SystemExit(
+                    f"{path}: got {len(values)} rewards by {method}, need {sum(sizes_of_rows)}, one for each response of "
+                    f"{name}, because the file is of other data or sizes: delete it."
+                )
+            scores[method] = [part.tolist() for part in values.split(sizes_of_rows)]
         scores[LENGTH_ONLY] = [[float(length) for length in lengths] for lengths in test.lengths]  # of whole texts
         scored[name] = test, scores
     return scored
