@@ -187,18 +187,16 @@ def arena_split(
     for index in training:
         prompt = prompts[index]
         shuffled = draw.sample(range(len(prompt.responses)), len(prompt.responses))
-        rows = [
-            shuffled[start : start + sizes.responses]
-            for start in range(0, sizes.rows * sizes.responses, sizes.responses)
-        ]
-        ranked = [(chosen, gold_ranks(prompt, chosen)) for chosen in rows[: sizes.ranked_rows]]
-        if any(max(ranks) > 1 for _, ranks in ranked):  # else there is nothing to learn from the prompt
-            drawn += [(index, chosen, ranks) for chosen, ranks in ranked]
-            drawn += [(index, chosen, [1] * len(chosen)) for chosen in rows[sizes.ranked_rows :] if len(chosen) > 1]
+        starts = range(0, sizes.rows * sizes.responses, sizes.responses)
+        groups = [shuffled[start : start + sizes.responses] for start in starts]
+        compared, others = groups[: sizes.ranked_rows], groups[sizes.ranked_rows :]
+        if any(
+            max(gold_ranks(prompt, chosen)) > 1 for chosen in compared
+        ):  # else there is nothing to learn from the prompt
+            drawn += [(index, chosen, gold_ranks(prompt, chosen)) for chosen in compared]
+            drawn += [(index, chosen, [1] * len(chosen)) for chosen in others if len(chosen) > 1]
     ranked = [(ranks, [prompts[index].sources[i] for i in chosen]) for index, chosen, ranks in drawn if max(ranks) > 1]
-    strength = dict.fromkeys(
-        (source for prompt in prompts for source in prompt.sources), 0.5
-    )  # of what is in no ranked row
+    strength = {source: 0.5 for prompt in prompts for source in prompt.sources}  # of what is in no ranked row
     strength |= source_strength(ranked)
 
     def labels_of(prompt: ArenaPrompt, chosen: Sequence[int], points: Iterable[str]) -> dict[str, list[int]]:
