@@ -190,9 +190,8 @@ def arena_split(
         starts = range(0, sizes.rows * sizes.responses, sizes.responses)
         groups = [shuffled[start : start + sizes.responses] for start in starts]
         compared, others = groups[: sizes.ranked_rows], groups[sizes.ranked_rows :]
-        if any(
-            max(gold_ranks(prompt, chosen)) > 1 for chosen in compared
-        ):  # else there is nothing to learn from the prompt
+        # without a better response and a worse one there is nothing to learn from the prompt
+        if any(max(gold_ranks(prompt, chosen)) > 1 for chosen in compared):
             drawn += [(index, chosen, gold_ranks(prompt, chosen)) for chosen in compared]
             drawn += [(index, chosen, [1] * len(chosen)) for chosen in others if len(chosen) > 1]
     ranked = [(ranks, [prompts[index].sources[i] for i in chosen]) for index, chosen, ranks in drawn if max(ranks) > 1]
