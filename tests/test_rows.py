@@ -189,6 +189,13 @@ MORE_BAD = [
     ("ranks that are not integers", {"ranks": ["1", "2"]}, "need integers"),
     ("ranks and responses of different lengths", {"ranks": 1}, "field `ranks`: got 1 for 2 responses"),
     ("fewer than two responses", {"responses": "text"}, "got 'text', need a list"),
+    ("bad task", {"task": ["chitchat"]}, r"field `task`: got \['chitchat'\], need a name as text"),
+    (
+        "half a character",
+        {"responses": ["A", "B \ud83d."]},
+        r"field `responses`: got '\\ud83d' at place 2 of a text, half of a surrogate pair, need whole characters",
+    ),
+    ("half a character", {"prompt": user("\ude00")}, "field `prompt`: got .* need whole characters"),
     ("empty prompt", {"prompt": []}, "field `prompt`: got an empty one"),
     ("bad prompt", {"messages": user("a")}, "exactly one of `prompt` and `messages`"),
     ("bad prompt", {"prompt": 3}, "field `prompt`: got 3, need text or a list of turns"),

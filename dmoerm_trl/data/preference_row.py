@@ -82,9 +82,13 @@ def turns_of(prompt: Any, name: str) -> list[dict]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
 
 
-def check_row(row: PreferenceRow, tasks: TaskTable) -> None:
+def check_row(row: PreferenceRow, tasks: TaskTable | None = None) -> None:
     """
     Checks the values of one row.
+
+    Args:
+        row (`PreferenceRow`): the row.
+        tasks (`TaskTable`, *optional*): the tasks and capability points that it may name; without a table, any.
 
     Raises:
         [`RowError`]: If the row cannot be used; the text names the field, what was got, what is needed, and the way out.
@@ -109,6 +113,12 @@ def check_row(row: PreferenceRow, tasks: TaskTable) -> None:
                 f"field `responses`: got {short(response)} as response {number}, need text because an empty response "
                 "says nothing about quality: drop it together with its rank.",
             )
+    for name, texts in (
+        ("prompt", (text for turn in row.prompt for text in turn.values())),
+        ("responses", row.responses),
+    ):
+        for text in texts:
+            _check_characters(name, text)
     _check_ranks("ranks", row.ranks, len(row.responses))
     for point, ranks in row.capability_ranks.items():
         _check_ranks(f"capability_ranks.{point}", ranks, len(row.responses))
@@ -120,6 +130,31 @@ def check_row(row: PreferenceRow, tasks: TaskTable) -> None:
             f"field `ranks`: got {row.ranks}, need two distinct ranks because a row without a better and a worse "
             "response, overall or at a capability point, teaches nothing: rank the responses or drop the row.",
         )
+    if both := [point for point in row.capability_pairs if point in row.capability_ranks]:
+        raise RowError(
+            "capability point with ranks and pairs",
+            f"fields `capability_ranks` and `capability_pairs`: got the point {both[0]!r} in both, need it in one because a "
+            "row has one set of labels of a point: take it out of one of them.",
+        )
+    if not isinstance(row.task, str | None):
+        raise RowError("bad task", f"field `task`: got {short(row.task)}, need a name as text, or none: mend the row.")
+    if tasks is not None:
+        _check_names(row, tasks)
+
+
+def _check_characters(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(
+            "half a character",
+            f"field `{name}`: got {text[error.start]!a} at place {error.start} of a text, half of a surrogate pair, need whole "
+            "characters because others cannot be written: mend the text.",
+        ) from error
+
+
+def _check_names(row: PreferenceRow, tasks: TaskTable) -> None:
+    """That the table has the task and the capability points."""
     if row.task is not None and row.task != OTHERS and row.task not in tasks.tasks:
         raise RowError(
             "unknown task",
@@ -137,12 +172,6 @@ def check_row(row: PreferenceRow, tasks: TaskTable) -> None:
                 f"field `{name}`: got the point {unknown[0]!r}, which task {row.task!r} does not have, need some of "
                 f"{sorted(known)}: rename it, or add it to the task table.",
             )
-    if both := [point for point in row.capability_pairs if point in row.capability_ranks]:
-        raise RowError(
-            "capability point with ranks and pairs",
-            f"fields `capability_ranks` and `capability_pairs`: got the point {both[0]!r} in both, need it in one because a "
-            "row has one set of labels of a point: take it out of one of them.",
-        )
 
 
 def _check_ranks(name: str, ranks: Any, count: int) -> None:

@@ -270,10 +270,10 @@ def _parse_published(raw: dict, tasks: TaskTable, report: LoadReport) -> Prefere
     for assistant, user in zip(assistants, users[1:], strict=True):
         turns += [{"role": "assistant", "content": assistant}, {"role": "user", "content": user}]
     task = raw.get("label") or None
-    if task is not None and task not in tasks.tasks and task != OTHERS:
+    if isinstance(task, str) and task not in tasks.tasks and task != OTHERS:
         english = dict(zip(TaskTable.paper("zh").tasks, TaskTable.paper("en").tasks, strict=True)).get(task)
         if english not in tasks.tasks:
-            report.read_as_others[str(task)] += 1
+            report.read_as_others[task] += 1
             english = OTHERS
         task = english
     return PreferenceRow(turns_of(turns, "src"), raw["response"], raw["rank"], task)

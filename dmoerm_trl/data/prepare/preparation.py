@@ -96,7 +96,7 @@ class Preparation:
             ValueError: if a column is missing, or there is no row at all.
         """
         self._check_columns(dataset, source)
-        examples = read_examples(dataset, self.columns, self.preference_set.group_by, self.preference_set.consecutive)
+        examples = self._examples(dataset, audit)
         look = personal_data.is_available()
         examples = tqdm(examples, desc=f"preparing {source} {split}", unit=" examples", delay=3)
         for converted, route in self._with_routes(self._converted(group, split) for group in examples):
@@ -138,11 +138,22 @@ class Preparation:
                 "columns, or say with `columns` what they are called here."
             )
 
+    def _examples(self, dataset: Examples, audit: PartAudit) -> Iterator[list[dict[str, Any]]]:
+        """The examples of each row that are to be taken."""
+        wanted = {column: value if isinstance(value, list) else [value] for column, value in self.where.items()}
+        of_set = self.preference_set
+        for group in read_examples(dataset, self.columns, of_set.group_by, of_set.consecutive):
+            taken = [example for example in group if all(example.get(column) in wanted[column] for column in wanted)]
+            if len(taken) < len(group):
+                audit.skipped["left out by `where`"] += len(group) - len(taken)
+            if taken:
+                yield taken
+
     def _converted(self, group: list[dict[str, Any]], split: str) -> PreferenceRow | RowError:
-        """The row, whose task, where it has none, and labels are still to be checked; or why there is none."""
+        """The row, of which the task and the names of the points are still to be checked; or why there is none."""
         try:
             row = self._row(group, split)
-            check_row(replace(row, task=None, capability_ranks={}, capability_pairs={}), TaskTable.paper())
+            check_row(row)
         except RowError as error:
             return error
         return row
@@ -171,9 +182,6 @@ class Preparation:
 
     def _row(self, group: list[dict[str, Any]], split: str) -> PreferenceRow:
         first = group[0]
-        for column, wanted in self.where.items():
-            if first.get(column) not in (wanted if isinstance(wanted, list) else [wanted]):
-                raise RowError("left out by `where`", f"got {column}={first.get(column)!r}, need {wanted!r}.")
         for column in self.preference_set.columns:  # a rating may be absent
             if column not in self.preference_set.points and any(example.get(column) is None for example in group):
                 raise RowError(f"no `{column}`", f"got no `{column}`, need one.")

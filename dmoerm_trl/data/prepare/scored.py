@@ -40,6 +40,7 @@ def helpsteer2(examples: Sequence[dict[str, Any]], *, tie_margin: float = 0.0) -
 def scored(example: dict[str, Any], *, tie_margin: float = 0.0, aspects: Sequence[str] = ()) -> PreferenceRow:
     """Any set with `prompt`, `responses` and `scores`; each of `aspects` is a column with one rating a response."""
     responses = example["responses"]
+    aspects = [aspect for aspect in aspects if example[aspect] is not None]
     for column in ("scores", *aspects):
         if len(example[column]) != len(responses):
             raise RowError(

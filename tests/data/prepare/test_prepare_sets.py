@@ -205,14 +205,17 @@ def test_helpsteer2(prepare):
     prompt = "Hi\n\n<extra_id_1>Assistant\nHello.\n\n<extra_id_1>User\nName a tree."
     examples = [
         *(helpsteer2(prompt, "Oak.", 4, 4, 3, 1, 0), helpsteer2(prompt, "Moss.", 1, 0, 3, 1, 1)),
-        *(helpsteer2("Tie?", "A", 2, 1, 3, 1, 0), helpsteer2("Tie?", "B", 2, 0, 3, 1, 1)),
+        *(helpsteer2("Tie?", "A", 2, 1, 3, 1, 0), helpsteer2("Tie?", "B", 2, 0, 3, 1, 0)),
+        *(helpsteer2("All tied?", "A", 2, 1, 3, 1, 0), helpsteer2("All tied?", "B", 2, 1, 3, 1, 1)),
         helpsteer2("Alone?", "Yes.", 4, 4, 4, 1, 1),
     ]
-    [row], audit = prepare("helpsteer2", examples, points={"verbosity": None, "correctness": "truth"}, task="advice")
+    points = {"verbosity": None, "correctness": "truth"}
+    [row, tied], audit = prepare("helpsteer2", examples, points=points, task="advice")
     assert row.prompt == [user("Hi"), assistant("Hello."), user("Name a tree.")]
     assert (row.responses, row.ranks, row.task) == (["Oak.", "Moss."], [1, 2], "advice")
     assert row.capability_ranks == {"helpfulness": [1, 2], "truth": [1, 2], "coherence": [1, 1], "complexity": [1, 1]}
-    assert audit.skipped == {"no two distinct ranks": 1, "fewer than two responses": 1}
+    assert (tied.ranks, tied.capability_ranks["truth"]) == ([1, 1], [1, 2])  # a row for the experts alone
+    assert audit.skipped == {"no two distinct ranks": 1, "fewer than two responses": 1}  # verbosity is left out
 
 
 def test_a_helpsteer2_prompt_of_one_turn():
@@ -226,6 +229,8 @@ def test_responses_with_scores(prepare):
         PreferenceRow([user("Hi")], ["A", "B", "C"], [3, 1, 2], "general", capability_pairs={"wit": [[2, 0]]})
     ]
     assert audit.skipped == {"scores and responses of different lengths": 1}
+    [row], _ = prepare("scored", [example | {"wit": None}], {"aspects": ["wit"]})
+    assert (row.ranks, row.labelled_points) == ([3, 1, 2], [])
     [row], _ = prepare("scored", [example], {"tie_margin": 0.4})
     assert (row.ranks, row.task, row.labelled_points) == ([2, 1, 1], None, [])
 
@@ -257,6 +262,24 @@ def test_a_table_of_responses(prepare):
     assert [(row.responses, row.ranks) for row in rows] == [(["A", "C", "D"], [3, 2, 1]), (["B", "E"], [2, 1])]
 
 
+def test_where_takes_single_responses_out_of_a_prompts(prepare):
+    lines = [
+        ("Hi", "A", "x"),
+        ("Hi", "B", "a"),
+        ("Hi", "C", "b"),
+        ("Hm", "D", "x"),
+        ("Ho", "E", "a"),
+        ("Ho", "F", "x"),
+    ]
+    examples = [
+        {"prompt": prompt, "response": response, "score": score, "generator": generator}
+        for score, (prompt, response, generator) in enumerate(lines)
+    ]
+    rows, audit = prepare("table", examples, where={"generator": ["a", "b"]})
+    assert rows == [PreferenceRow([user("Hi")], ["B", "C"], [2, 1])]
+    assert audit.skipped == {"left out by `where`": 3, "fewer than two responses": 1}
+
+
 def test_one_id_of_several_prompts(prepare):
     lines = [{"prompt_id": "x", "prompt": f"Hi {i // 2}", "response": str(i), "score": i} for i in range(4)]
     with pytest.raises(ValueError, match="'several prompts of one id': 1"):
@@ -283,6 +306,10 @@ def test_formats_that_training_accepts(prepare):
     table = TaskTable({"talk": ("wit",)}, ("wit",))
     rows, _ = prepare("rows", [own], {"tasks": table}, tasks=table, task="talk")
     assert rows == [PreferenceRow([user("Hi")], ["A", "B"], [1, 2], "talk", {"wit": [2, 1]})]
+    tied = own | {"ranks": [1, 1]}
+    [row], audit = prepare("rows", [tied, tied | {"capability_ranks": {"wit": [2]}}], {"tasks": table}, task="talk")
+    assert (row.ranks, row.capability_ranks) == ([1, 1], {"wit": [2, 1]})
+    assert audit.skipped == {"ranks and responses of different lengths": 1}
 
 
 # ------------------------------------------------------------------------------------------ settings, errors
