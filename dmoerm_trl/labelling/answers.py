@@ -103,6 +103,14 @@ class AnswerStore:
             ).fetchone()
         )
 
+    @property
+    def has_choices(self) -> bool:
+        """Whether any answer of this judge could be read."""
+        found = self._connection.execute(
+            "SELECT EXISTS (SELECT 1 FROM answers WHERE judge = ? AND choice IS NOT NULL)", (self._judge,)
+        )
+        return bool(found.fetchone()[0])
+
     def count(self, key: bytes, times: int = 1) -> int:
         """Counts a key, and returns the count before: since the store was opened or [`start_counting`] was called."""
         found = self._connection.execute("SELECT times FROM temp.counted WHERE key = ?", (key,)).fetchone()

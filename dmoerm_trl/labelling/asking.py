@@ -15,7 +15,7 @@ from .budget import Budget
 from .judges import Answer, Judge, JudgeError, Question
 
 LINGER = 0.01
-"""Seconds to wait for more questions where there are too few for a batch."""
+"""Seconds to wait for more questions where there are too few for a batch; while more come, as long again."""
 
 
 Result = TypeVar("Result")
@@ -64,6 +64,7 @@ class Asking:
         self._settled = asyncio.Event()
 
     async def __aenter__(self) -> "Asking":
+        self.judge.answered = self.answers.has_choices
         self._workers = [asyncio.create_task(self._work()) for _ in range(self.judge.concurrency)]
         return self
 
@@ -110,7 +111,9 @@ class Asking:
     async def _work(self) -> None:
         while True:
             batch = [await self._queue.get()]
-            if self._queue.qsize() < self.judge.batch_size - 1:
+            before = -1
+            while before < self._queue.qsize() < self.judge.batch_size - 1:
+                before = self._queue.qsize()
                 await asyncio.sleep(LINGER)
             while len(batch) < self.judge.batch_size and not self._queue.empty():
                 batch.append(self._queue.get_nowait())

@@ -64,12 +64,15 @@ class Judge(Protocol):
         batch_size (`int`): the questions to give to one call of `ask`.
         concurrency (`int`): the calls of `ask` to have under way at once.
         samples (`bool`): whether another `round` of a question may be answered otherwise.
+        answered (`bool`): whether it is known to have answered a question. Who asks sets it by what earlier runs stored, so that
+            a judge can tell what goes wrong with one question from what does with all.
     """
 
     identity: dict[str, Any]
     batch_size: int
     concurrency: int
     samples: bool
+    answered: bool
 
     async def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """

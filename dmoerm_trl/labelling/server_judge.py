@@ -4,6 +4,7 @@ import asyncio
 import math
 import os
 import random
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -23,6 +24,8 @@ _NO_MONEY = {"insufficient_quota", "billing_hard_limit_reached"}
 _THIS_QUESTION = {"context_length_exceeded", "content_filter"}
 _MAY_BE_THIS_QUESTION = {400, 413, 422}
 _MOST_REFUSED = 500  # more than the questions of one long prompt: 360 for nine responses at five points
+
+_TOP_UP = "need an account that can pay: top it up and go on later"
 
 _SCHEMA = {
     "type": "object",
@@ -132,7 +135,8 @@ class ServerJudge:
         self._requests, self._tokens = _Pace(requests_per_minute), _Pace(tokens_per_minute)
         self._go_on_at = self._counted_until = 0.0  # on the event loop's clock
         self._pauses = 0  # in a row, since the last answer
-        self._may_refuse = 0  # questions, before the next answer: then it is no fault of theirs
+        self.answered = False
+        self._refused = 0  # questions in a row, since the last answer
         self._under_way, self._one_ended = 0, asyncio.Event()
 
     def __repr__(self) -> str:
@@ -217,17 +221,21 @@ class ServerJudge:
 
     async def _refuses_all(self) -> bool:
         """Whether a refusal is of any question, because none is answered: neither before, nor of those under way."""
+
+        def may_be_of_one() -> bool:
+            return self.answered and self._refused < _MOST_REFUSED
+
         self._under_way -= 1
         self._one_ended.set()
         try:
-            while self._under_way and not self._may_refuse:
+            while self._under_way and not may_be_of_one():
                 self._one_ended.clear()
                 await self._one_ended.wait()
         finally:
             self._under_way += 1
-        if not self._may_refuse:
+        if not may_be_of_one():
             return True
-        self._may_refuse -= 1
+        self._refused += 1
         return False
 
     async def _request(self, body: dict[str, Any], estimate: tuple[int, int]) -> "Answer | _Later | JudgeError":
@@ -262,10 +270,11 @@ class ServerJudge:
             where = f"put it into the environment variable {self._api_key_env}"
         ways = {
             401: f"need a key that it takes: {where}",
+            402: _TOP_UP,
             403: f"need a key that may use the model {self.model!r}: {where}",
             404: f"need a model that it has, got {self.model!r}, and a base_url that ends where /chat/completions begins: "
             "correct them",
-            429: "need an account that can pay: top it up and go on later",
+            429: _TOP_UP,
         }
         way = ways.get(
             status, "need a request that it takes: change the judge's settings, such as structured or extra_body"
@@ -284,7 +293,7 @@ class ServerJudge:
             read = read_choice(text, structured=self._structured) if whole else None
         except (AttributeError, LookupError, TypeError, ValueError):
             return _Later(f"what is no chat completion: {self._redact(str(reply))[:200]!r}")
-        self._pauses, self._may_refuse = 0, _MOST_REFUSED
+        self._pauses, self._refused, self.answered = 0, 0, True
         return Answer(read, self._redact(text), *tokens)
 
     def _redact(self, text: str) -> str:
@@ -332,8 +341,9 @@ def _read_key(variable: str | None) -> str | None:
         return None
     key = os.environ.get(variable, "").strip()
     if not key:
+        usual = re.fullmatch("[A-Z_][A-Z0-9_]*", variable)  # else it may be the key itself
         raise JudgeError(
-            f"got no key in the environment variable {variable}, need one because the server may ask for it: set it, name "
+            f"got no key in the environment variable {variable if usual else 'that `api_key_env` names'}, need one because the server may ask for it: set it, name "
             "another variable in `api_key_env`, or set `api_key_env: null` for a server that wants none."
         )
     if not (key.isascii() and key.isprintable()):

@@ -149,7 +149,7 @@ def claim(folder: Path, arguments: LabelArguments, identity: dict[str, Any]) -> 
     """
     rows = Path(arguments.rows)
     plan = arguments.plan
-    settings = asdict(plan) | {name: getattr(arguments, name) for name in ("rows", "split", "on_error")}
+    settings = asdict(plan) | {name: getattr(arguments, name) for name in ("rows", "split", "on_error", "answers")}
     settings["sha256 of rows"] = file_digest([rows]) if rows.is_file() else None
     settings |= {f"judge.{name}": value for name, value in identity.items()}
     settings = json.loads(json.dumps(settings))
@@ -162,7 +162,8 @@ def claim(folder: Path, arguments: LabelArguments, identity: dict[str, Any]) -> 
         )
     if arguments.dry_run:
         return str(store) if store.exists() else ":memory:"
-    folder.mkdir(parents=True, exist_ok=True)
+    for needed in (folder, store.parent):
+        needed.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         partial_file = path.with_suffix(".partial")
         partial_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")

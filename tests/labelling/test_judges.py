@@ -260,6 +260,7 @@ def test_a_server_that_is_killed_counts_as_gone(serve_process):
         ({}, ["403"], "status 403 .*need a key that may use the model 'judge'"),
         ({}, ["400"], "status 400 .*need a request that it takes"),
         ({}, ["422"], "status 422 .*need a request that it takes"),
+        ({}, ["402"], "status 402 .*need an account that can pay"),
     ],
 )
 def test_what_cannot_pass_stops_at_once(serve, monkeypatch, settings, faults, message):
@@ -383,6 +384,12 @@ def test_a_server_without_a_key_is_not_sent_one(serve, monkeypatch):
     server = serve()
     ask(make(server), question())
     assert server.requests[0]["authorization"] is None
+
+
+def test_a_key_in_the_place_of_its_variables_name_is_not_told():
+    with pytest.raises(JudgeError, match="in the environment variable that `api_key_env` names, need one") as caught:
+        make("http://localhost/v1", api_key_env=KEY)
+    assert KEY not in str(caught.value)
 
 
 def test_a_missing_key_is_told_before_anything_is_asked(monkeypatch):

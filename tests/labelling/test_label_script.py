@@ -147,6 +147,23 @@ def test_asking_again_goes_on_where_it_was_until_all_is_asked_again(serve, recip
     assert {*server.asked.values()} == {3}
 
 
+def test_asking_again_of_refused_questions_alone_comes_to_its_end(serve, recipe, tmp_path):
+    """What earlier runs stored says that the server answers others."""
+    server = serve("longer", faults=["ok", "400"])
+    command = [
+        "label",
+        "--config",
+        recipe(server.url, judge={"concurrency": 1}, answers=str(tmp_path / "new" / "a.sqlite")),
+    ]
+    main(command)
+    assert server.asked.total() == report(tmp_path)["spent"]["calls"] == QUESTIONS
+    server.faults.append("400")
+    main([*command, "--ask_again_unreadable", "true"])
+    assert server.asked.total() == QUESTIONS + 1
+    main([*command, "--ask_again_unreadable", "true"])
+    assert server.asked.total() == QUESTIONS + 2 and max(server.answered.values()) == 1
+
+
 # What goes wrong.
 
 
@@ -293,6 +310,8 @@ def test_the_folder_of_another_labelling_is_an_error_but_its_answers_can_be_used
     few = server.asked.total()
     with pytest.raises(ValueError, match=r"other settings of \['max_pairs'\].*choose another `output_dir`"):
         main(["label", "--config", recipe(server.url, max_pairs=2)])
+    with pytest.raises(ValueError, match=r"other settings of \['answers'\]"):  # all would be asked anew
+        main(["label", "--config", recipe(server.url, max_pairs=1, answers=str(tmp_path / "other.sqlite"))])
     with pytest.raises(ValueError, match=r"other settings of \['judge.temperature'\]"):
         main(["label", "--config", recipe(server.url, max_pairs=1, judge={"temperature": 0.5})])
     answers = str(tmp_path / "out" / "answers.sqlite")
