@@ -16,6 +16,8 @@ sys.path.append(str(Path(__file__).parent / "benchmarks"))
 
 from real_text import (  # noqa: E402
     METHODS,
+    RECIPE,
+    Setting,
     best_of_n,
     by_seed,
     consistency,
@@ -270,8 +272,29 @@ def test_of_a_seed_its_rewards_are_enough(setting, tmp_path):
             assert sum(scores[method], []) == [100.0 * place + i for i in range(count)]
         assert scores["length only"] == test.lengths
 
-    save_file(rewards | {"human_pairs/UWO": torch.zeros(3)}, tmp_path / "rewards.safetensors")
-    with pytest.raises(
-        SystemExit, match="got 3 rewards by UWO, need 2, one for each response of human_pairs, .* delete it"
-    ):
-        run_rewards(setting, 0, router, tmp_path)
+
+def test_a_folder_of_runs_is_of_one_setting(setting, backbone, tmp_path):
+    """Else what another encoder or another cut gave would be read as the result of this one."""
+    backbone.save_pretrained(tmp_path / "model")
+    setting.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "router_test.jsonl").write_text('{"prompt": "What?", "task": "maths"}\n')
+    given = {
+        "data": tmp_path,
+        "runs": tmp_path / "runs",
+        "recipe": RECIPE,
+        "workers": 1,
+        "quick": False,
+        "model": str(tmp_path / "model"),
+    }
+
+    def claim(**other) -> None:
+        Setting(SimpleNamespace(**{"sizes": "{}"} | given | other)).claim()
+
+    claim()
+    claim()
+    with pytest.raises(SystemExit, match=r"got runs of another sizes .*need the same .*name another folder by --runs"):
+        claim(sizes='{"response_tokens": 224}')
+    claim(sizes='{"response_tokens": 224}', runs=tmp_path / "longer")
+    (tmp_path / "router_test.jsonl").write_text('{"prompt": "Why?", "task": "maths"}\n')
+    with pytest.raises(SystemExit, match="got runs of another sha256 of the data"):
+        claim()

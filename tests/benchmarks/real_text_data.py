@@ -184,6 +184,7 @@ def arena_split(
         return [1 + sum(prompt.gold[other] > prompt.gold[i] for other in chosen) for i in chosen]
 
     drawn: list[tuple[int, list[int], list[int]]] = []  # a prompt, some of its responses, and their ranks
+    tied = 0
     for index in training:
         prompt = prompts[index]
         shuffled = draw.sample(range(len(prompt.responses)), len(prompt.responses))
@@ -194,6 +195,8 @@ def arena_split(
         if any(max(gold_ranks(prompt, chosen)) > 1 for chosen in compared):
             drawn += [(index, chosen, gold_ranks(prompt, chosen)) for chosen in compared]
             drawn += [(index, chosen, [1] * len(chosen)) for chosen in others if len(chosen) > 1]
+        else:
+            tied += 1
     ranked = [(ranks, [prompts[index].sources[i] for i in chosen]) for index, chosen, ranks in drawn if max(ranks) > 1]
     strength = {source: 0.5 for prompt in prompts for source in prompt.sources}  # of what is in no ranked row
     strength |= source_strength(ranked)
@@ -215,6 +218,11 @@ def arena_split(
         labels = labels_of(prompts[index], chosen, points)
         rows.append(row_of(prompts[index], task, chosen, ranks, labels))
     rows = [row for row in rows if any(row.pairs_of(point) for point in (None, *row.labelled_points))]
+    read, there = sum(len(row.responses) for row in rows), sum(len(prompts[index].responses) for index in training)
+    print(
+        f"arena, seed {seed}: {len(training)} training prompts, {tied} of them left out because what was drawn to be compared is "
+        f"tied; {read} of their {there} responses are in {len(rows)} rows"
+    )
     table = TaskTable({task: _labelled(points, task, rows, sizes) for task, points in kept.items()}, table.overall)
     test = TestSet()
     for index in order[:tested]:
