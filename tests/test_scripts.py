@@ -116,6 +116,17 @@ def test_eval_and_score_read_the_demos_run(demo, capsys):
     )
     rows = [json.loads(line) for line in (run / "data" / "test.jsonl").read_text().splitlines()]
     assert len((run / "s.jsonl").read_text().splitlines()) == sum(len(row["responses"]) for row in rows)
+    with pytest.raises(SystemExit):
+        main(["score", "--model", str(run / "model"), "--rows", "none", "--explain", "--output", str(run / "s.jsonl")])
+    assert (run / "s.jsonl").stat().st_size > 1
+    capsys.readouterr()
+
+    tied = rows[0] | {"ranks": [1] * len(rows[0]["ranks"]), "prompt": "Only for experts?", "task": "roleplay"}
+    tied["capability_ranks"] = {"logic": [*range(1, len(tied["ranks"]) + 1)]}
+    (run / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, tied]))
+    main(["eval", "--config", str(train_recipe), "--rows", str(run / "more.jsonl")])
+    assert f"1 of {len(rows) + 1} rows left out: without an overall preference" in capsys.readouterr().out
+    assert json.loads((run / "consistency.json").read_text())["consistency"]["DMoERM"] == before["DMoERM"]
 
 
 @pytest.mark.slow

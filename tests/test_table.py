@@ -48,6 +48,13 @@ def test_the_others_column_stands_only_where_there_are_such_rows():
     assert table.to_markdown().splitlines()[2].split("|")[4].strip() == "–"
 
 
+def test_a_column_without_an_overall_preference_has_no_number():
+    rows = [row("roleplay"), row("chitchat", ranks=(1, 1)), row("others", ranks=(1, 1))]
+    table = consistency_table({"single": [[1.0, 0.0]] * 3}, rows, ["roleplay", "chitchat"])
+    assert table.columns == ("roleplay", "chitchat", "overall")
+    assert {column: cell.mean for column, cell in table.cells["single"].items()} == {"roleplay": 1, "overall": 1}
+
+
 def cells(roleplay, overall, low=0.6, high=0.75):
     return {"roleplay": Cell(roleplay, low, high, 40), "overall": Cell(overall, low, high, 90)}
 

@@ -27,7 +27,9 @@ def method_scores(run: Pipeline, rows: Sequence[PreferenceRow]) -> dict[str, lis
         `dict`: method -> R lists of rewards: single, mean, WCO and UWO (equations 8 to 10), DMoERM-w/o-Outer, DMoERM and
         the length-only baseline; those that the recipe did not train are absent.
     """
-    encodings, _ = run.formatter.encode_rows(rows)
+    encodings, report = run.formatter.encode_rows(rows)
+    if report.cut_rows:
+        print(report)
     flat = [encoding for row in encodings for encoding in row]
 
     def score(model: DMoERMForSequenceClassification, name: str) -> torch.Tensor:

@@ -149,6 +149,9 @@ def consistency_table(
         if task not in indices:
             raise ValueError(f"row {index}: got task {task!r}, need {OTHERS!r} or one of {list(columns)}.")
         indices[task].append(index)
+    indices = {
+        column: of_column for column, of_column in indices.items() if any(rows[i].pairs_of() for i in of_column)
+    }
     indices[OVERALL] = list(range(len(rows)))
 
     metric = Consistency()
@@ -158,7 +161,7 @@ def consistency_table(
             raise ValueError(f"method {method!r}: got scores of {len(rewards)} rows, need those of all {len(rows)}.")
         cells[method] = {}
         for column in (OVERALL, *columns, OTHERS):  # overall first: its errors count the prompts as `rows` does
-            if column != OVERALL and not indices[column]:
+            if column not in indices:  # nothing to be consistent with
                 continue
             try:
                 result = metric.compute(
@@ -171,7 +174,7 @@ def consistency_table(
             except ValueError as error:
                 raise ValueError(f"method {method!r}, column {column!r}: {error}") from error
             cells[method][column] = Cell(result["consistency"], result["low"], result["high"], result["pairs"])
-    shown = (*columns, *([OTHERS] if indices[OTHERS] else []), OVERALL)
+    shown = (*columns, *([OTHERS] if OTHERS in indices else []), OVERALL)
     return Table(shown, {method: {c: row[c] for c in shown if c in row} for method, row in cells.items()}, confidence)
 
 

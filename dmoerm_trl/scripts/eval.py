@@ -84,6 +84,10 @@ def evaluate(
     else:
         evaluated, report = load_rows(rows, tasks=run.tasks, on_error=run.recipe.on_error)
         print(report)
+    ranked = [row for row in evaluated if row.pairs_of()]
+    if len(ranked) < len(evaluated):
+        print(f"{len(evaluated) - len(ranked)} of {len(evaluated)} rows left out: without an overall preference")
+        evaluated = ranked
     scores = method_scores(run, evaluated)
 
     def saved() -> Table:

@@ -5,6 +5,7 @@ machines the rows are shared: `accelerate launch -m dmoerm_trl.cli score --model
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,12 @@ def describe(
     tasks = list(model.config.tasks)
     points = list(dict.fromkeys(point for of_task in model.config.tasks.values() for point in of_task))
     encodings = [formatter.encode(prompt, response) for prompt, response in texts]
+    if cut := sum(encoding.cut_turns > 0 for encoding in encodings):
+        warnings.warn(
+            f"for {cut} of {len(encodings)} responses, the prompt lost its oldest part to fit into "
+            f"max_length={formatter.max_length}.",
+            stacklevel=2,
+        )
     pad_token_id = formatter.tokenizer.pad_token_id
     probabilities = route_encodings(model, encodings, pad_token_id=pad_token_id)
     routes = probabilities.argmax(1).tolist()
@@ -101,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     one = arguments.prompt is not None and arguments.response is not None
     if one == (arguments.rows is not None):
         parser.error("got neither or both, need either --prompt and --response, or --rows.")
+    if arguments.explain and arguments.output is not None:
+        parser.error("got --explain and --output, need one of them, because explanations are printed: leave one out.")
     processes = launched_processes()
     model = DMoERMForSequenceClassification.from_pretrained(
         arguments.model,
@@ -135,6 +144,8 @@ def _write(arguments: ScoreArguments, texts: list[tuple[list[dict], str]], descr
         else:
             lines.append(json.dumps({"prompt": prompt, "response": response, **scores}, ensure_ascii=False))
     if arguments.output is not None:
-        Path(arguments.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial = Path(arguments.output + ".partial")
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.replace(arguments.output)
     elif lines:
         print("\n".join(lines))
