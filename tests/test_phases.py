@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import PROMPTS, RESPONSES, TASKS, make_backbone, make_tokenizer
+from models import PROMPTS, RESPONSES, TASKS, bert_config, make_backbone, make_tokenizer
 from torch import Tensor
 from transformers import AutoModel, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -202,6 +202,16 @@ def test_the_router_cannot_have_layers_that_its_backbone_has_not(num_layers, bas
 def test_the_router_has_no_budget_of_tokens(base, formatter, tmp_path):
     with pytest.raises(ValueError, match="train_tokens_per_batch=100 for the router.*per_device_train_batch_size"):
         train_router(base, list(PROMPTS), ROWS, ROWS, formatter, settings(tmp_path, train_tokens_per_batch=100))
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_the_routers_dropout_can_be_turned_off(disabled, tokenizer, formatter, tmp_path):
+    AutoModel.from_config(bert_config(tokenizer)).save_pretrained(tmp_path / "encoder")
+    args = settings(tmp_path, disable_dropout=disabled)
+    rows = router_rows(RESPONSES, per_task=1)
+    router, _ = train_router(str(tmp_path / "encoder"), list(PROMPTS), rows, rows, formatter, args)
+    shares = {module.p for module in router.modules() if isinstance(module, torch.nn.Dropout)}
+    assert shares == ({0.0} if disabled else {0.1})
 
 
 def test_the_routers_training_heeds_patience(base, formatter, tmp_path):

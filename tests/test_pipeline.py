@@ -425,6 +425,9 @@ def test_rows_with_capability_labels_alone_train_the_experts_alone(material, run
         other.run_stage(stage)
     before, after = (weights(pipeline.root) for pipeline in (run, other))
     assert len(other.rows("phase1_train")) == 2 * len(run.rows("phase1_train"))
+    half = len(run.rows("phase1_train"))
+    report = (other.root / "data" / "report.txt").read_text()
+    assert f"phase1_train: {2 * half} rows, {half} of them without an overall preference;" in report
     for name in after:
         assert (before[name] == after[name]) == name.startswith(same), name
 
@@ -441,6 +444,12 @@ def test_a_part_of_a_task_without_an_overall_preference_is_refused(material, tmp
     )
     shared = make_recipe(material, tmp_path / "shared", train_data=str(tmp_path / "rows.jsonl"), share_base=True)
     refused(shared, "rows of the task 'maths' in the part phase3_train")  # the base learns from chitchat
+    write(
+        [row | {"ranks": [1] * len(row["ranks"]), "prompt": "New?"} for row in make_rows()[:2]],
+        tmp_path / "tied.jsonl",
+    )
+    tested = make_recipe(material, tmp_path / "tested", test_data=str(tmp_path / "tied.jsonl"))
+    refused(tested, "in the part test, none with two distinct `ranks`")
 
 
 def refused(recipe: Recipe, match: str) -> str:
@@ -548,6 +557,14 @@ def test_a_tokenizer_without_a_pad_token_is_refused(material, tmp_path):
     tokenizer.pad_token = None
     tokenizer.save_pretrained(base)
     refused(make_recipe(material, tmp_path / "run", base_model=str(base)), "no pad token.*tokenizer.pad_token = ")
+
+
+def test_a_router_with_other_tokens_is_refused(material, tmp_path):
+    other = base_like(material, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(other)
+    refused(make_recipe(material, tmp_path / "run", router_model=str(other)), "router_model.*has other tokens than")
 
 
 @pytest.mark.parametrize("which", ["base_model", "router_model"])

@@ -133,7 +133,7 @@ def test_an_unknown_key_of_a_stage_is_an_error_that_names_stage_and_key(stage, t
     assert "learning_rate" in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["output_dir", "seed", "report_to"])
+@pytest.mark.parametrize("key", ["output_dir", "seed", "report_to", "max_length"])
 def test_a_stage_cannot_have_a_key_of_the_whole_recipe(key):
     with pytest.raises(ValueError, match=f"'{key}'.*keys of the whole recipe"):
         recipe(phase1={key: "x"})

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from models import RESPONSES, make_single, make_tokenizer, peft_expert
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
+from trl import RewardConfig
 
 from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.data.rows import PreferenceRow
@@ -161,6 +162,19 @@ def test_the_defaults_are_those_of_appendix_b1():
     assert not args.disable_dropout and not args.gradient_checkpointing and not args.bf16
     assert args.dataloader_pin_memory == torch.cuda.is_available()
     assert args.report_to == []
+
+
+def test_a_process_trains_on_one_gpu(monkeypatch):
+    """Of several without a launcher, transformers would spread the model over all, which it cannot be."""
+    after_init = RewardConfig.__post_init__
+
+    def with_two_gpus(self):
+        after_init(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(RewardConfig, "__post_init__", with_two_gpus)
+    assert RewardConfig("folder", use_cpu=True).n_gpu == 2
+    assert PhaseConfig("folder", use_cpu=True).n_gpu == 1
 
 
 def test_checkpoints_are_written_whenever_there_is_an_evaluation():

@@ -30,7 +30,7 @@ def split_rows(
         test (`float`, *optional*, defaults to 0.2):
             Share of a task's prompts for `test`.
         phase1 (`float`, *optional*, defaults to 0.6):
-            Share of the other prompts for phases 1 and 2; what is left is for phase 3 (the paper's 60% and 40%).
+            Share of the other prompts for phase 1; what is left is for phase 3 (the paper's 60% and 40%). Phase 2 trains on both.
         validation (`float`, *optional*, defaults to 0.1):
             Share of each phase's prompts that validates it.
         seed (`int`, *optional*, defaults to 0):

@@ -121,6 +121,9 @@ def train_router(
     backbone = AutoModel.from_pretrained(base, config=config, trust_remote_code=trust_remote_code, dtype="float32")
     check_finite(backbone)
     router = Router(DMoERMConfig(tasks={task: [] for task in tasks}, router_config=backbone.config), backbone)
+    for module in router.modules():
+        if args.disable_dropout and isinstance(module, nn.Dropout):
+            module.p = 0.0
 
     def dataset(rows: Sequence[PreferenceRow]) -> Dataset:
         rows = [row for row in rows if row.task in tasks]

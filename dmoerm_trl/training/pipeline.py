@@ -155,21 +155,23 @@ class Pipeline:
                 raise ValueError(f"{recipe.train_data}: in the {len(part)} {what}: {error}") from error
         self._check_preferences(parts)
         for name, part in parts.items():
-            lines += [f"{name}: {len(part)} rows; {self.formatter.encode_rows(part)[1]}"]
+            unranked = sum(not row.pairs_of() for row in part)
+            for_experts = f", {unranked} of them without an overall preference" if unranked else ""
+            lines += [f"{name}: {len(part)} rows{for_experts}; {self.formatter.encode_rows(part)[1]}"]
             write_rows(part, folder / f"{name}.jsonl")
         (folder / "report.txt").write_text("\n".join(lines) + "\n")
         return []
 
     def _check_preferences(self, parts: dict[str, list[PreferenceRow]]) -> None:
-        """Rows may have capability labels alone, but phases 1 and 3 need others."""
+        """Rows may have capability labels alone, but phases 1 and 3 and the test need others."""
         for name, part in parts.items():
-            together = name.startswith("phase1") and self.recipe.share_base
+            together = name == "test" or (name.startswith("phase1") and self.recipe.share_base)
             for task in [OVERALL] if together else self.tasks.tasks:
                 rows = [row for row in part if task in (OVERALL, row.task)]
-                if name != "test" and rows and not any(row.pairs_of() for row in rows):
+                if rows and not any(row.pairs_of() for row in rows):
                     raise ValueError(
                         f"{self.recipe.train_data}: got {len(rows)} rows of the task {task!r} in the part {name}, none with two "
-                        "distinct `ranks`, need one because a base and an aggregator learn from the overall preference: rank "
+                        "distinct `ranks`, need one because a base and an aggregator learn from the overall preference and are tested by it: rank "
                         "responses to more of the task's prompts."
                     )
 
@@ -301,7 +303,14 @@ class Pipeline:
         }
         for table in (self.tasks.tasks, {OVERALL: self.tasks.overall}):
             DMoERMConfig(tasks=table, **configs, **recipe.model_settings).layers_with_lora  # noqa: B018  (checks it)
-        self.formatter  # noqa: B018  (reads the tokenizer, which may lack a pad token)
+        tokens = self.formatter.tokenizer.get_vocab()  # the tokenizer may lack a pad token
+        if recipe.router_model is not None:
+            tokenizer = AutoTokenizer.from_pretrained(recipe.router_model, trust_remote_code=recipe.trust_remote_code)
+            if tokenizer.get_vocab() != tokens:
+                raise ValueError(
+                    f"`router_model` of the recipe: got {recipe.router_model}, whose tokenizer has other tokens than that of "
+                    f"{recipe.base_model}, need the same, because texts are tokenised once: choose a router of the base's family."
+                )
 
     def _check_recipe(self) -> None:
         before = _result_of(self.manifest["recipe"], self.manifest.get("processes", processes()))

@@ -164,7 +164,7 @@ class Recipe:
         return settings
 
 
-TOP_LEVEL = ("output_dir", "report_to", "seed", "load_in_8bit", "load_in_4bit")
+TOP_LEVEL = ("output_dir", "report_to", "seed", "max_length", "load_in_8bit", "load_in_4bit")
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "router": {"learning_rate": 5e-5, "per_device_train_batch_size": 16},

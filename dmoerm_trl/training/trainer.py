@@ -84,6 +84,7 @@ class PhaseConfig(RewardConfig):
         if self.deepspeed:
             check_installed()
         super().__post_init__()
+        self._n_gpu = min(self.n_gpu, 1)  # several are for several processes: `DataParallel` cannot hold these models
         unset_hf_deepspeed_config()  # else under ZeRO-3 models would be loaded in shards, which no phase could read
 
     @property
