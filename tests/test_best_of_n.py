@@ -391,6 +391,32 @@ def test_any_reward_model_is_scored_as_it_scores_itself(folder, tokenizer):
         assert float(score) == pytest.approx(model(ids).logits.item(), abs=1e-4)
 
 
+def test_a_reward_model_without_a_pad_token_is_read_at_its_last_token(folder, tokenizer, tmp_path):
+    """Where padding is eos, transformers would read the token before the eos that ends the text."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "plain0").eval()
+    model.config.pad_token_id = tokenizer.pad_token = None
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    row = {"prompt": [{"role": "user", "content": PROMPTS[0]}]}
+    texts = ["It is four.", "The sea was calm and the ship went home."]
+    scores = ScorerSource(str(tmp_path)).load()(row, texts)
+    tokenizer.pad_token = "<|endoftext|>"
+    for text, score in zip(texts, scores, strict=True):
+        ids = Formatter(tokenizer, 100).encode(PROMPTS[0], text).input_ids
+        assert ids[-1] == tokenizer.eos_token_id
+        assert float(score) == pytest.approx(model(torch.tensor([ids])).logits.item(), abs=1e-4)
+
+
+def test_a_functions_code_is_among_its_settings(tmp_path, monkeypatch):
+    """A gold that was corrected is another gold: scores of the one and of the other are not put together."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = []
+    for number in (1, 2):
+        (tmp_path / "golds.py").write_text(f"def gold(**_):\n    return {number}.0\n")
+        before.append(ScorerSource("golds:gold").settings())
+    assert before[0] != before[1] and before[1] == ScorerSource("golds:gold").settings()
+
+
 def test_members_without_a_scale_of_their_own_are_standardised(folder, tmp_path):
     path = tmp_path / "responses.jsonl"
     records = [

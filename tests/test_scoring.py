@@ -148,6 +148,19 @@ def test_a_function_gets_padded_texts_and_its_results_are_put_in_order():
     assert len(batches) > 1
 
 
+def test_what_texts_share_counts_for_a_model_that_does_not_share_it():
+    encodings = [Encoding([7] * 100 + [8] * number, 100, 0) for number in range(1, 21)]
+    sizes = {True: [], False: []}
+    for share, found in sizes.items():
+
+        def count(input_ids, attention_mask, prompt_lengths, found=found):
+            found.append(input_ids.numel())
+            return input_ids[:, 0]
+
+        map_encodings(count, encodings, pad_token_id=3, tokens_per_batch=400, share=share)
+    assert max(sizes[False]) <= 400 < max(sizes[True])
+
+
 def test_no_texts_are_an_error(dmoerm):
     with pytest.raises(ValueError, match="got no texts, need at least one"):
         score_encodings(dmoerm, [], pad_token_id=2)

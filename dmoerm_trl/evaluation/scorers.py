@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,13 @@ class ScorerSource:
 
     def settings(self) -> dict[str, Any]:
         """What the scores depend on."""
-        if self.is_program:
+        if self.name == LENGTH:
             return {"name": self.name}
+        if self.is_program:
+            return {
+                "name": self.name,
+                "sha256 of its file": file_digest([Path(inspect.getfile(_function_of(self.name)))]),
+            }
         return {**asdict(self), "sha256 of the weights": weights_digest(self.name)}
 
 
@@ -91,14 +97,18 @@ def file_digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _function(name: str) -> Scorer:
+def _function_of(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"got {name!r}, need an importable module:function: {error}. Put its folder on PYTHONPATH."
         ) from error
+
+
+def _function(name: str) -> Scorer:
+    function = _function_of(name)
 
     def score(row: dict, responses: Sequence[str]) -> Tensor:
         try:
@@ -136,16 +146,19 @@ def _reward_model(name: str, max_length: int, dtype: torch.dtype) -> Scorer:
         check_chat_template(tokenizer)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        if model.config.pad_token_id is None:  # else a decoder refuses batches
-            model.config.pad_token_id = tokenizer.pad_token_id
         formatter = Formatter(tokenizer, max_length)
+        own_pad = model.config.pad_token_id
 
         def score_all(encodings: list[Encoding]) -> Tensor:
+            if own_pad is None:  # a decoder refuses batches without one, and reads the last token that is not it
+                last = {encoding.input_ids[-1] for encoding in encodings}
+                model.config.pad_token_id = next(token for token in count() if token not in last)
             return map_encodings(
                 lambda input_ids, attention_mask, _: model(input_ids, attention_mask=attention_mask).logits[:, 0],
                 encodings,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=model.config.pad_token_id,
                 device=model.device,
+                share=False,
             )
 
     def score(row: dict, responses: Sequence[str]) -> Tensor:

@@ -27,6 +27,7 @@ def map_encodings(
     tokens_per_batch: int = 16_384,
     description: str = "scoring",
     groups: Sequence[int] | None = None,
+    share: bool = True,
     processes: PartialState | None = None,
 ) -> Tensor:
     """
@@ -37,13 +38,15 @@ def map_encodings(
         tokens_per_batch (`int`): tokens of a batch, where a prompt that several texts share counts once; a batch of long
             texts may have twice its first text's.
         groups (`Sequence[int]`, *optional*): of each text, such as its task: one group comes after the other.
+        share (`bool`): whether the model computes what several texts begin with once; of another model all tokens count.
         processes (`PartialState`, *optional*): those that share the batches. Each calls this with the same texts and gets
             all results.
     """
     if not encodings:
         raise ValueError("got no texts, need at least one.")
     texts = [encoding.input_ids for encoding in encodings]
-    batches = list(_batches(texts, [0] * len(texts) if groups is None else groups, tokens_per_batch))
+    groups = [0] * len(texts) if groups is None else groups
+    batches = list(_batches(texts, groups, tokens_per_batch, share))
     quiet = False
     if processes is not None:
         batches, quiet = _share(batches, texts, processes), not processes.is_main_process
@@ -72,13 +75,13 @@ def map_encodings(
     return result
 
 
-def _batches(texts: Sequence[list[int]], groups: Sequence[int], tokens: int) -> Iterator[list[int]]:
+def _batches(texts: Sequence[list[int]], groups: Sequence[int], tokens: int, share: bool) -> Iterator[list[int]]:
     """Indices of the texts of a batch, group by group."""
     members: dict[int, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
     for _, own in sorted(members.items()):
-        for batch in passes([texts[index] for index in own], tokens):
+        for batch in passes([texts[index] for index in own], tokens, share=share):
             yield [own[index] for index in batch]
 
 

@@ -63,7 +63,8 @@ class TextRewards:
         if batch != self._batch:
             encodings = [self.formatter.encode(*texts) for texts in zip(*batch, strict=True)]
             pad_token_id = self.formatter.tokenizer.pad_token_id
-            scores = map_encodings(self._forward, encodings, pad_token_id=pad_token_id, device=self.model.device)
+            options = {"pad_token_id": pad_token_id, "device": self.model.device, "share": self.is_dmoerm}
+            scores = map_encodings(self._forward, encodings, **options)
             for name, column in zip(("reward", *self.points), scores.unbind(1), strict=True):
                 bad = ~column.isfinite() if name == "reward" else column.isinf()  # NaN: not a point of the text's task
                 if bad.any():
