@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,6 +164,13 @@ def test_prompts_are_read_once_each_and_long_ones_are_counted(tmp_path, tokenize
     optimised, held = load_prompts(rows, formatter, max_prompt_length=40, eval_prompts=measured)
     assert [row["prompt"][0]["content"] for row in optimised] == ["Hello?", "How are you?"] and len(held) == 1
     assert "3 prompts, 1 left out: over 40 tokens" in capsys.readouterr().out
+    system = [{"role": "system", "content": "Be brief. " * 100}, {"role": "user", "content": "Why?"}]
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": system}) + "\n" + Path(rows).read_text())
+    assert (
+        load_prompts(str(tmp_path / "long.jsonl"), formatter, max_prompt_length=40, eval_prompts=measured)[0]
+        == optimised
+    )
+    assert "4 prompts, 2 left out: over 40 tokens" in capsys.readouterr().out
     with pytest.raises(ValueError, match="both in the prompts to optimise on and in the prompts to measure on"):
         load_prompts(rows, formatter, max_prompt_length=40, eval_prompts=rows)
 

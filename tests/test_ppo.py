@@ -134,6 +134,19 @@ def test_the_policys_own_tokenizer_is_compared(tmp_path):
 
 
 @pytest.mark.requires_ppo
+def test_an_eos_that_does_not_end_a_turn_is_an_error(tmp_path):
+    """The policy could write a turn of the user and its answer, and be judged by these."""
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    policy, value_model, formatter = make_policy(tokenizer), make_value_model(tokenizer), Formatter(tokenizer, 100)
+    says = (
+        r"whose eos is '<\|endoftext\|>', need '<\|im_end\|>', by which the chat template ends a turn.*set `eos_token`"
+    )
+    with pytest.raises(ValueError, match=says):
+        ppo_trainer(policy, value_model, LowTokens(), CHITCHAT, formatter, config(tmp_path, total_episodes=4))
+
+
+@pytest.mark.requires_ppo
 def test_top_p_out_of_range_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="got top_p=1.5, need above 0"):
         trainer_for(tmp_path, LowTokens(), options={"top_p": 1.5}, total_episodes=4)

@@ -105,6 +105,10 @@ class Formatter:
         whole = Encoding(*self._join(turns, response), cut_turns=0)
         return whole if len(whole.input_ids) <= self.max_length else self._shorten(turns, response)
 
+    def prompt_length(self, prompt: list[dict]) -> int:
+        """Tokens of a whole prompt, up to where the response begins, even if they are more than `max_length`."""
+        return self._join(prompt, "")[1]
+
     def encode_responses(self, prompt: list[dict] | str, responses: Sequence[str]) -> list[Encoding]:
         """What [`encode`] gives for each response; a chat template renders the prompt once for all of them."""
         if not self.tokenizer.chat_template:

@@ -153,7 +153,8 @@ def ppo_trainer(
 
     Raises:
         ImportError: if this TRL has no PPO.
-        ValueError: if `args` has a key that PPO does not read, or the tokenizers do not agree.
+        ValueError: if `args` has a key that PPO does not read, or the tokenizers do not agree with each other, or with the
+            chat template on how a turn ends.
     """
     ppo_classes()
     from .ppo_trainer import ResumablePPOTrainer
@@ -164,6 +165,13 @@ def ppo_trainer(
     tokenizer = copy.deepcopy(formatter.tokenizer if policy_tokenizer is None else policy_tokenizer)
     tokenizer.padding_side = "left"
     check_tokenizers(tokenizer, formatter.tokenizer)
+    end = formatter.markers.end_of_turn[0]
+    if args.stop_token == "eos" and tokenizer.eos_token_id != end:
+        raise ValueError(
+            f"got a tokenizer whose eos is {tokenizer.eos_token!r}, need {tokenizer.convert_ids_to_tokens(end)!r}, by which the "
+            "chat template ends a turn, because PPO cuts a response at eos, and one that goes on could open a new turn and "
+            "choose its own judge: set `eos_token` of the policy's and the reward model's tokenizer."
+        )
     dataset = prompt_dataset(prompts, formatter)
     options.setdefault("eval_dataset", dataset)  # PPOTrainer needs one, whether it evaluates or not
     options.setdefault("ref_model", None)

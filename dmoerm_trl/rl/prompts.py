@@ -45,7 +45,7 @@ def load_prompts(
 
     def read(path: str) -> list[dict]:
         unique = list({prompt_id(row): row for row in reversed(read_prompts(path))}.values())[::-1]
-        short = [row for row in unique if _length(row, formatter) <= max_prompt_length]
+        short = [row for row in unique if formatter.prompt_length(row["prompt"]) <= max_prompt_length]
         print(f"{path}: {len(unique)} prompts, {len(unique) - len(short)} left out: over {max_prompt_length} tokens")
         return short
 
@@ -96,8 +96,3 @@ def check_disjoint(sets: dict[str, Sequence[dict]]) -> None:
 def prompt_id(row: dict) -> str:
     """See [`~dmoerm_trl.data.rows.PreferenceRow.prompt_id`]."""
     return PreferenceRow(row["prompt"], [], []).prompt_id
-
-
-def _length(row: dict, formatter: Formatter) -> int:
-    encoding = formatter.encode(row["prompt"], "")
-    return formatter.max_length + 1 if encoding.cut_turns else encoding.prompt_length
