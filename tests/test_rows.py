@@ -295,6 +295,8 @@ def test_fields_that_are_not_read_are_said(tmp_path):
     _, report = load_rows(write(tmp_path / "rows.jsonl", row), tasks=TASKS)
     assert report.ignored_fields == {"capability_rank": 1, "prompt.name": 1}
     assert "2 fields not read" in str(report) and "capability_rank: 1" in str(report)
+    _, report = load_rows(write(tmp_path / "rows.jsonl", GOOD | {"chosen": ["a", {"role": "user"}]}), tasks=TASKS)
+    assert report.ignored_fields == {"chosen": 1}
 
 
 # ---------------------------------------------------------------------------------------- duplicates, files

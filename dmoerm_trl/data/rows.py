@@ -209,7 +209,12 @@ def _parse(raw: Any, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
         name: raw[name] for name in ("prompt", "messages", "chosen", "rejected") if isinstance(raw.get(name), list)
     }
     unread = {
-        f"{name}.{key}" for name, turns in chats.items() for turn in turns for key in turn if turn[key] is not None
+        f"{name}.{key}"
+        for name, turns in chats.items()
+        for turn in turns
+        if isinstance(turn, dict)  # else it is no chat, and not read
+        for key in turn
+        if turn[key] is not None
     }
     unread -= {f"{name}.{key}" for name in chats for key in ("role", "content")}
     report.ignored_fields.update(unread | (raw.keys() - fields))
