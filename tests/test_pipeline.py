@@ -449,7 +449,7 @@ def test_a_part_of_a_task_without_an_overall_preference_is_refused(material, tmp
         tmp_path / "tied.jsonl",
     )
     tested = make_recipe(material, tmp_path / "tested", test_data=str(tmp_path / "tied.jsonl"))
-    refused(tested, "in the part test, none with two distinct `ranks`")
+    refused(tested, "tied.jsonl: got 2 rows of the task 'overall' in the part test, none with two distinct `ranks`")
 
 
 def refused(recipe: Recipe, match: str) -> str:

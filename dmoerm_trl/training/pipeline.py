@@ -169,10 +169,11 @@ class Pipeline:
             for task in [OVERALL] if together else self.tasks.tasks:
                 rows = [row for row in part if task in (OVERALL, row.task)]
                 if rows and not any(row.pairs_of() for row in rows):
+                    source = self.recipe.test_data if name == "test" else None
                     raise ValueError(
-                        f"{self.recipe.train_data}: got {len(rows)} rows of the task {task!r} in the part {name}, none with two "
-                        "distinct `ranks`, need one because a base and an aggregator learn from the overall preference and are tested by it: rank "
-                        "responses to more of the task's prompts."
+                        f"{source or self.recipe.train_data}: got {len(rows)} rows of the task {task!r} in the part {name}, none "
+                        "with two distinct `ranks`, need one because a base and an aggregator learn from the overall preference "
+                        "and are tested by it: rank responses to more of the task's prompts."
                     )
 
     def _router(self, folder: Path) -> History:
