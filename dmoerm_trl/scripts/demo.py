@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 from trl import TrlParser
 
 from ..data.rows import PreferenceRow, write_rows
@@ -170,6 +170,7 @@ def run_ppo(arguments: DemoArguments, run: Pipeline, world: World) -> dict[str, 
     config_class, _ = ppo_classes()
     args = config_class(output_dir=str(run.root / "ppo"), seed=run.recipe.seed, **arguments.ppo)
     policy = AutoModelForCausalLM.from_pretrained(run.recipe.base_model)
+    set_seed(run.recipe.seed)  # of the value model's head, which is new
     value_model = AutoModelForSequenceClassification.from_pretrained(run.recipe.base_model, num_labels=1)
     reward_model = run.load("model")
     held_out = [row for row in run.rows("test") if row.task != OTHERS][: arguments.ppo_prompts]
