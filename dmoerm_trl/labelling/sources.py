@@ -8,6 +8,10 @@ of a single comparison. What it cannot tell is where a strong system failed.
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from math import log1p
+
+import numpy as np
 
 from .weak import ranks_of
 
@@ -35,12 +39,62 @@ def source_strength(ranked: Iterable[tuple[Sequence[int], Sequence[str]]]) -> di
     return {source: wins[source] / count for source, count in comparisons.items()}
 
 
+def length_controlled_strength(
+    ranked: Iterable[tuple[Sequence[int], Sequence[str], Sequence[int]]], ridge: float = 1e-3
+) -> dict[str, float]:
+    """
+    How strong each source is at equal length: the Bradley-Terry model with a term for length, as that of length-controlled
+    AlpacaEval (Dubois et al. 2024). A response x of the source X comes before y of Y with the probability
+
+        sigmoid(s_X - s_Y + b (log(1 + |x|) - log(1 + |y|)))
+
+    and s and b are those of least mean cross-entropy plus `ridge` times their sum of squares.
+
+    Args:
+        ranked (`Iterable`): as of [`source_strength`], with a third member: the lengths of the K responses.
+
+    Returns:
+        `dict`: source -> s, in log-odds. A source that is compared with no other is absent.
+    """
+    places: dict[str, int] = defaultdict(lambda: len(places))
+    compared = [
+        (
+            places[sources[i]],
+            places[sources[j]],
+            log1p(lengths[i]) - log1p(lengths[j]),
+            (1 + np.sign(ranks[j] - ranks[i])) / 2,
+        )
+        for ranks, sources, lengths in ranked
+        for i, j in combinations(range(len(ranks)), 2)
+        if sources[i] != sources[j]
+    ]
+    if not compared:
+        return {}
+    first, second, longer, won = (np.array(column) for column in zip(*compared, strict=True))
+    w = np.zeros(len(places) + 1)  # of the sources, then of length
+    for _ in range(100):  # Newton's method
+        odds = w[first] - w[second] + w[-1] * longer
+        predicted = 1 / (1 + np.exp(-odds))
+        gradient, curvature = 2 * ridge * w, 2 * ridge * np.eye(len(w))
+        signs = ((first, 1.0), (second, -1.0), (np.full(len(first), len(w) - 1), longer))
+        for place, sign in signs:
+            np.add.at(gradient, place, sign * (predicted - won) / len(won))
+            for other, other_sign in signs:
+                np.add.at(curvature, (place, other), sign * other_sign * predicted * (1 - predicted) / len(won))
+        step = np.linalg.solve(curvature, gradient)
+        w -= step
+        if np.abs(step).max() < 1e-9:
+            break
+    return {source: float(w[place]) for source, place in places.items()}
+
+
 def source_ranks(strength: Mapping[str, float], sources: Sequence[str], tolerance: float = 0.1) -> list[int]:
     """
     Ranks the responses to a prompt by the strength of their sources, as a preference row takes them in `capability_ranks`.
 
     Args:
-        strength (`Mapping[str, float]`): source -> a number, higher is better, such as [`source_strength`] gives.
+        strength (`Mapping[str, float]`): source -> a number, higher is better, such as [`source_strength`] or
+            [`length_controlled_strength`] gives.
         sources (`Sequence[str]`): the sources of K responses.
         tolerance (`float`): as of [`ranks_of`].
 
