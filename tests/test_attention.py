@@ -84,6 +84,11 @@ def flex(query, key, value, forest, last_tokens=False, causal=True, scaling=None
     return attention._flex_attention(query, key, value, forest, last_tokens, causal, scaling, window, softcap)
 
 
+def padded(query, key, value, forest, last_tokens=False, causal=False, scaling=None, softcap=None, dropout=0.0):
+    """The GPU's way for encoders."""
+    return attention._padded_attention(query, key, value, forest, last_tokens, scaling, dropout, softcap)
+
+
 @pytest.mark.parametrize("key_heads", [HEADS, KEY_HEADS, 1])
 @cases
 @both
@@ -110,8 +115,22 @@ def test_the_gpus_way_is_the_cpus(options, last_tokens):
         torch.testing.assert_close(gpu, cpu, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"scaling": 0.7}, {"softcap": 0.8}], ids=["plain", "scaling", "softcap"])
+@pytest.mark.parametrize("key_heads", [HEADS, KEY_HEADS])
+@both
+def test_the_gpus_way_for_encoders_is_the_cpus(options, key_heads, last_tokens):
+    forest = make_forest(share=False)
+    states = [state.requires_grad_() for state in make_states(forest, key_heads=key_heads)]
+    gradients = []
+    for way in (padded, forest_attention):
+        outputs = found(way, forest, *states, last_tokens, causal=False, **options)
+        gradients.append([*outputs, *torch.autograd.grad(sum((output**2).sum() for output in outputs), states)])
+    for gpu, cpu in zip(*gradients, strict=True):
+        torch.testing.assert_close(gpu, cpu, atol=1e-5 if "softcap" in options else 1e-12, rtol=0)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("way", [forest_attention, flex])
+@pytest.mark.parametrize("way", [forest_attention, flex, padded])
 def test_one_text_of_one_token(way):
     forest = plant(torch.tensor([[7]]), torch.tensor([1]))
     query, key, value = make_states(forest, dtype=torch.float32)

@@ -26,7 +26,8 @@ def forest_attention(
     """
     Scaled dot-product attention of packed texts; the forest's trees do not see each other.
 
-    On the CPU it is one call of PyTorch's attention a node, on a GPU one of FlexAttention, which skips what is masked.
+    On the CPU it is one call of PyTorch's attention a node. On a GPU, where calls cost more than tokens, it is one of
+    FlexAttention, which skips what is masked, and for encoders one of PyTorch's over the texts padded to one length.
 
     Args:
         query (`Tensor` of shape (B, heads, T, D)): of the packed tokens, or (B, heads, N, D) with `last_tokens`.
@@ -39,6 +40,8 @@ def forest_attention(
     Returns:
         `Tensor` of shape (B, T or N, heads, D).
     """
+    if query.is_cuda and not causal:
+        return _padded_attention(query, key, value, forest, last_tokens, scaling, dropout, softcap)
     if query.is_cuda and not dropout:
         return _flex_attention(query, key, value, forest, last_tokens, causal, scaling, window, softcap)
     attend = _attend if softcap is None else _attend_softly_capped
@@ -77,6 +80,35 @@ def _attend_softly_capped(query, key, value, mask, is_causal, scaling, dropout, 
         scores = scores + mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return nn.functional.dropout(weights, dropout) @ value
+
+
+def _padded_attention(query, key, value, forest, last_tokens, scaling, dropout, softcap) -> Tensor:
+    """Of texts that share nothing, each a node, whose tokens all see each other."""
+    sizes = [node.stop - node.start for node in forest.nodes]
+    texts, longest = len(sizes), max(sizes)
+
+    def padding() -> tuple[Tensor, Tensor, Tensor]:
+        starts, lengths = torch.tensor([[node.start for node in forest.nodes], sizes], device=key.device)
+        place = torch.arange(longest, device=key.device)
+        real = place < lengths.unsqueeze(1)
+        places = starts.unsqueeze(1) + torch.where(real, place, 0)  # a text's first token stands for its padding
+        mask = torch.zeros(real.shape, dtype=query.dtype, device=key.device).masked_fill(~real, -torch.inf)
+        packed = [row * longest + place for row, size in enumerate(sizes) for place in range(size)]
+        return places.flatten(), mask[:, None, None], torch.tensor(packed, device=key.device)
+
+    places, mask, packed = forest.remembered(("padding", query.dtype), padding)
+
+    def one_length(states: Tensor) -> Tensor:
+        """(B, heads, T, D) -> (B texts, heads, longest, D)"""
+        states = states.index_select(2, places)  # its gradient adds atomically, that of indexing sorts
+        return states.unflatten(2, (texts, longest)).transpose(1, 2).flatten(0, 1)
+
+    queries = query.transpose(1, 2).flatten(0, 1).unsqueeze(2) if last_tokens else one_length(query)
+    mask = mask.repeat(len(query), 1, 1, 1)
+    attend = _attend if softcap is None else _attend_softly_capped
+    out = attend(queries, one_length(key), one_length(value), mask, False, scaling, dropout, softcap)
+    out = out.transpose(1, 2).unflatten(0, (len(query), texts)).flatten(1, 2)  # (B, texts or texts longest, heads, D)
+    return out if last_tokens else out.index_select(1, packed)
 
 
 @cache
