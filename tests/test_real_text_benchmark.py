@@ -29,6 +29,7 @@ from real_text import (  # noqa: E402
 from real_text_data import (  # noqa: E402
     GENERAL,
     SOURCE,
+    SOURCE_AT_LENGTH,
     ArenaPrompt,
     Cutter,
     Sizes,
@@ -40,7 +41,11 @@ from real_text_data import (  # noqa: E402
 )
 
 from dmoerm_trl.data.preference_row import PreferenceRow  # noqa: E402
-from dmoerm_trl.labelling.sources import source_ranks, source_strength  # noqa: E402
+from dmoerm_trl.labelling.sources import (  # noqa: E402
+    length_controlled_strength,
+    source_ranks,
+    source_strength,
+)
 from dmoerm_trl.labelling.weak import weak_ranks  # noqa: E402
 from dmoerm_trl.tasks import TaskTable  # noqa: E402
 
@@ -153,11 +158,11 @@ def prompts() -> list[ArenaPrompt]:
 
 TABLE = TaskTable(
     {
-        "maths": ("content richness", SOURCE),
+        "maths": ("content richness", SOURCE, SOURCE_AT_LENGTH),
         "chitchat": (SOURCE,),
-        GENERAL: ("content richness", SOURCE, "proactivity"),
+        GENERAL: ("content richness", SOURCE, SOURCE_AT_LENGTH, "proactivity"),
     },
-    ("content richness", SOURCE),
+    ("content richness", SOURCE, SOURCE_AT_LENGTH),
 )
 
 
@@ -172,7 +177,8 @@ def test_the_arena_is_split_by_prompt(prompts, tokenizer, seed):
     assert others and all(len(row.responses) == 2 and row.ranks == [1, 1] for row in others)  # what is left of six
     assert len(test.rows) == 10 and all(len(row.responses) == 6 for row in test.rows)
     assert {row.task for row in [*rows, *test.rows]} == {"maths", GENERAL}
-    assert table.tasks == dict.fromkeys(("maths", GENERAL), ("content richness", SOURCE))  # nobody asks back
+    points = ("content richness", SOURCE, SOURCE_AT_LENGTH)  # nobody asks back
+    assert table.tasks == dict.fromkeys(("maths", GENERAL), points)
 
     by_name = {prompt.prompt: prompt for prompt in prompts}
 
@@ -185,19 +191,24 @@ def test_the_arena_is_split_by_prompt(prompts, tokenizer, seed):
         ]
         return tuple([values[i] for i in places] for values in (prompt.responses, prompt.gold, prompt.sources))
 
-    strength = source_strength((row.ranks, whole(row)[2]) for row in ranked)
+    strengths = {
+        SOURCE: source_strength((row.ranks, whole(row)[2]) for row in ranked),
+        SOURCE_AT_LENGTH: length_controlled_strength(
+            (row.ranks, whole(row)[2], [len(text) for text in whole(row)[0]]) for row in ranked
+        ),
+    }
     for row in rows:
         texts, gold, sources = whole(row)
         assert row in others or row.ranks == [1 + sum(other > value for other in gold) for value in gold]
         of_whole_texts = {"content richness": weak_ranks(row.prompt[0]["content"], texts, "content richness")}
-        of_sources = {SOURCE: source_ranks(strength, sources)}
+        of_sources = {point: source_ranks(strength, sources) for point, strength in strengths.items()}
         assert row.capability_ranks == (of_sources if row in others else of_whole_texts | of_sources)
     seen = [{text[:8] for row in rows if row.prompt == other.prompt for text in row.responses} for other in ranked]
     assert all(len(texts) in (4, 6) for texts in seen)  # no response twice
     for row, gold, lengths, labels in zip(test.rows, test.gold, test.lengths, test.labels, strict=True):
         prompt = by_name[row.prompt[0]["content"]]
         assert labels["content richness"] == weak_ranks(prompt.prompt, prompt.responses, "content richness")
-        assert labels[SOURCE] == source_ranks(strength, prompt.sources)
+        assert all(labels[point] == source_ranks(strength, prompt.sources) for point, strength in strengths.items())
         assert gold == prompt.gold and lengths == [len(text) for text in prompt.responses]
         assert not row.capability_ranks
 

@@ -20,8 +20,9 @@ random weights (or `--model`) and few steps.
 - `human_pairs`, `harmless_pairs`: consistency on pairs labelled by people, on whose prompts nothing was trained: those of the
   first set that the router's or the arena's prompts have too are left out.
 
-"phase 1 alone" is the base that DMoERM's experts stand on, of 60% of the ranked rows, with its own head; "source experts alone"
-are the capability scores of DMoERM's experts on source strength. "mean + labels" is no reward model: the mean ensemble's
+"phase 1 alone" is the base that DMoERM's experts stand on, of a part of the ranked rows, with its own head; "source experts alone"
+are the capability scores of DMoERM's experts on source strength, those "at equal length" of its experts on source strength at equal
+length. "mean + labels" is no reward model: the mean ensemble's
 reward plus the labels of the overall points themselves, weighted by gold on other test prompts (`with_labels`). It says what the
 labels, known exactly, could add to the best that is learnt without them.
 
@@ -48,6 +49,7 @@ import yaml
 from real_text_data import (
     GENERAL,
     SOURCE,
+    SOURCE_AT_LENGTH,
     Cutter,
     Sizes,
     TestSet,
@@ -84,7 +86,8 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "real_text" / "train.yaml"
 TASKS = RECIPE.with_name("tasks.yaml")
 DATA = ("router_train.jsonl", "router_test.jsonl", "arena.parquet", "human_pairs.jsonl", "harmless_pairs.jsonl")
 ENSEMBLES = ("mean", "WCO", "UWO")
-METHODS = ("single", *ENSEMBLES, "DMoERM-w/o-Outer", "DMoERM", "phase 1 alone", "source experts alone")
+OF_SOURCES = {"source experts alone": SOURCE, "source experts at equal length alone": SOURCE_AT_LENGTH}
+METHODS = ("single", *ENSEMBLES, "DMoERM-w/o-Outer", "DMoERM", "phase 1 alone", *OF_SOURCES)
 MATCHED = 0.1
 BEST_OF = 48
 BALANCE = 1.0
@@ -112,6 +115,8 @@ ROUTER = {
 }
 ROUTER_OF_TASKS = {"learning_rate": 5e-5, "num_train_epochs": 3}
 """What differs where the tasks are learnt, after the scenarios."""
+AVERAGED = 3
+"""Trainings on the tasks, in different orders from the same weights on, of which the router is the average."""
 
 
 def precision() -> dict[str, bool]:
@@ -150,7 +155,7 @@ class Setting:
             "sizes": vars(self.sizes),
             "recipe": yaml.safe_load(self.recipe.read_text(encoding="utf-8")),
             "tasks": yaml.safe_load(TASKS.read_text(encoding="utf-8")),
-            "router": {"scenario": ROUTER, "task": ROUTER | ROUTER_OF_TASKS, "balance": BALANCE},
+            "router": {"scenario": ROUTER, "task": ROUTER | ROUTER_OF_TASKS, "balance": BALANCE, "averaged": AVERAGED},
             "quick": self.quick,
             "sha256 of the model": file_digest(sorted(Path(self.model).glob("*.safetensors"))),
             "sha256 of the data": {name: file_digest([self.data / name]) for name in DATA},
@@ -195,7 +200,8 @@ def run_router(setting: Setting, seed: int, folder: Path) -> dict:
     """
     What the router of one seed is worth, and the tasks of the arena's prompts by it. It lies in `folder/router.json`; where that
     is absent, the router is trained first, and its backbone left in `folder/router/backbone`. The backbone learns the fine
-    labels first, then their groups, the tasks (intermediate training, Phang et al. 2018).
+    labels first, then their groups, the tasks (intermediate training, Phang et al. 2018); the latter in several orders, whose weights
+    are averaged (model soups, Wortsman et al. 2022).
     """
     result, folder = folder / "router.json", folder / "router"
     if result.exists():
@@ -203,29 +209,45 @@ def run_router(setting: Setting, seed: int, folder: Path) -> dict:
     start = time.perf_counter()
     sizes, cut, path = setting.sizes, Cutter(setting.tokenizer), setting.data / "router_train.jsonl"
     formatter = Formatter(setting.tokenizer, sizes.router_tokens + 8)
+    labelled = {
+        "scenario": router_rows(path, sizes, Cutter(setting.tokenizer), "scenario"),  # the same prompts, counted once
+        "task": router_rows(path, sizes, cut),
+    }
 
-    def trained(base: str, name: str, classes: Sequence[str], **arguments) -> tuple[Router, list[dict]]:
-        rows = router_rows(path, sizes, cut, name)
-        random.Random(seed).shuffle(rows)
+    def trained(
+        base: str, name: str, classes: Sequence[str], order: int = 0, **arguments
+    ) -> tuple[Router, list[dict]]:
+        rows = random.Random(seed).sample(labelled[name], len(labelled[name]))
         watched, rows = rows[:WATCHED], rows[WATCHED : sizes.router_rows]
+        random.Random(f"{seed} {order}").shuffle(rows)
         arguments = {**ROUTER, **arguments, **precision(), **(QUICK_ROUTER if setting.quick else {})}
-        args = PhaseConfig(str(folder / f"{name}_checkpoints"), seed=seed, **arguments)
+        args = PhaseConfig(str(folder / f"{name}_{order}_checkpoints"), seed=seed, **arguments)
         balance = BALANCE if name == "task" else 0.0
-        router, history = train_router(base, classes, rows, watched, formatter, args, balance=balance)
-        partial, whole = folder / f"{name}.partial", folder / {"task": "backbone"}.get(name, name)
+        return train_router(base, classes, rows, watched, formatter, args, balance=balance)
+
+    def save(router: Router, name: str) -> None:
+        partial = folder / f"{name}.partial"
         router.backbone.save_pretrained(partial)
         setting.tokenizer.save_pretrained(partial)
-        shutil.rmtree(whole, ignore_errors=True)  # of a run that was killed before its result was written
-        partial.replace(whole)
-        return router, history
+        shutil.rmtree(folder / name, ignore_errors=True)  # of a run that was killed before its result was written
+        partial.replace(folder / name)
 
     if not (folder / "scenario").exists():
-        trained(setting.model, "scenario", sorted({row["scenario"] for row in read_jsonl(path)}))
-    router, history = trained(str(folder / "scenario"), "task", setting.classes, **ROUTER_OF_TASKS)
+        scenarios = sorted({row.task for row in labelled["scenario"]})
+        save(trained(setting.model, "scenario", scenarios)[0], "scenario")
     test_rows = router_rows(setting.data / "router_test.jsonl", sizes, cut)
+    labels = [setting.classes.index(row.task) for row in test_rows]
+    weights: dict[str, torch.Tensor] = {}
+    alone = []
+    for order in range(AVERAGED):
+        router, history = trained(str(folder / "scenario"), "task", setting.classes, order, **ROUTER_OF_TASKS)
+        alone.append(routing_metrics(route(router, formatter, test_rows), labels))
+        for name, weight in router.named_parameters():
+            weights[name] = weights.get(name, 0) + weight.detach() / AVERAGED
+    router.load_state_dict(router.state_dict() | weights)
+    save(router, "backbone")
     print(f"router, seed {seed}: {cut}", flush=True)
     routes = route(router, formatter, test_rows)
-    labels = [setting.classes.index(row.task) for row in test_rows]
     confusion = np.zeros((len(setting.classes), len(setting.classes)), dtype=int)
     np.add.at(confusion, (labels, routes), 1)
     arena = [
@@ -234,6 +256,7 @@ def run_router(setting: Setting, seed: int, folder: Path) -> dict:
     ]
     content = {
         **routing_metrics(routes, labels),
+        "alone": alone,  # of each training that is averaged
         "confusion": confusion.tolist(),  # a row for each right class
         "arena_tasks": [setting.classes[index] for index in route(router, formatter, arena)],
         "history": history,
@@ -322,19 +345,21 @@ def train_and_score(
 
 
 def part_scores(run: Pipeline, rows: Sequence[PreferenceRow]) -> dict[str, list[list[float]]]:
-    """What DMoERM is made of: the base that all tasks share, before it has experts, and the experts on source strength."""
+    """What DMoERM is made of: the base that all tasks share, before it has experts, and the experts on sources."""
     encodings, _ = run.formatter.encode_rows(rows)
     flat = [encoding for row in encodings for encoding in row]
     options = {"pad_token_id": run.formatter.tokenizer.pad_token_id}
     base, dmoerm = (run.load(stage).to(DEVICE).eval() for stage in (f"{OVERALL}/phase1", "model"))
 
     def strength(input_ids: torch.Tensor, attention_mask: torch.Tensor, prompt_lengths: torch.Tensor) -> torch.Tensor:
-        return dmoerm(input_ids, attention_mask, prompt_lengths=prompt_lengths).capability_scores[SOURCE]
+        scores = dmoerm(input_ids, attention_mask, prompt_lengths=prompt_lengths).capability_scores
+        return torch.stack([scores[point] for point in OF_SOURCES.values()], -1)
 
     routes = route_encodings(dmoerm, flat, **options).argmax(1).tolist()
+    of_sources = map_encodings(strength, flat, device=DEVICE, groups=routes, **options)
     found = {
         "phase 1 alone": score_encodings(base, flat, description="scoring by phase 1", **options),
-        "source experts alone": map_encodings(strength, flat, device=DEVICE, groups=routes, **options),
+        **dict(zip(OF_SOURCES, of_sources.unbind(-1), strict=True)),
     }
     scores = {name: iter(values.tolist()) for name, values in found.items()}
     return {name: [[next(values) for _ in row.responses] for row in rows] for name, values in scores.items()}

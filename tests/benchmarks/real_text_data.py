@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from dmoerm_trl.data.preference_row import PreferenceRow
-from dmoerm_trl.labelling.sources import source_ranks, source_strength
+from dmoerm_trl.labelling.sources import length_controlled_strength, source_ranks, source_strength
 from dmoerm_trl.labelling.weak import weak_ranks
 from dmoerm_trl.tasks import TaskTable
 
@@ -23,26 +23,26 @@ CUT = " ... "
 GENERAL = "general"
 """The task of the prompts that the router calls others, and of those of rare tasks."""
 
-SOURCE = "source strength"
-"""The capability point that is labelled by who wrote a response; all others are labelled by functions of its text."""
+SOURCE, SOURCE_AT_LENGTH = "source strength", "source strength at equal length"
+"""The capability points that are labelled by who wrote a response; all others are labelled by functions of its text."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of the data is used, so that a small encoder on two cores can."""
+    """How much of the data is used, and of each text: an encoder of 512 positions takes what is here."""
 
     router_tokens: int = 96
     """Tokens of a prompt for the router."""
-    prompt_tokens: int = 48
+    prompt_tokens: int = 96
     """Tokens of a prompt's last turn for the reward models."""
-    response_tokens: int = 128
+    response_tokens: int = 384
     """Tokens of a response; the fewer, the less of what the weak points of the whole text say can be seen."""
     responses: int = 8
     """Responses of a training row, drawn from the prompt's about 48 without replacement."""
     ranked_rows: int = 1
     """Training rows a prompt with overall ranks by gold, from which all methods learn."""
     rows: int = 6
-    """Training rows a prompt; those without overall ranks are for the experts on `SOURCE` alone."""
+    """Training rows a prompt; those without overall ranks are for the experts on sources alone."""
     prompts: int | None = None
     """Arena prompts, drawn by the seed; all if None."""
     test_share: float = 0.12
@@ -197,15 +197,24 @@ def arena_split(
             drawn += [(index, chosen, [1] * len(chosen)) for chosen in others if len(chosen) > 1]
         else:
             tied += 1
-    ranked = [(ranks, [prompts[index].sources[i] for i in chosen]) for index, chosen, ranks in drawn if max(ranks) > 1]
-    strength = {source: 0.5 for prompt in prompts for source in prompt.sources}  # of what is in no ranked row
-    strength |= source_strength(ranked)
+    ranked = [
+        (ranks, [prompts[index].sources[i] for i in chosen], [len(prompts[index].responses[i]) for i in chosen])
+        for index, chosen, ranks in drawn
+        if max(ranks) > 1
+    ]
+    sources = {source for prompt in prompts for source in prompt.sources}
+    strengths = {  # of a source in no ranked row, that of the middle
+        SOURCE: dict.fromkeys(sources, 0.5) | source_strength((ranks, sources) for ranks, sources, _ in ranked),
+        SOURCE_AT_LENGTH: dict.fromkeys(sources, 0.0) | length_controlled_strength(ranked),
+    }
 
     def labels_of(prompt: ArenaPrompt, chosen: Sequence[int], points: Iterable[str]) -> dict[str, list[int]]:
         """Of the whole texts."""
         responses, sources = [prompt.responses[i] for i in chosen], [prompt.sources[i] for i in chosen]
         return {
-            point: source_ranks(strength, sources) if point == SOURCE else weak_ranks(prompt.prompt, responses, point)
+            point: source_ranks(strengths[point], sources)
+            if point in strengths
+            else weak_ranks(prompt.prompt, responses, point)
             for point in points
         }
 
@@ -214,7 +223,7 @@ def arena_split(
         task = tasks[index] if tasks[index] in kept else GENERAL
         points = dict.fromkeys([*kept[task], *table.overall])
         if max(ranks) == 1:
-            points = [point for point in points if point == SOURCE]
+            points = [point for point in points if point in strengths]
         labels = labels_of(prompts[index], chosen, points)
         rows.append(row_of(prompts[index], task, chosen, ranks, labels))
     rows = [row for row in rows if any(row.pairs_of(point) for point in (None, *row.labelled_points))]
