@@ -78,6 +78,16 @@ def test_the_demo_writes_what_it_promises(demo):
 
 
 @pytest.mark.slow
+def test_the_demo_takes_no_other_seeds_world(demo, tmp_path):
+    """Gold of seed 1 says nothing of rows and a base of seed 0."""
+    _, recipe = demo
+    other = ["demo", "--config", str(recipe), "--seed", "1", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match=r"got a world with seed=0, need one with 1 because .* name other places"):
+        main(other)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_eval_and_score_read_the_demos_run(demo, capsys):
     run, recipe = demo
     settings = {

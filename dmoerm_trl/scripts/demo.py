@@ -101,10 +101,26 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def make_world_and_base(arguments: DemoArguments, recipe: Recipe, world: World) -> None:
-    """Writes the world's rows to `recipe.train_data` and the tiny base to `recipe.base_model`, if they are not there."""
+    """
+    Writes the world's rows to `recipe.train_data` and the tiny base to `recipe.base_model`, if they are not there, and what they
+    depend on beside the rows.
+
+    Raises:
+        ValueError: if what is there was made with other settings.
+    """
     rows, base = Path(recipe.train_data), Path(recipe.base_model)
+    names = ("rows_per_task", "rows_of_others", "base", "base_texts")
+    settings = {"seed": recipe.seed, **{name: getattr(arguments, name) for name in names}}
+    record = rows.with_suffix(".settings.json")
+    before = json.loads(record.read_text()) if record.exists() else settings
+    if changed := [name for name in settings if settings[name] != before[name]]:
+        raise ValueError(
+            f"{rows}, {base}: got a world with {changed[0]}={before[changed[0]]!r}, need one with {settings[changed[0]]!r} because rows, "
+            "base and gold are of one world: name other places by `train_data`, `base_model` and `output_dir`."
+        )
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(settings))
     if not rows.exists():
-        rows.parent.mkdir(parents=True, exist_ok=True)
         write_rows(world.rows(arguments.rows_per_task, arguments.rows_of_others), rows)
     if not (base / "config.json").exists():
         temporary = base.with_name(base.name + ".tmp")
