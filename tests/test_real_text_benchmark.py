@@ -19,6 +19,7 @@ from real_text import (  # noqa: E402
     RECIPE,
     Setting,
     best_of_n,
+    by_labels,
     by_seed,
     consistency,
     counted,
@@ -98,6 +99,28 @@ def test_consistency_counts_pairs_over_prompts_and_seeds():
     assert both["methods"]["DMoERM"]["mean"] == 4 / 7 and both["methods"]["DMoERM"]["seeds"] == [1.0, 0.0]
     assert (both["pairs"], both["prompts"]) == (7, 2)  # "a" is one prompt in both seeds
     assert both["gain"]["seeds"] == [1.5 / 4, 0.0]
+
+
+def test_differences_are_of_the_same_pairs():
+    """Of six pairs "mean" is wrong on one and "single" on all."""
+    test = test_set({"a": [3.0, 2.0, 1.0], "b": [3.0, 2.0, 1.0]})
+    wrong = [[1.0, 2.0, 3.0]] * 2
+    scores = dict.fromkeys(FEW, [[3.0, 2.0, 1.0], [3.0, 1.0, 2.0]]) | {"single": wrong}
+    found = consistency(counted([(test, scores)]))["differences"]
+    assert set(found) == {"mean - single"}  # the others are not there
+    assert found["mean - single"]["mean"] == pytest.approx(5 / 6)
+    assert found["mean - single"]["low"] == pytest.approx(2 / 3) and found["mean - single"]["high"] == pytest.approx(1)
+
+
+def test_labels_stand_in_for_gold():
+    """Rewards as gold has it are wrong on one of three pairs by the first label, and right on the two that the second decides."""
+    test = test_set({"a": [3.0, 2.0, 1.0]})
+    test.labels = [{SOURCE: [2, 1, 3], SOURCE_AT_LENGTH: [1, 2, 2]}]
+    found = by_labels([(test, dict.fromkeys(FEW, [[3.0, 2.0, 1.0]]))])
+    assert {point: (table["methods"]["mean"]["mean"], table["pairs"]) for point, table in found.items()} == {
+        SOURCE: (pytest.approx(2 / 3), 3),
+        SOURCE_AT_LENGTH: (1.0, 2),
+    }
 
 
 def test_length_matched_consistency_counts_no_other_pair():

@@ -17,6 +17,7 @@ random weights (or `--model`) and few steps.
 - `consistency`: share of the pairs of responses to a test prompt of the arena that the rewards order as gold does.
   `consistency_length_matched`: the same of the pairs whose lengths, in characters, differ by at most 10% of the longer.
 - `best_of_n`: gold of the response that each method chooses among n real ones.
+- `labels`: the same of all pairs, with the labels by sources in place of gold: how much of them can be read from a text.
 - `human_pairs`, `harmless_pairs`: consistency on pairs labelled by people, on whose prompts nothing was trained: those of the
   first set that the router's or the arena's prompts have too are left out.
 
@@ -27,7 +28,8 @@ reward plus the labels of the overall points themselves, weighted by gold on oth
 labels, known exactly, could add to the best that is learnt without them.
 
 `low` and `high` are the 95% bootstrap interval over prompts, those of all seeds together. `gain` is DMoERM's consistency
-less that of the best ensemble (mean, WCO or UWO, whichever is best over all seeds), with the interval of the difference.
+less that of the best ensemble (mean, WCO or UWO, whichever is best over all seeds), with the interval of the difference, as
+`differences` have it of other pairs of methods.
 
 What is cut: a long text keeps its first two thirds and its last third of so many tokens (`Sizes`); weak labels and lengths
 are those of the whole text.
@@ -88,6 +90,12 @@ DATA = ("router_train.jsonl", "router_test.jsonl", "arena.parquet", "human_pairs
 ENSEMBLES = ("mean", "WCO", "UWO")
 OF_SOURCES = {"source experts alone": SOURCE, "source experts at equal length alone": SOURCE_AT_LENGTH}
 METHODS = ("single", *ENSEMBLES, "DMoERM-w/o-Outer", "DMoERM", "phase 1 alone", *OF_SOURCES)
+DIFFERENCES = (
+    ("DMoERM", "phase 1 alone"),
+    ("DMoERM-w/o-Outer", "DMoERM"),
+    ("DMoERM-w/o-Outer", "mean"),
+    ("mean", "single"),
+)
 MATCHED = 0.1
 BEST_OF = 48
 BALANCE = 1.0
@@ -416,16 +424,24 @@ def counted(seeds: Sequence[tuple[TestSet, dict]], share: float | None = None) -
 
 
 def consistency(counts: dict[str, dict[str, np.ndarray]], resamples: int = 1000) -> dict:
-    """Mean and bootstrap interval of every method, the gain of DMoERM over the best ensemble, and the number of pairs."""
+    """
+    Mean and bootstrap interval of every method and of some differences, the gain of DMoERM over the best ensemble, and the number
+    of pairs.
+    """
     prompts = [prompt for prompt, total in next(iter(counts.values())).items() if total[1]]  # others have no pair
     totals = {method: np.stack([of_method[prompt] for prompt in prompts]) for method, of_method in counts.items()}
     draws = np.random.default_rng(0).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), size=resamples)
     means = {method: total[:, 0].sum() / total[:, 1].sum() for method, total in totals.items()}
     drawn = {method: (draws @ total[:, 0]) / (draws @ total[:, 1]) for method, total in totals.items()}
     best = max(ENSEMBLES, key=means.__getitem__)
+
+    def difference(method: str, other: str) -> dict[str, float]:
+        return interval(means[method] - means[other], drawn[method] - drawn[other])
+
     return {
         "methods": {method: interval(means[method], drawn[method]) for method in means},
-        "gain": {"over": best, **interval(means["DMoERM"] - means[best], drawn["DMoERM"] - drawn[best])},
+        "gain": {"over": best, **difference("DMoERM", best)},
+        "differences": {f"{a} - {b}": difference(a, b) for a, b in DIFFERENCES if {a, b} <= means.keys()},
         "pairs": int(totals[best][:, 1].sum()),
         "prompts": len(prompts),
     }
@@ -445,6 +461,21 @@ def by_seed(seeds: Sequence[tuple[TestSet, dict]], share: float | None = None) -
     best = result["gain"]["over"]
     result["gain"]["seeds"] = [seed["methods"]["DMoERM"]["mean"] - seed["methods"][best]["mean"] for seed in alone]
     return result
+
+
+def by_labels(seeds: Sequence[tuple[TestSet, dict]]) -> dict:
+    """Point of sources -> [`consistency`] with its labels in place of gold."""
+    return {
+        point: consistency(
+            counted(
+                [
+                    (replace(test, gold=[[-rank for rank in of[point]] for of in test.labels]), scores)
+                    for test, scores in seeds
+                ]
+            )
+        )
+        for point in OF_SOURCES.values()
+    }
 
 
 def with_labels(test: TestSet, rewards: Sequence[Sequence[float]], folds: int = 6) -> list[list[float]]:
@@ -502,7 +533,7 @@ def cell(values: Sequence[float]) -> dict:
 
 
 def markdown(tables: dict[str, dict]) -> str:
-    """A row a method, a column a table, in percent with the interval; the gain and the numbers of pairs below."""
+    """A row a method, a column a table, in percent with the interval; the gain, differences and numbers of pairs below."""
 
     def percent(entry: dict | None) -> str:
         return (
@@ -516,6 +547,10 @@ def markdown(tables: dict[str, dict]) -> str:
         )
     gains = (f"{percent(table['gain'])} over {table['gain']['over']}" for table in tables.values())
     lines.append("| gain | " + " | ".join(gains) + " |")
+    for name in next(iter(tables.values()))["differences"]:
+        lines.append(
+            f"| {name} | " + " | ".join(percent(table["differences"][name]) for table in tables.values()) + " |"
+        )
     lines.append("| pairs | " + " | ".join(str(table["pairs"]) for table in tables.values()) + " |")
     return "\n".join(lines)
 
@@ -559,6 +594,8 @@ def main() -> None:
         for name in ("human_pairs", "harmless_pairs"):
             result[name] = by_seed([seed[name] for seed in scored])
         print(markdown({name: table for name, table in result.items() if name != "router"}) + "\n", flush=True)
+        result["labels"] = by_labels(arena)
+        print(f"as the labels order pairs:\n\n{markdown(result['labels'])}\n", flush=True)
         result["best_of_n"] = best_of_n(arena)
     result["seconds_of_this_run"] = time.perf_counter() - start
     result["sizes"] = vars(setting.sizes)
