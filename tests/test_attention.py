@@ -26,6 +26,7 @@ CASES = {
     "not causal": {"causal": False},
     "softcap, not causal": {"softcap": 0.8, "causal": False},
 }
+CAUSAL = {name: options for name, options in CASES.items() if "causal" not in options}
 cases = pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 both = pytest.mark.parametrize("last_tokens", [False, True], ids=["all tokens", "last tokens"])
 
@@ -79,9 +80,9 @@ def found(function, forest: Forest, query, key, value, last_tokens: bool, **opti
     return [out[:, path_of(forest, end)] for end in forest.ends.tolist()]
 
 
-def flex(query, key, value, forest, last_tokens=False, causal=True, scaling=None, window=None, softcap=None):
+def flex(query, key, value, forest, last_tokens=False, scaling=None, window=None, softcap=None):
     """The GPU's way; PyTorch runs it on the CPU too, without the kernel."""
-    return attention._flex_attention(query, key, value, forest, last_tokens, causal, scaling, window, softcap)
+    return attention._flex_attention(query, key, value, forest, last_tokens, scaling, window, softcap)
 
 
 def padded(query, key, value, forest, last_tokens=False, causal=False, scaling=None, softcap=None, dropout=0.0):
@@ -105,10 +106,10 @@ def test_a_packed_text_attends_as_it_does_alone(options, last_tokens, key_heads)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@cases
+@pytest.mark.parametrize("options", CAUSAL.values(), ids=CAUSAL.keys())
 @both
 def test_the_gpus_way_is_the_cpus(options, last_tokens):
-    forest = make_forest(share=options.get("causal", True))
+    forest = make_forest(share=True)
     states = make_states(forest, dtype=torch.float32)
     ways = [found(way, forest, *states, last_tokens, **options) for way in (flex, forest_attention)]
     for gpu, cpu in zip(*ways, strict=True):
@@ -149,13 +150,15 @@ def test_gradients_are_those_of_the_texts_alone(options):
         torch.testing.assert_close(got, alone, atol=1e-5 if "softcap" in options else 1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 0.8}])
-def test_dropout_drops_weights_and_keeps_their_mean(options):
-    forest = make_forest(share=True)
-    query, key, value = make_states(forest)
+@pytest.mark.parametrize("options", [{}, {"softcap": 0.8}], ids=["plain", "softcap"])
+@pytest.mark.parametrize(("way", "causal"), [(forest_attention, True), (forest_attention, False), (padded, False)])
+def test_dropout_drops_weights_and_keeps_their_mean(way, causal, options):
+    forest = make_forest(share=causal)
+    states = make_states(forest)
+    options = options | {"causal": causal}
     torch.manual_seed(0)
-    without = forest_attention(query, key, value, forest, **options)
-    draws = torch.stack([forest_attention(query, key, value, forest, dropout=0.5, **options) for _ in range(400)])
+    without = way(*states, forest, **options)
+    draws = torch.stack([way(*states, forest, dropout=0.5, **options) for _ in range(400)])
     assert not torch.equal(draws[0], draws[1])
     torch.testing.assert_close(draws.mean(0), without, atol=0.5, rtol=0)
     assert (draws.mean(0) - without).abs().mean() < 0.05

@@ -18,6 +18,7 @@ from real_text import (  # noqa: E402
     METHODS,
     RECIPE,
     Setting,
+    averaged,
     best_of_n,
     by_labels,
     by_seed,
@@ -145,6 +146,13 @@ def test_best_of_n_chooses_by_rewards_among_prompts_with_enough_responses(capsys
 def test_the_weights_of_labels_are_those_of_least_loss():
     """Of one input the least of log(1 + e^-w) + r w^2 is where (1 + e^w)^-1 = 2 r w: at w = 1 with r = 1 / (2 + 2 e)."""
     assert logistic_weights(np.ones((5, 1)), ridge=1 / (2 + 2 * np.e)) == pytest.approx([1.0])
+
+
+def test_weights_are_averaged():
+    models = [{"weight": torch.tensor([1.0, 2.0]), "bias": torch.tensor(value)} for value in (0.0, 3.0, 6.0)]
+    models[1]["weight"] = torch.tensor([4.0, -1.0])
+    found = averaged(models)
+    assert found["weight"].tolist() == [2.0, 1.0] and found["bias"] == 3.0
 
 
 def test_labels_are_added_with_weights_of_other_prompts():

@@ -78,12 +78,19 @@ def test_the_demo_writes_what_it_promises(demo):
 
 
 @pytest.mark.slow
-def test_the_demo_takes_no_other_seeds_world(demo, tmp_path):
+def test_the_demo_takes_no_other_world(demo, tmp_path):
     """Gold of seed 1 says nothing of rows and a base of seed 0."""
     _, recipe = demo
-    other = ["demo", "--config", str(recipe), "--seed", "1", "--output_dir", str(tmp_path / "run")]
-    with pytest.raises(ValueError, match=r"got a world with seed=0, need one with 1 because .* name other places"):
-        main(other)
+    other = ["demo", "--config", str(recipe), "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match=r"world.jsonl: got rows of another seed or number, need .*`train_data`"):
+        main([*other, "--seed", "1"])
+    with pytest.raises(ValueError, match=r"world.jsonl: got rows of another seed"):
+        main([*other, "--rows_per_task", "41"])
+    rows = ["--train_data", str(tmp_path / "world.jsonl")]
+    with pytest.raises(ValueError, match=r"base: got a base of another seed or size, need .*`base_model`"):
+        main([*other, *rows, "--seed", "1"])
+    with pytest.raises(ValueError, match=r"base: got a base of another seed or size"):
+        main([*other, "--base_texts", "41"])
     assert not (tmp_path / "run").exists()
 
 

@@ -40,10 +40,10 @@ def source_strength(ranked: Iterable[tuple[Sequence[int], Sequence[str]]]) -> di
 
 
 def length_controlled_strength(
-    ranked: Iterable[tuple[Sequence[int], Sequence[str], Sequence[int]]], ridge: float = 1e-3
+    ranked: Iterable[tuple[Sequence[int], Sequence[str], Sequence[int]]], ridge: float = 1e-5
 ) -> dict[str, float]:
     """
-    How strong each source is at equal length: the Bradley-Terry model with a term for length, as that of length-controlled
+    How strong each source is at equal length: the Bradley-Terry model with a term for length, after the idea of length-controlled
     AlpacaEval (Dubois et al. 2024). A response x of the source X comes before y of Y with the probability
 
         sigmoid(s_X - s_Y + b (log(1 + |x|) - log(1 + |y|)))
@@ -52,39 +52,50 @@ def length_controlled_strength(
 
     Args:
         ranked (`Iterable`): as of [`source_strength`], with a third member: the lengths of the K responses.
+        ridge (`float`): keeps a source finite that wins everything. The more sources, the more it shrinks s.
 
     Returns:
-        `dict`: source -> s, in log-odds. A source that is compared with no other is absent.
+        `dict`: source -> s, in log-odds, 0 in the middle of the sources. A source that is compared with no other is absent.
+
+    Raises:
+        ValueError: for a ridge that is not positive, or a prompt that has not as many ranks, sources and lengths.
     """
+    if ridge <= 0:
+        raise ValueError(
+            f"got ridge={ridge}, need a positive number because one added to every s changes no probability."
+        )
     places: dict[str, int] = defaultdict(lambda: len(places))
     compared = [
-        (
-            places[sources[i]],
-            places[sources[j]],
-            log1p(lengths[i]) - log1p(lengths[j]),
-            (1 + np.sign(ranks[j] - ranks[i])) / 2,
-        )
-        for ranks, sources, lengths in ranked
-        for i, j in combinations(range(len(ranks)), 2)
-        if sources[i] != sources[j]
+        (places[source], places[other], log1p(length) - log1p(other_length), (1 + np.sign(other_rank - rank)) / 2)
+        for of_prompt in ranked
+        for (rank, source, length), (other_rank, other, other_length) in combinations(zip(*of_prompt, strict=True), 2)
+        if source != other
     ]
     if not compared:
         return {}
     first, second, longer, won = (np.array(column) for column in zip(*compared, strict=True))
+
+    def odds(w: np.ndarray) -> np.ndarray:
+        return w[first] - w[second] + w[-1] * longer
+
+    def loss(w: np.ndarray) -> float:
+        return float(np.mean(np.logaddexp(0, odds(w)) - won * odds(w)) + ridge * w @ w)
+
     w = np.zeros(len(places) + 1)  # of the sources, then of length
-    for _ in range(100):  # Newton's method
-        odds = w[first] - w[second] + w[-1] * longer
-        predicted = 1 / (1 + np.exp(-odds))
+    columns = ((first, 1.0), (second, -1.0), (np.full(len(first), len(w) - 1), longer))  # of the odds
+    improves = True
+    while improves:  # Newton's method, with half a step where a whole one is too far
+        predicted = (1 + np.tanh(odds(w) / 2)) / 2
         gradient, curvature = 2 * ridge * w, 2 * ridge * np.eye(len(w))
-        signs = ((first, 1.0), (second, -1.0), (np.full(len(first), len(w) - 1), longer))
-        for place, sign in signs:
-            np.add.at(gradient, place, sign * (predicted - won) / len(won))
-            for other, other_sign in signs:
-                np.add.at(curvature, (place, other), sign * other_sign * predicted * (1 - predicted) / len(won))
+        for place, value in columns:
+            np.add.at(gradient, place, value * (predicted - won) / len(won))
+            for other, other_value in columns:
+                np.add.at(curvature, (place, other), value * other_value * predicted * (1 - predicted) / len(won))
         step = np.linalg.solve(curvature, gradient)
-        w -= step
-        if np.abs(step).max() < 1e-9:
-            break
+        while (improves := np.abs(step).max() > 1e-9) and loss(w - step) >= loss(w):
+            step /= 2
+        if improves:
+            w -= step
     return {source: float(w[place]) for source, place in places.items()}
 
 

@@ -43,7 +43,7 @@ def forest_attention(
     if query.is_cuda and not causal:
         return _padded_attention(query, key, value, forest, last_tokens, scaling, dropout, softcap)
     if query.is_cuda and not dropout:
-        return _flex_attention(query, key, value, forest, last_tokens, causal, scaling, window, softcap)
+        return _flex_attention(query, key, value, forest, last_tokens, scaling, window, softcap)
     attend = _attend if softcap is None else _attend_softly_capped
     sizes = [node.stop - node.start for node in forest.nodes]
     queries = query.split(
@@ -93,8 +93,7 @@ def _padded_attention(query, key, value, forest, last_tokens, scaling, dropout, 
         real = place < lengths.unsqueeze(1)
         places = starts.unsqueeze(1) + torch.where(real, place, 0)  # a text's first token stands for its padding
         mask = torch.zeros(real.shape, dtype=query.dtype, device=key.device).masked_fill(~real, -torch.inf)
-        packed = [row * longest + place for row, size in enumerate(sizes) for place in range(size)]
-        return places.flatten(), mask[:, None, None], torch.tensor(packed, device=key.device)
+        return places.flatten(), mask[:, None, None], real.flatten().nonzero().squeeze(1)
 
     places, mask, packed = forest.remembered(("padding", query.dtype), padding)
 
@@ -116,13 +115,11 @@ def _compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=True)
 
 
-def _flex_attention(query, key, value, forest, last_tokens, causal, scaling, window, softcap) -> Tensor:
+def _flex_attention(query, key, value, forest, last_tokens, scaling, window, softcap) -> Tensor:
     place = forest.ends if last_tokens else torch.arange(len(forest.reach), device=forest.reach.device)
     reach, positions = forest.reach, forest.position_ids
 
     def sees(batch, head, q, kv):
-        if not causal:  # no node has nodes below it: the tokens of a text have one reach
-            return reach[place[q]] == reach[kv]
         below = (place[q] >= kv) & (place[q] < reach[kv])
         return below if window is None else below & (positions[place[q]] - positions[kv] < window)
 
@@ -133,7 +130,7 @@ def _flex_attention(query, key, value, forest, last_tokens, causal, scaling, win
     if query.is_cuda:  # uncompiled, both would hold a number for each query and key
         attend, make_mask = _compiled(attend), _compiled(make_mask)
     mask = forest.remembered(
-        ("block mask", last_tokens, causal, window),
+        ("block mask", last_tokens, window),
         lambda: make_mask(sees, None, None, query.shape[2], key.shape[2], device=query.device),
     )
     gqa = query.shape[1] != key.shape[1]

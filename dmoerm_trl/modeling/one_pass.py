@@ -2,7 +2,8 @@
 All experts of a backbone in one pass over packed texts, by hooks on its modules: no model's code is copied or changed.
 
 Within a pass
-- the texts are a [`Forest`]: there is no padding, and a prompt that several texts share is there once;
+- the texts are a [`Forest`]: there is no padding, but in the attention of encoders on a GPU, and a prompt that several texts
+  share is there once;
 - the backbone runs once, with a batch of one, up to the first module with LoRA. There the hidden states are repeated for
   each expert, linear layers that still get the same input run once, and from then on row i of the batch is expert i. On a
   CPU a layer with LoRA takes the experts group by group;

@@ -102,30 +102,29 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def make_world_and_base(arguments: DemoArguments, recipe: Recipe, world: World) -> None:
     """
-    Writes the world's rows to `recipe.train_data` and the tiny base to `recipe.base_model`, if they are not there, and what they
-    depend on beside the rows.
+    Writes the world's rows to `recipe.train_data` and the tiny base to `recipe.base_model`, if they are not there.
 
     Raises:
-        ValueError: if what is there was made with other settings.
+        ValueError: if those that are there are of another world or of other settings.
     """
     rows, base = Path(recipe.train_data), Path(recipe.base_model)
-    names = ("rows_per_task", "rows_of_others", "base", "base_texts")
-    settings = {"seed": recipe.seed, **{name: getattr(arguments, name) for name in names}}
-    record = rows.with_suffix(".settings.json")
-    before = json.loads(record.read_text()) if record.exists() else settings
-    if changed := [name for name in settings if settings[name] != before[name]]:
-        raise ValueError(
-            f"{rows}, {base}: got a world with {changed[0]}={before[changed[0]]!r}, need one with {settings[changed[0]]!r} because rows, "
-            "base and gold are of one world: name other places by `train_data`, `base_model` and `output_dir`."
-        )
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(settings))
-    if not rows.exists():
-        write_rows(world.rows(arguments.rows_per_task, arguments.rows_of_others), rows)
+    need = "need those of this recipe because rows, base and gold are of one world"
+    written = rows.with_suffix(".tmp")
+    written.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(world.rows(arguments.rows_per_task, arguments.rows_of_others), written)
+    if rows.exists() and rows.read_bytes() != written.read_bytes():
+        written.unlink()
+        raise ValueError(f"{rows}: got rows of another seed or number, {need}: name another place by `train_data`.")
+    written.replace(rows)
+    settings = {"seed": recipe.seed, "texts": arguments.base_texts, **arguments.base}
+    record = base / "tiny_base.json"
     if not (base / "config.json").exists():
         temporary = base.with_name(base.name + ".tmp")
         train_tiny_base(world.texts(arguments.base_texts), temporary, seed=recipe.seed, **arguments.base)
+        (temporary / record.name).write_text(json.dumps(settings))
         temporary.rename(base)
+    elif not record.exists() or json.loads(record.read_text()) != settings:
+        raise ValueError(f"{base}: got a base of another seed or size, {need}: name another place by `base_model`.")
 
 
 def evaluate_in_world(run: Pipeline, world: World) -> Table:

@@ -22,10 +22,9 @@ random weights (or `--model`) and few steps.
   first set that the router's or the arena's prompts have too are left out.
 
 "phase 1 alone" is the base that DMoERM's experts stand on, of a part of the ranked rows, with its own head; "source experts alone"
-are the capability scores of DMoERM's experts on source strength, those "at equal length" of its experts on source strength at equal
-length. "mean + labels" is no reward model: the mean ensemble's
-reward plus the labels of the overall points themselves, weighted by gold on other test prompts (`with_labels`). It says what the
-labels, known exactly, could add to the best that is learnt without them.
+and "source experts at equal length alone" are the capability scores of DMoERM's experts on these points. "mean + labels" is no
+reward model: the mean ensemble's reward plus the labels of the overall points themselves, weighted by gold on other test prompts
+(`with_labels`). It says what the labels, known exactly, could add to the best that is learnt without them.
 
 `low` and `high` are the 95% bootstrap interval over prompts, those of all seeds together. `gain` is DMoERM's consistency
 less that of the best ensemble (mean, WCO or UWO, whichever is best over all seeds), with the interval of the difference, as
@@ -37,6 +36,7 @@ are those of the whole text.
 
 import argparse
 import json
+import os
 import random
 import shutil
 import time
@@ -175,7 +175,8 @@ class Setting:
                 f"{self.runs}: got runs of another {changed[0]} ({short(before.get(changed[0]))}), need the same because they would "
                 "be read as of these settings: name another folder by --runs."
             )
-        write_json(path, own)
+        if not path.exists():
+            write_json(path, own)
 
     def _tiny_model(self) -> str:
         folder = self.runs / "tiny_encoder"
@@ -245,14 +246,12 @@ def run_router(setting: Setting, seed: int, folder: Path) -> dict:
         save(trained(setting.model, "scenario", scenarios)[0], "scenario")
     test_rows = router_rows(setting.data / "router_test.jsonl", sizes, cut)
     labels = [setting.classes.index(row.task) for row in test_rows]
-    weights: dict[str, torch.Tensor] = {}
-    alone = []
+    routers, alone = [], []
     for order in range(AVERAGED):
         router, history = trained(str(folder / "scenario"), "task", setting.classes, order, **ROUTER_OF_TASKS)
         alone.append(routing_metrics(route(router, formatter, test_rows), labels))
-        for name, weight in router.named_parameters():
-            weights[name] = weights.get(name, 0) + weight.detach() / AVERAGED
-    router.load_state_dict(router.state_dict() | weights)
+        routers.append(router.state_dict())
+    router.load_state_dict(averaged(routers))
     save(router, "backbone")
     print(f"router, seed {seed}: {cut}", flush=True)
     routes = route(router, formatter, test_rows)
@@ -267,11 +266,16 @@ def run_router(setting: Setting, seed: int, folder: Path) -> dict:
         "alone": alone,  # of each training that is averaged
         "confusion": confusion.tolist(),  # a row for each right class
         "arena_tasks": [setting.classes[index] for index in route(router, formatter, arena)],
-        "history": history,
+        "history": history,  # of the last of them
         "seconds": time.perf_counter() - start,
     }
     write_json(result, content)
     return content
+
+
+def averaged(models: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The mean of every weight."""
+    return {name: torch.stack([model[name] for model in models]).mean(0) for name in models[0]}
 
 
 def route(router: Router, formatter: Formatter, rows: Sequence[PreferenceRow]) -> list[int]:
@@ -334,6 +338,12 @@ def train_and_score(
     setting: Setting, seed: int, table: TaskTable, rows: list[PreferenceRow], sets: dict[str, TestSet], folder: Path
 ) -> dict[str, dict[str, list[list[float]]]]:
     """Name of a test set -> method -> rewards."""
+    for task, points in table.tasks.items():
+        if left_out := [point for point in OF_SOURCES.values() if point not in points]:
+            raise SystemExit(
+                f"{task}: got too few prompts that {left_out[0]!r} tells apart, need it in every task because `part_scores` shows "
+                "its experts: take more `prompts` or `responses` by --sizes."
+            )
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(rows, folder / "train.jsonl")
     write_rows(sets["arena"].rows, folder / "test.jsonl")
@@ -396,7 +406,7 @@ def read_recipe(setting: Setting, seed: int, folder: Path) -> Recipe:
 def write_json(path: Path, content: dict) -> None:
     """Writes the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")  # seeds may run at once
     partial.write_text(json.dumps(content, ensure_ascii=False))
     partial.replace(path)
 

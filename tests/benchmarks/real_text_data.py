@@ -202,10 +202,10 @@ def arena_split(
         for index, chosen, ranks in drawn
         if max(ranks) > 1
     ]
-    sources = {source for prompt in prompts for source in prompt.sources}
+    everyone = {source for prompt in prompts for source in prompt.sources}
     strengths = {  # of a source in no ranked row, that of the middle
-        SOURCE: dict.fromkeys(sources, 0.5) | source_strength((ranks, sources) for ranks, sources, _ in ranked),
-        SOURCE_AT_LENGTH: dict.fromkeys(sources, 0.0) | length_controlled_strength(ranked),
+        SOURCE: dict.fromkeys(everyone, 0.5) | source_strength((ranks, sources) for ranks, sources, _ in ranked),
+        SOURCE_AT_LENGTH: dict.fromkeys(everyone, 0.0) | length_controlled_strength(ranked, ridge=1e-3),
     }
 
     def labels_of(prompt: ArenaPrompt, chosen: Sequence[int], points: Iterable[str]) -> dict[str, list[int]]:
