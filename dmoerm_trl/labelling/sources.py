@@ -83,8 +83,7 @@ def length_controlled_strength(
 
     w = np.zeros(len(places) + 1)  # of the sources, then of length
     columns = ((first, 1.0), (second, -1.0), (np.full(len(first), len(w) - 1), longer))  # of the odds
-    improves = True
-    while improves:  # Newton's method, with half a step where a whole one is too far
+    while True:  # Newton's method, with half a step where a whole one is too far
         predicted = (1 + np.tanh(odds(w) / 2)) / 2
         gradient, curvature = 2 * ridge * w, 2 * ridge * np.eye(len(w))
         for place, value in columns:
@@ -92,11 +91,11 @@ def length_controlled_strength(
             for other, other_value in columns:
                 np.add.at(curvature, (place, other), value * other_value * predicted * (1 - predicted) / len(won))
         step = np.linalg.solve(curvature, gradient)
-        while (improves := np.abs(step).max() > 1e-9) and loss(w - step) >= loss(w):
+        while np.abs(step).max() > 1e-9 and loss(w - step) >= loss(w):
             step /= 2
-        if improves:
-            w -= step
-    return {source: float(w[place]) for source, place in places.items()}
+        if np.abs(step).max() <= 1e-9:
+            return {source: float(w[place]) for source, place in places.items()}
+        w -= step
 
 
 def source_ranks(strength: Mapping[str, float], sources: Sequence[str], tolerance: float = 0.1) -> list[int]:

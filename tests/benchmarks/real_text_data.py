@@ -203,7 +203,8 @@ def arena_split(
         if max(ranks) > 1
     ]
     everyone = {source for prompt in prompts for source in prompt.sources}
-    strengths = {  # of a source in no ranked row, that of the middle
+    # Of a source in no ranked row it is that of the middle. The ridge is that of the kept seeds, whose experts learnt these labels.
+    strengths = {
         SOURCE: dict.fromkeys(everyone, 0.5) | source_strength((ranks, sources) for ranks, sources, _ in ranked),
         SOURCE_AT_LENGTH: dict.fromkeys(everyone, 0.0) | length_controlled_strength(ranked, ridge=1e-3),
     }
