@@ -1,0 +1,83 @@
+"""Files that appear whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def writing(path: str | os.PathLike, *, binary: bool = False, private: bool = False) -> Iterator[IO[Any]]:
+    """
+    Opens a file that appears at `path` when the block ends without an error, and takes the place of what stood there. Until
+    then it is `.NAME.partial` beside it, which an error removes. Text is UTF-8. Missing folders are made.
+
+    Args:
+        binary (`bool`): whether bytes are written rather than text.
+        private (`bool`): whether only its owner may read the file.
+
+    Raises:
+        RuntimeError: if another process writes the same file meanwhile.
+    """
+    path = Path(path)
+    partial = partial_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.unlink(missing_ok=True)  # of a run that was killed; a link is removed, not followed
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+    try:
+        with open(handle, "wb") if binary else open(handle, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(handle)
+            if not _is_at(handle, partial):
+                raise RuntimeError(
+                    f"{path}: got another process that writes the same file, need one at a time, because one would overwrite "
+                    "the other: wait for it, or name another file."
+                )
+            os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | os.PathLike, text: str, *, private: bool = False) -> None:
+    """Writes a text, in UTF-8, by way of [`writing`]."""
+    with writing(path, private=private) as file:
+        file.write(text)
+
+
+def partial_path(path: str | os.PathLike) -> Path:
+    """Where a file stands while it is written."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.partial")
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """
+    Checks, before any work is done for it, that a file can be written: makes its folder and opens its partial file.
+
+    Raises:
+        ValueError: if it cannot, or is a folder.
+    """
+    path, partial = Path(path), partial_path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        partial.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"{path}: got a file that cannot be written ({error.strerror or error}), need one that can, because the results go "
+            "there: name another place, or mend its folder's permissions."
+        ) from error
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether an open file still stands at a path."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
