@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
 
     dtype = "bfloat16" if args.bf16 else "float32"
     reward_model = DMoERMForSequenceClassification.from_pretrained(arguments.reward_model, dtype=dtype)
-    formatter = Formatter(AutoTokenizer.from_pretrained(arguments.reward_model), max_length)
+    reward_tokenizer = AutoTokenizer.from_pretrained(arguments.reward_model)
+    formatter = Formatter.for_model(reward_model.config, reward_tokenizer, max_length)
     if reward_model.model.router is not None:
         reward_model.model.router.to(args.device)
     routed = routed_tasks(reward_model, prompts + eval_prompts, formatter)

@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     check_chat_template(policy_tokenizer)
     reward_model, tokenizer = load_reward_model(arguments.reward_model)
     max_length = arguments.max_prompt_length + 2 * args.response_length  # text tokenised again may take more tokens
-    formatter = Formatter(tokenizer, max_length)
+    members = reward_model.members if isinstance(reward_model, RewardEnsemble) else [reward_model]
+    formatter = Formatter.for_model(members[0].config, tokenizer, max_length)
     train_rows, eval_rows = load_prompts(
         arguments.prompts,
         formatter,
@@ -74,7 +75,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     prompts, eval_prompts = [row["prompt"] for row in train_rows], [row["prompt"] for row in eval_rows]
 
-    members = reward_model.members if isinstance(reward_model, RewardEnsemble) else [reward_model]
     for member in members:
         if member.model.router is not None:
             member.model.router.to(args.device)

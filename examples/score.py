@@ -12,7 +12,7 @@ from dmoerm_trl import DMoERMForSequenceClassification, Formatter
 from dmoerm_trl.evaluation.scoring import score_one
 
 model = DMoERMForSequenceClassification.from_pretrained(sys.argv[1])
-formatter = Formatter(AutoTokenizer.from_pretrained(sys.argv[1]), max_length=1024)
+formatter = Formatter.for_model(model.config, AutoTokenizer.from_pretrained(sys.argv[1]), max_length=1024)
 prompt = [{"role": "user", "content": "I am a bit lonely, even football did not help."}]
 for response in ("That sounds hard, tell me more. How about tomorrow.", "Noted for later, stop your whining."):
     output = score_one(model, formatter.encode(prompt, response))

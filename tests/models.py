@@ -14,7 +14,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from dmoerm_trl.data.formatting import chat_markers
+from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.modeling.configuration import DMoERMConfig
 from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
 
@@ -102,14 +102,7 @@ def make_value_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> PreTr
 
 def model_arguments(tokenizer: PreTrainedTokenizerFast) -> dict:
     """The arguments of [`DMoERMConfig`] that all tiny models share."""
-    markers = chat_markers(tokenizer)
-    return {
-        "lora_rank": 4,
-        "lora_alpha": 4,
-        "response_marker": markers.response_marker,
-        "end_of_turn": markers.end_of_turn,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    return {"lora_rank": 4, "lora_alpha": 4, **Formatter(tokenizer, 1).model_settings}
 
 
 def make_dmoerm(

@@ -1,16 +1,20 @@
 """The one formatter that turns messages into tokens: for training, evaluation, scoring and serving alike."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..modeling.configuration import DMoERMConfig
+from .chat_template import ChatMarkers, chat_markers, fix_date, in_parts, read_chat_format, render
 from .rows import PreferenceRow
+
+__all__ = ["ChatMarkers", "CutReport", "Encoding", "Formatter", "chat_markers"]
 
 
 class Encoding(NamedTuple):
@@ -41,36 +45,36 @@ class CutReport:
         )
 
 
-class ChatMarkers(NamedTuple):
-    """What a chat template writes around an assistant's turn, as token ids."""
-
-    response_marker: list[int]
-    """The tokens right before the assistant's text, without white space at their end; empty without a template."""
-    end_of_turn: list[int]
-    """The single tokens that end an assistant's turn; the first is the one the template writes."""
-
-
 class Formatter:
     """
     Encodes prompts with responses.
 
-    - With a chat template: the template's generation prompt, the response, the end-of-turn token. The response is
-      tokenised apart from the prompt, so the ids are those a policy's rollout concatenates. Text that spells a special
-      token stays text, in the prompt as in the response.
+    - With a chat template: the whole chat as the template renders it, up to the token that ends the response, so that the ids
+      are those of TRL's trainers. Text that spells a special token stays text, in the prompt as in the response.
     - Without one, a decoder: `[bos] prompt response eos`, the prompt's turns joined by blank lines.
-    - Without one, an encoder such as BERT: `[CLS] prompt [SEP] response [SEP]`.
+    - Without one, an encoder such as BERT: the pair of prompt and response, `[CLS] prompt [SEP] response [SEP]`.
 
     What is over-long loses the oldest turns of its prompt: whole turns, up to a turn of the user, while a leading system
     turn stays. If the last user turn alone is too long, it loses its start. The response is never cut.
+
+    A chat template that writes today's date writes one fixed date from now on, in the given tokenizer itself, see
+    [`~dmoerm_trl.data.chat_template.fix_date`].
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
             Tokenizer of the reward model, with a pad token.
         max_length (`int`):
             The greatest length of `input_ids`, in tokens.
+        score_thinking (`bool`):
+            Whether the thoughts of a model that reasons (`<think>...</think>` before a response) are scored with the response.
+            By default they are left out, whether the chat template writes them or not. Thoughts that are never closed are
+            read as the response.
+
+    Raises:
+        ValueError: if the tokenizer has no pad token, or its chat template cannot be brought into one form.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, score_thinking: bool = False):
         if tokenizer.pad_token_id is None:
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path!r} has no pad token, need one because responses are batched: set "
@@ -78,12 +82,57 @@ class Formatter:
             )
         if max_length < 1:
             raise ValueError(f"got max_length={max_length}, need at least 1 token.")
+        fix_date(tokenizer)
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.markers = chat_markers(tokenizer)
+        self.format = read_chat_format(tokenizer, score_thinking)
+        self.markers = ChatMarkers(*self.format[:2])
         begins = tokenizer("").input_ids[:1]
         self._bos = begins if begins == [tokenizer.bos_token_id] else []
-        self._is_encoder = tokenizer.sep_token_id is not None and begins == [tokenizer.cls_token_id]
+        self._pair = None if tokenizer.chat_template else _around_pair(tokenizer)
+        if tokenizer.chat_template:
+            self._check_template()
+
+    @classmethod
+    def for_model(cls, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> "Formatter":
+        """
+        The formatter with which a trained DMoERM reads texts as it did in training.
+
+        Args:
+            config (`DMoERMConfig`): the model's.
+            tokenizer (`PreTrainedTokenizerBase`): from the model's folder.
+
+        Raises:
+            ValueError: if the tokenizer's chat template is not the model's, or is missing.
+        """
+        opening = getattr(config, "response_opening", None)
+        formatter = cls(tokenizer, max_length, score_thinking=bool(opening and opening["scored"]))
+        formatter.check_model(config)
+        return formatter
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """
+        Raises:
+            ValueError: if a DMoERM of this configuration was trained on texts in another form than this formatter's.
+        """
+        own = DMoERMConfig(**self.model_settings) if isinstance(config, DMoERMConfig) else config
+        names = ["response_marker", "end_of_turn"] if getattr(config, "end_of_turn", None) else []
+        if getattr(config, "response_opening", None) is not None:
+            names += ["response_opening", "reads_end"]
+        odd = [name for name in names if getattr(config, name) != getattr(own, name)]
+        if odd:
+            raise ValueError(
+                f"{self.tokenizer.name_or_path}: got a tokenizer whose chat template "
+                + (f"differs from the model's in {odd}" if self.tokenizer.chat_template else "is missing")
+                + ", need the one of the model's training, because texts in another form would get rewards that mean nothing: "
+                "take the tokenizer, with its chat_template.jinja, from the model's folder."
+            )
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """The arguments of [`DMoERMConfig`] with which a model reads texts as this formatter writes them."""
+        names = ("response_marker", "end_of_turn", "response_opening", "reads_end")
+        return {name: getattr(self.format, name) for name in names} | {"pad_token_id": self.tokenizer.pad_token_id}
 
     def encode(self, prompt: list[dict] | str, response: str) -> Encoding:
         """
@@ -99,27 +148,44 @@ class Formatter:
             `ValueError`: If the response does not fit beside the shortest form of the prompt, or the chat template
                 refuses the prompt.
         """
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        if not turns:
-            raise ValueError("got a prompt without turns, need at least one turn of the user.")
-        whole = Encoding(*self._join(turns, response), cut_turns=0)
-        return whole if len(whole.input_ids) <= self.max_length else self._shorten(turns, response)
+        turns = _turns(prompt)
+        return self._fit(turns, lambda turns: self._join(turns, response))
+
+    def encode_responses(self, prompt: list[dict] | str, responses: Sequence[str]) -> list[Encoding]:
+        """What [`encode`] gives for each response; what they share of the prompt is made once for all of them."""
+        if not self.tokenizer.chat_template or not responses:
+            return [self.encode(prompt, response) for response in responses]
+        turns = _turns(prompt)
+        whole = [Encoding(*joined, cut_turns=0) for joined in self._join_all(turns, responses)]
+        return [
+            encoding if len(encoding.input_ids) <= self.max_length else self.encode(prompt, response)
+            for encoding, response in zip(whole, responses, strict=True)
+        ]
+
+    def batch(self, prompts: Sequence[list[dict] | str], responses: Sequence[str]) -> dict[str, Tensor]:
+        """
+        What a DMoERM's forward takes: `input_ids` and `attention_mask`, shape (B, T), padded on the right, and `prompt_lengths`,
+        shape (B,), so that no response can be taken for a part of its prompt.
+        """
+        encodings = [self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        ids = [torch.tensor(encoding.input_ids) for encoding in encodings]
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id),
+            "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True),
+            "prompt_lengths": torch.tensor([encoding.prompt_length for encoding in encodings]),
+        }
+
+    def generation_prompt(self, prompt: list[dict] | str) -> list[int]:
+        """What a policy is given before it writes the response, with the oldest turns cut as in [`encode`]."""
+        if not self.tokenizer.chat_template:
+            encoding = self.encode(prompt, "")
+            return encoding.input_ids[: encoding.prompt_length]
+        return self._fit(_turns(prompt), lambda turns: (ids := self._open(turns), len(ids))).input_ids
 
     def prompt_length(self, prompt: list[dict]) -> int:
         """Tokens of a whole prompt, up to where the response begins, even if they are more than `max_length`."""
-        return self._join(prompt, "")[1]
-
-    def encode_responses(self, prompt: list[dict] | str, responses: Sequence[str]) -> list[Encoding]:
-        """What [`encode`] gives for each response; a chat template renders the prompt once for all of them."""
-        if not self.tokenizer.chat_template:
-            return [self.encode(prompt, response) for response in responses]
-        empty = self.encode(prompt, "")
-        head, end = empty.input_ids[: empty.prompt_length], empty.input_ids[empty.prompt_length :]
-        encodings = []
-        for response, text in zip(responses, self._text_ids(list(responses)), strict=True):
-            fits = not empty.cut_turns and len(head) + len(text) + len(end) <= self.max_length
-            encodings.append(Encoding(head + text + end, len(head), 0) if fits else self.encode(prompt, response))
-        return encodings
+        return len(self._open(prompt)) if self.tokenizer.chat_template else self._join(prompt, "")[1]
 
     def encode_rows(self, rows: Sequence[PreferenceRow]) -> tuple[list[list[Encoding]], CutReport]:
         """
@@ -141,23 +207,105 @@ class Formatter:
             report.cut_responses += sum(cuts)
         return encodings, report
 
+    def _open(self, turns: list[dict]) -> list[int]:
+        """A prompt's tokens, ready for the response, by the chat template."""
+        return render(self.tokenizer, in_parts(turns) if self.format.in_parts else turns, add_generation_prompt=True)
+
     def _join(self, turns: list[dict], response: str) -> tuple[list[int], int]:
         """The uncut ids, and how many of them are the prompt."""
         if self.tokenizer.chat_template:
-            prompt_ids = _apply(self.tokenizer, turns, add_generation_prompt=True)
-            return prompt_ids + self._text_ids(response) + self.markers.end_of_turn[:1], len(prompt_ids)
+            return self._join_all(turns, [response])[0]
         text = "\n\n".join(turn["content"] for turn in turns)
-        if self._is_encoder:
-            ids = self.tokenizer(text, response, split_special_tokens=True).input_ids
-            return ids, ids.index(self.tokenizer.sep_token_id) + 1
+        if self._pair is not None:
+            before, between, after = self._pair
+            prompt_ids = before + self._text_ids(text) + between
+            return prompt_ids + self._text_ids(response) + after, len(prompt_ids)
         prompt_ids = self._bos + self._text_ids(text)
         return prompt_ids + self._text_ids(response) + self.markers.end_of_turn[:1], len(prompt_ids)
 
-    def _text_ids(self, text: str | list[str]) -> list[Any]:
-        """The ids of a text, or those of each of several."""
+    def _join_all(self, turns: list[dict], responses: Sequence[str]) -> list[tuple[list[int], int]]:
+        """[`_join`] for several responses, by the chat template."""
+        opened, answers = self._open(turns), [self._assistant_turn(response) for response in responses]
+        head = self._head(opened)
+        (first,) = self._render([[*turns, answers[0]]])
+        if first[:head] != opened[:head]:
+            raise ValueError(
+                f"got a prompt with turns of {[turn['role'] for turn in turns]}, which the tokenizer's chat template renders in "
+                "another way before a response than in a generation prompt, need one way, because a text would have two "
+                "rewards: change the turns or the template."
+            )
+        tails = [first[head:]]
+        if len(answers) > 1:  # after the shortest prompt, if the template writes the same there
+            short = [_user("one")]
+            start = self._head(self._open(short))
+            tails = [ids[start:] for ids in self._render([[*short, answer] for answer in answers])]
+            if tails[0] != first[head:]:
+                tails = [ids[head:] for ids in self._render([[*turns, answer] for answer in answers])]
+        texts = [opened[:head] + self._response(tail) for tail in tails]
+        return [(text, max(head, _shared(opened, text))) for text in texts]
+
+    def _head(self, opened: list[int]) -> int:
+        """Where a prompt's last response marker ends."""
+        marker = self.markers.response_marker
+        ends = (i for i in range(len(opened), len(marker) - 1, -1) if opened[i - len(marker) : i] == marker)
+        return next(ends, len(opened))
+
+    def _render(self, chats: list[list[dict]]) -> list[list[int]]:
+        return render(self.tokenizer, [in_parts(chat) if self.format.in_parts else chat for chat in chats])
+
+    def _response(self, ids: list[int]) -> list[int]:
+        """What follows the response marker in a whole chat: the opening in its one form, the response, its end."""
+        ends, opening = self.markers.end_of_turn, self.format.response_opening
+        written, response = ([], ids) if opening is None else opening.read(ids, ends)
+        end = next((i for i, token in enumerate(response) if token in ends), len(response))
+        return written + response[:end] + (ends[:1] if self.format.reads_end else [])
+
+    def _assistant_turn(self, response: str) -> dict[str, str]:
+        if self.format.thoughts is None:
+            return {"role": "assistant", "content": response}
+        opened, closed = self.format.thoughts
+        thoughts, found, rest = response.rpartition(closed)
+        while rest.lstrip().startswith(opened):
+            rest = rest.lstrip().removeprefix(opened)
+        thoughts = thoughts.replace(opened, "").strip()
+        turn = {"role": "assistant", "content": rest if found or rest != response else response}
+        scored = self.format.response_opening is not None and self.format.response_opening.scored
+        return turn | {"reasoning_content": thoughts} if scored and thoughts else turn
+
+    def _check_template(self) -> None:
+        """
+        Raises:
+            ValueError: if what a policy writes after its prompt is read otherwise than the whole chat.
+        """
+        for turns in ([_user("one")], [_user("one"), self._assistant_turn("six"), _user("two")]):
+            try:
+                opened, whole = self._open(turns), self._join(turns, "six")[0]
+            except ValueError:
+                if len(turns) > 1:  # a template for one question alone
+                    continue
+                raise
+            head = self._head(opened)
+            ends = self.markers.end_of_turn[:1]
+            written = [
+                opened[:head] + self._response(opened[head:] + self._text_ids(text) + ends) for text in ("six", " six")
+            ]
+            if whole not in written:
+                raise ValueError(
+                    f"{self.tokenizer.name_or_path}: got a chat template by which a whole chat ends in "
+                    f"{self.tokenizer.decode(whole[head:])!r}, and a policy's own text in {self.tokenizer.decode(written[0][head:])!r}, "
+                    "need one form of both, because a text would have two rewards: mend the template, or add the tokens that it "
+                    "writes around a response to the tokenizer."
+                )
+
+    def _text_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
-    def _shorten(self, turns: list[dict], response: str) -> Encoding:
+    def _fit(self, turns: list[dict], join: Callable[[list[dict]], tuple[list[int], int]]) -> Encoding:
+        """What `join` makes of the turns, or of as many of the last as fit."""
+        whole = Encoding(*join(turns), cut_turns=0)
+        return whole if len(whole.input_ids) <= self.max_length else self._shorten(turns, join)
+
+    def _shorten(self, turns: list[dict], join_turns: Callable[[list[dict]], tuple[list[int], int]]) -> Encoding:
         head = turns[:1] if turns[0]["role"] == "system" else []
         starts = [i for i in range(len(head) + 1, len(turns)) if turns[i]["role"] == "user"]
 
@@ -165,7 +313,7 @@ class Formatter:
             rest = turns[start:]
             if cut:
                 rest = [{**rest[0], "content": rest[0]["content"][cut:]}, *rest[1:]]
-            return self._join(head + rest, response)
+            return join_turns(head + rest)
 
         def fits(start: int, cut: int = 0) -> bool:
             return len(join(start, cut)[0]) <= self.max_length
@@ -187,54 +335,51 @@ class Formatter:
         return Encoding(*join(last, cut), cut_turns=last - len(head) + 1)
 
 
-def chat_markers(tokenizer: PreTrainedTokenizerBase) -> ChatMarkers:
+def _turns(prompt: list[dict] | str) -> list[dict]:
+    turns = [_user(prompt)] if isinstance(prompt, str) else [{**turn, "content": turn_text(turn)} for turn in prompt]
+    if not turns:
+        raise ValueError("got a prompt without turns, need at least one turn of the user.")
+    return turns
+
+
+def turn_text(turn: dict[str, Any]) -> str:
     """
-    Reads off the tokenizer's chat template how an assistant's turn begins and ends, by rendering short chats.
+    The text of a turn, whose content may be text, a list of parts, or nothing where a tool is called.
 
-    `response_marker` is what `add_generation_prompt` appends, such as `<|im_start|>assistant`. If that is nothing (the
-    templates of Mistral), it is what stands between a user's text and the assistant's, from its last special token on,
-    such as `[/INST]`. White space at its end is left off, because it may merge with the response's first token when a
-    chat is tokenised as one text. `end_of_turn` is the first token after the assistant's text, and the tokenizer's eos.
+    Raises:
+        ValueError: if a part is no text.
     """
-    if not tokenizer.chat_template:
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-        return ChatMarkers([], [] if end is None else [end])
-
-    def render(*contents: str, **kwargs) -> list[int]:
-        roles = ("user", "assistant")
-        return _apply(tokenizer, [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)], **kwargs)
-
-    question, prompt = render("one"), render("one", add_generation_prompt=True)
-    marker = prompt[len(_common_prefix(question, prompt)) :]
-    if not marker:
-        before = [_common_prefix(render(user, "one"), render(user, "six")) for user in ("one", "six")]
-        marker = _common_prefix(before[0][::-1], before[1][::-1])[::-1]
-        special = [i for i, token in enumerate(marker) if token in tokenizer.added_tokens_decoder]
-        marker = marker[special[-1] :] if special else marker
-    while marker and _is_space(tokenizer, marker[-1]):
-        marker.pop()
-
-    after = _common_prefix(render("one", "one")[::-1], render("one", "six")[::-1])[::-1]
-    end = [token for token in after if not _is_space(tokenizer, token)][:1]
-    end += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return ChatMarkers(marker, list(dict.fromkeys(end)))
-
-
-def _apply(tokenizer: PreTrainedTokenizerBase, turns: list[dict], **kwargs) -> list[int]:
-    """The ids of the rendered chat, in which text that spells a special token is text."""
-    try:
-        return tokenizer.apply_chat_template(turns, return_dict=False, sanitize_control_tokens=True, **kwargs)
-    except TemplateError as error:
-        roles = [turn["role"] for turn in turns]
+    content = turn.get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    if odd := [part for part, text in zip(content, texts, strict=True) if not isinstance(text, str)]:
         raise ValueError(
-            f"got a prompt with turns of {roles}, which the tokenizer's chat template refuses ({error}): change the turns "
-            "or the template."
-        ) from error
+            f"got a turn of {turn.get('role')!r} with the part {str(odd[0])[:80]}, need text, because a reward model of texts reads "
+            "nothing else: leave the part out."
+        )
+    return "".join(texts)
 
 
-def _common_prefix(first: list[int], second: list[int]) -> list[int]:
-    return [pair[0] for pair in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))]
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
 
 
-def _is_space(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
-    return not tokenizer.decode([token]).strip()
+def _around_pair(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]] | None:
+    """The tokens that an encoder's tokenizer puts before, between and after two texts; None where it puts none between."""
+    if tokenizer.sep_token_id is None:
+        return None
+    (first, second), pair = tokenizer(["a", "b"], add_special_tokens=False).input_ids, tokenizer("a", "b").input_ids
+    for start in range(len(pair) - len(first) + 1):
+        for middle in range(start + len(first), len(pair) - len(second) + 1):
+            if pair[start : start + len(first)] == first and pair[middle : middle + len(second)] == second:
+                between = pair[start + len(first) : middle]
+                return (pair[:start], between, pair[middle + len(second) :]) if between else None
+    return None
+
+
+def _shared(first: list[int], second: list[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )

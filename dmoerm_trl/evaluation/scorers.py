@@ -137,7 +137,7 @@ def _reward_model(name: str, max_length: int, dtype: torch.dtype) -> Scorer:
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(name)
     if isinstance(model.config, DMoERMConfig):
-        formatter = Formatter(tokenizer, max_length)
+        formatter = Formatter.for_model(model.config, tokenizer, max_length)
 
         def score_all(encodings: list[Encoding]) -> Tensor:
             return score_encodings(model, encodings, pad_token_id=tokenizer.pad_token_id)

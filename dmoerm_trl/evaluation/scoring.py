@@ -134,6 +134,7 @@ def score_rows(
     model: DMoERMForSequenceClassification, rows: Sequence[PreferenceRow], formatter: Formatter, **options
 ) -> list[list[float]]:
     """The rewards of all responses of all rows, one list a row."""
+    formatter.check_model(model.config)
     encodings, _ = formatter.encode_rows(rows)
     flat = [encoding for row in encodings for encoding in row]
     rewards = iter(score_encodings(model, flat, pad_token_id=formatter.tokenizer.pad_token_id, **options).tolist())

@@ -193,8 +193,8 @@ class RewardJudge(_ScoreJudge):
         self.identity = {"kind": "reward_model", **source.settings()}
         tokenizer = AutoTokenizer.from_pretrained(model)
         if source.is_standardised:
-            self._formatter = Formatter(tokenizer, max_length)
             dmoerm = AutoModelForSequenceClassification.from_pretrained(model, dtype=getattr(torch, dtype))
+            self._formatter = Formatter.for_model(dmoerm.config, tokenizer, max_length)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._rewards = TextRewards(dmoerm.to(device), self._formatter)
         else:

@@ -1,5 +1,6 @@
 """The configuration of a DMoERM: one task and no router is the paper's DMoERM-w/o-Outer, no points is a single RM."""
 
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -7,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..tasks import slug
+from .response_opening import ResponseOpening
 
 ACTIVATIONS = ("sigmoid", "none")
 
@@ -41,7 +43,12 @@ class DMoERMConfig(PreTrainedConfig):
         response_marker (`list[int]`):
             Token ids with which the chat template opens an assistant turn. With it the prompt's end is known.
         end_of_turn (`list[int]`):
-            Token ids any one of which ends an assistant turn.
+            Token ids any one of which ends an assistant turn; the chat template writes the first.
+        response_opening (`ResponseOpening` or `dict`, *optional*):
+            What the chat template writes between the response marker and the response, where that differs between a generation
+            prompt and a whole chat, or holds thoughts; see [`~dmoerm_trl.modeling.response_opening.ResponseOpening`].
+        reads_end (`bool`):
+            Whether the end of the turn belongs to the text that is scored; not where the chat template writes none.
         pad_token_id (`int`, *optional*):
             The padding token; it may be an end of turn.
     """
@@ -64,6 +71,8 @@ class DMoERMConfig(PreTrainedConfig):
         share_base: bool = False,
         response_marker: list[int] | tuple[int, ...] = (),
         end_of_turn: list[int] | tuple[int, ...] = (),
+        response_opening: ResponseOpening | dict[str, Any] | None = None,
+        reads_end: bool = True,
         pad_token_id: int | None = None,
         **kwargs: Any,
     ):
@@ -98,6 +107,10 @@ class DMoERMConfig(PreTrainedConfig):
         self.share_base = share_base
         self.response_marker = list(response_marker)
         self.end_of_turn = list(end_of_turn)
+        if isinstance(response_opening, ResponseOpening):
+            response_opening = asdict(response_opening)
+        self.response_opening = response_opening
+        self.reads_end = reads_end
         self.pad_token_id = pad_token_id
         kwargs.setdefault("problem_type", "regression")  # so that `pipeline` returns the reward as it is
         kwargs.setdefault("num_labels", 1)

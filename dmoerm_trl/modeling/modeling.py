@@ -19,6 +19,7 @@ from .inner import InnerModel
 from .placing import OTHERS, BasesNotRead, Device, bases_of_checkpoint, task_devices
 from .pretrained import DMoERMPreTrainedModel, check_finite
 from .quantised import check_full_precision
+from .response_opening import ResponseOpening
 from .router import Router
 from .spans import Spans, find_spans, span_mask
 
@@ -99,14 +100,18 @@ class DMoERMModel(DMoERMPreTrainedModel):
     def find_spans(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt_lengths: Tensor | None = None
     ) -> Spans:
-        """See [`~dmoerm_trl.modeling.spans.find_spans`]."""
+        """See [`~dmoerm_trl.modeling.spans.find_spans`], which here refuses texts in another chat format than the model's."""
+        opening = self.config.response_opening
         return find_spans(
             input_ids,
             attention_mask,
             prompt_lengths,
             response_marker=self.config.response_marker,
             end_of_turn=self.config.end_of_turn,
+            response_opening=opening and ResponseOpening(**opening),
+            reads_end=self.config.reads_end,
             pad_token_id=self.config.pad_token_id,
+            needs_marker=bool(self.config.response_marker),
         )
 
     def route(self, spans: Spans) -> Tensor:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .response_opening import ResponseOpening
+
 
 class Spans(NamedTuple):
     """
@@ -40,7 +42,10 @@ def find_spans(
     *,
     response_marker: list[int] | tuple[int, ...] = (),
     end_of_turn: list[int] | tuple[int, ...] = (),
+    response_opening: ResponseOpening | None = None,
+    reads_end: bool = True,
     pad_token_id: int | None = None,
+    needs_marker: bool = False,
 ) -> Spans:
     """
     Finds the prompt and the response of each row.
@@ -48,8 +53,10 @@ def find_spans(
     - The prompt ends at the response marker that opens the last assistant turn. A marker inside an assistant turn that
       no end-of-turn token has closed was written by the response and does not count. Where `prompt_lengths` is given,
       only markers within that length count.
+    - The response begins after its opening, which is brought into one form; see [`ResponseOpening`].
     - The response ends with its first end-of-turn token, or at the first unattended token after the prompt (a policy
-      may sample the pad token), or with the last attended token.
+      may sample the pad token), or with the last attended token. Whichever of the end-of-turn tokens it is, it is read as
+      the first of them, which the chat template writes; where the template writes none, it is left out.
     - Where padding is the end-of-turn token, a mask made from it hides the ends of turns: they are restored, and a
       response without an end is read as ended, because padding and end cannot be told apart.
 
@@ -58,10 +65,13 @@ def find_spans(
             not read.
         attention_mask (`Tensor` of shape (B, T), *optional*): nonzero for tokens. Without it all but the pad tokens.
         prompt_lengths (`Tensor` of shape (B,), *optional*): number of prompt tokens of each row, padding not counted.
-        response_marker, end_of_turn, pad_token_id: see [`DMoERMConfig`].
+        response_marker, end_of_turn, response_opening, reads_end, pad_token_id: see [`DMoERMConfig`].
+
+        needs_marker (`bool`): whether a row with neither a response marker nor a prompt length is an error. By default all of
+            it is read as prompt.
 
     Raises:
-        ValueError: for a row without tokens, a prompt length out of range, or a gap in a prompt's attention.
+        ValueError: for a row without tokens, a prompt length out of range, a gap in a prompt's attention, or a missing marker.
     """
     batch, width = input_ids.shape
     device = input_ids.device
@@ -95,6 +105,12 @@ def find_spans(
     ends_turn = torch.isin(ids, end_ids) & inside
     limit = lengths if prompt_lengths is None else prompt_lengths
     found, marker_end = _last_response_marker(ids, ends_turn, limit, response_marker)
+    if needs_marker and prompt_lengths is None and not found.all():
+        raise ValueError(
+            f"got text {int(found.long().argmin())} of the batch without the tokens {list(response_marker)}, by which the model's "
+            "chat template opens a response, need them or `prompt_lengths`, because without them the prompt's end is not known: "
+            "render the chat with the tokenizer of the model's folder, or encode it with a `Formatter`."
+        )
     known = found if prompt_lengths is None else torch.ones_like(found)
     routed = torch.where(found, marker_end, limit)
     starts = routed if prompt_lengths is None else prompt_lengths  # the response's first column, where it is known
@@ -104,15 +120,26 @@ def find_spans(
         raise ValueError(
             "got an attention mask with a gap inside a prompt, need one run of tokens: mask padding only."
         )
-    stops = _first_column(gap)
+    lengths = torch.minimum(lengths, _first_column(gap))
+    if response_opening is not None and found.any():
+        ids, lengths, routed, starts = _open_alike(
+            ids, lengths, torch.where(found, routed, -1), starts, response_marker, end_of_turn, response_opening
+        )
+        columns = torch.arange(ids.shape[1], device=device).expand(batch, -1)
+        ends_turn = torch.isin(ids, end_ids)
     ends = _first_column(ends_turn & known.unsqueeze(1) & (columns >= starts.unsqueeze(1)))
-    lengths = torch.minimum(torch.minimum(lengths, stops), ends + 1)
-    if pad_ends:
+    ended = ends < lengths
+    lengths = torch.minimum(lengths, ends + 1)
+    if pad_ends and reads_end:
         last = ids.gather(1, lengths.unsqueeze(1) - 1).squeeze(1)
-        ended = torch.isin(last, end_ids) & ((lengths > starts) | ~known)
+        open_ended = ~(torch.isin(last, end_ids) & ((lengths > starts) | ~known))
         ids = torch.cat([ids, ids.new_full((batch, 1), pad_token_id)], 1)
-        ids[torch.arange(batch, device=device)[~ended], lengths[~ended]] = pad_token_id
-        lengths = torch.where(ended, lengths, lengths + 1)
+        ended, lengths = ended | (open_ended & known), lengths + open_ended
+        ids[torch.arange(batch, device=device)[open_ended], lengths[open_ended] - 1] = pad_token_id
+    if reads_end and len(end_ids):
+        ids[torch.arange(batch, device=device)[ended], lengths[ended] - 1] = end_ids[0]
+    elif not reads_end:
+        lengths = (lengths - ended.long()).clamp(min=1)
     mask = span_mask(lengths, int(lengths.max()))
     ids = ids[:, : mask.shape[1]].masked_fill(mask == 0, 0)  # padding need not be an id that the embeddings have
     return Spans(ids, lengths, torch.minimum(routed, lengths))
@@ -121,6 +148,38 @@ def find_spans(
 def _first_column(mask: Tensor) -> Tensor:
     """Column of the first True of each row of `mask` (shape (B, T)), T where there is none."""
     return torch.where(mask.any(1), mask.long().argmax(1), mask.shape[1])
+
+
+def _open_alike(
+    ids: Tensor,
+    lengths: Tensor,
+    marker_ends: Tensor,
+    starts: Tensor,
+    marker: list[int] | tuple[int, ...],
+    ends: list[int] | tuple[int, ...],
+    opening: ResponseOpening,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """
+    The rows with their responses' openings in one form, their lengths, where their markers end and their responses start.
+
+    Args:
+        marker_ends (`Tensor` of shape (B,)): where the last response marker ends, -1 in a row that has none.
+    """
+    rows, routed, first = [], [], []
+    for row, length, end, start in zip(*(part.tolist() for part in (ids, lengths, marker_ends, starts)), strict=True):
+        if end < 0 or end > length:
+            rows.append(row[:length])
+            routed.append(start)
+            first.append(start)
+            continue
+        end = opening.first_marker(row, end, marker)
+        written, response = opening.read(row[end:length], ends)
+        rows.append(row[:end] + written + response)
+        routed.append(end)
+        first.append(end + len(written))
+    lengths, routed, first = (lengths.new_tensor(part) for part in ([len(row) for row in rows], routed, first))
+    padded = torch.nn.utils.rnn.pad_sequence([ids.new_tensor(row) for row in rows], batch_first=True)
+    return padded, lengths, routed, first
 
 
 def _last_response_marker(

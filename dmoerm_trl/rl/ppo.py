@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.chat_template import fix_date
 from ..data.formatting import Formatter
 
 
@@ -153,8 +154,8 @@ def ppo_trainer(
 
     Raises:
         ImportError: if this TRL has no PPO.
-        ValueError: if `args` has a key that PPO does not read, or the tokenizers do not agree with each other, or with the
-            chat template on how a turn ends.
+        ValueError: if `args` has a key that PPO does not read, or the tokenizers do not agree with each other, with the reward
+            model's training, or with the chat template on how a turn ends.
     """
     ppo_classes()
     from .ppo_trainer import ResumablePPOTrainer
@@ -164,6 +165,9 @@ def ppo_trainer(
         args.stop_token = "eos"
     tokenizer = copy.deepcopy(formatter.tokenizer if policy_tokenizer is None else policy_tokenizer)
     tokenizer.padding_side = "left"
+    fix_date(tokenizer)  # as the formatter does in the reward model's
+    for member in getattr(reward_model, "members", [reward_model]):
+        formatter.check_model(member.config)
     check_tokenizers(tokenizer, formatter.tokenizer)
     end = formatter.markers.end_of_turn[0]
     if args.stop_token == "eos" and tokenizer.eos_token_id != end:
@@ -188,5 +192,4 @@ def ppo_trainer(
 
 def prompt_dataset(prompts: Sequence[list[dict]], formatter: Formatter) -> Dataset:
     """What a policy is given: a dataset with `input_ids`, the tokens up to where the response begins."""
-    encodings = [formatter.encode(prompt, "") for prompt in prompts]
-    return Dataset.from_dict({"input_ids": [encoding.input_ids[: encoding.prompt_length] for encoding in encodings]})
+    return Dataset.from_dict({"input_ids": [formatter.generation_prompt(prompt) for prompt in prompts]})

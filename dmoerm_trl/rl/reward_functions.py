@@ -1,5 +1,6 @@
 """Reward models as functions of texts: for GRPO and RLOO, for a monitor, for a judge."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.formatting import Formatter
+from ..data.formatting import Formatter, turn_text
 from ..evaluation.scorers import ScorerSource
 from ..evaluation.scoring import map_encodings
 from ..modeling.modeling import DMoERMForSequenceClassification
@@ -28,11 +29,16 @@ class TextRewards:
         model (`PreTrainedModel`): a DMoERM, or any model whose `logits` of shape (B, 1) are rewards. It is put into
             evaluation mode and stays where it is: move it to its device first.
         formatter (`Formatter`): with the reward model's tokenizer.
+
+    Raises:
+        ValueError: if the formatter's texts are not in the form of the model's training.
     """
 
     def __init__(self, model: PreTrainedModel, formatter: Formatter):
         self.model, self.formatter = model.eval(), formatter
         self.is_dmoerm = isinstance(model, DMoERMForSequenceClassification)
+        if self.is_dmoerm:
+            formatter.check_model(model.config)
         tasks = model.config.tasks.values() if self.is_dmoerm else []
         self.points = list(dict.fromkeys(point for points in tasks for point in points))
         self._batch: tuple[list, list] | None = None
@@ -154,7 +160,46 @@ def _trl_function(name: str, scorer: TextScorer) -> Callable[..., list[float | N
 
 
 def text_of(completion: str | list[dict]) -> str:
-    """The text of a completion as TRL passes it: text itself, or the assistant's turns."""
+    """
+    What is scored of a completion as TRL passes it: text itself, or the text of the assistant's turns, joined by blank lines.
+    What tools answered is not the policy's, and what it called them with is not part of its answer.
+    """
     if isinstance(completion, str):
         return completion
-    return "".join(turn.get("content") or "" for turn in completion)
+    texts = [turn_text(turn) for turn in completion if turn["role"] == "assistant"]
+    return "\n\n".join(text for text in texts if text.strip())
+
+
+class RewardProcessor:
+    """
+    A processing class for GRPOTrainer and RLOOTrainer with the reward model itself in `reward_funcs`:
+
+        GRPOTrainer(reward_funcs=[model], reward_processing_classes=[RewardProcessor(formatter)], ...)
+
+    With a tokenizer in its place, TRL writes the whole chat as one text and tokenises that: a completion that spells special
+    tokens opens turns of its own, and may choose its own judge. Here each chat is encoded by the formatter, and the model is
+    told where its prompt ends.
+
+    Args:
+        formatter (`Formatter`): the reward model's, see [`~dmoerm_trl.data.formatting.Formatter.for_model`].
+    """
+
+    def __init__(self, formatter: Formatter):
+        self.formatter = formatter
+        self.pad_token_id, self.eos_token_id = formatter.tokenizer.pad_token_id, formatter.tokenizer.eos_token_id
+
+    def apply_chat_template(self, conversation: list[dict], **_: Any) -> str:
+        """The chat as text that [`__call__`] reads. What follows the last turn of the user is the completion."""
+        last = max((i for i, turn in enumerate(conversation) if turn["role"] == "user"), default=-1)
+        return json.dumps([conversation[: last + 1], text_of(conversation[last + 1 :])])
+
+    def __call__(self, text: Sequence[str], **_: Any) -> dict[str, Tensor]:
+        """See [`~dmoerm_trl.data.formatting.Formatter.batch`]."""
+        try:
+            prompts, responses = zip(*map(json.loads, text), strict=True)
+        except ValueError as error:
+            raise ValueError(
+                f"got the text {text[0][:80]!r}, need chats, because in plain text a prompt's end is not known: give the trainer "
+                "conversational prompts, or reward functions (`reward_functions`) in place of the model."
+            ) from error
+        return self.formatter.batch(prompts, responses)

@@ -87,7 +87,7 @@ def sampler(
     @torch.inference_mode()
     def draw(prompt: list[dict], count: int, seed: int) -> list[str]:
         generator.manual_seed(seed)
-        ids = torch.tensor([_prompt_ids(prompt, formatter)], device=policy.device)
+        ids = torch.tensor([formatter.generation_prompt(prompt)], device=policy.device)
         texts: list[str] = []
         while len(texts) < count:
             rows = min(batch_size, count - len(texts))
@@ -162,7 +162,9 @@ def vllm_sampler(
             stop_token_ids=formatter.markers.end_of_turn,
             skip_special_tokens=True,
         )
-        (request,) = llm.generate({"prompt_token_ids": _prompt_ids(prompt, formatter)}, parameters, use_tqdm=False)
+        (request,) = llm.generate(
+            {"prompt_token_ids": formatter.generation_prompt(prompt)}, parameters, use_tqdm=False
+        )
         return [output.text for output in request.outputs]
 
     return draw
@@ -234,9 +236,3 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
             "would run into each other, and a model would read what it was never trained on: set "
             "tokenizer.chat_template to that of its training and save the tokenizer."
         )
-
-
-def _prompt_ids(prompt: list[dict], formatter: Formatter) -> list[int]:
-    """The tokens up to where the response begins."""
-    encoding = formatter.encode(prompt, "")
-    return encoding.input_ids[: encoding.prompt_length]

@@ -54,8 +54,7 @@ def sample(
         max_new_tokens (`int`): tokens after which a response is cut off.
     """
     tokenizer = formatter.tokenizer
-    encodings = [formatter.encode(prompt, "") for prompt in prompts]
-    ids = [encoding.input_ids[: encoding.prompt_length] for encoding in encodings]
+    ids = [formatter.generation_prompt(prompt) for prompt in prompts]
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(policy.device)
     ends = formatter.markers.end_of_turn or [tokenizer.eos_token_id]
     with _sampling_as_asked(policy):

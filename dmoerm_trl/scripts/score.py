@@ -69,6 +69,7 @@ def describe(
     Args:
         processes (`PartialState`, *optional*): those that share the work; each gets all that is described.
     """
+    formatter.check_model(model.config)
     tasks = list(model.config.tasks)
     points = list(dict.fromkeys(point for of_task in model.config.tasks.values() for point in of_task))
     encodings = [formatter.encode(prompt, response) for prompt, response in texts]
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
             torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32,
         ),
     )
-    formatter = Formatter(AutoTokenizer.from_pretrained(arguments.model), arguments.max_length)
+    formatter = Formatter.for_model(model.config, AutoTokenizer.from_pretrained(arguments.model), arguments.max_length)
     if one:
         texts = [([{"role": "user", "content": arguments.prompt}], arguments.response)]
     else:

@@ -212,9 +212,7 @@ def phase1(
         base,
         task=task,
         trust_remote_code=trust_remote_code,
-        response_marker=formatter.markers.response_marker,
-        end_of_turn=formatter.markers.end_of_turn,
-        pad_token_id=formatter.tokenizer.pad_token_id,
+        **formatter.model_settings,
         **config,
     )
     return fit(
@@ -399,7 +397,6 @@ def _prompt_ids(encoding: Encoding, formatter: Formatter) -> list[int]:
     spans = find_spans(
         torch.tensor([encoding.input_ids]),
         prompt_lengths=torch.tensor([encoding.prompt_length]),
-        response_marker=formatter.markers.response_marker,
-        end_of_turn=formatter.markers.end_of_turn,
+        **formatter.model_settings,
     )
     return spans.input_ids[0, : int(spans.prompt_lengths)].tolist()

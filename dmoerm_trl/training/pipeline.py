@@ -102,7 +102,7 @@ class Pipeline:
         tokenizer = AutoTokenizer.from_pretrained(
             self.recipe.base_model, trust_remote_code=self.recipe.trust_remote_code
         )
-        return Formatter(tokenizer, self.recipe.max_length)
+        return Formatter(tokenizer, self.recipe.max_length, self.recipe.score_thinking)
 
     def rows(self, *parts: str, task: str = OVERALL) -> list[PreferenceRow]:
         """The rows of some parts of the data, of one task or of all."""

@@ -32,6 +32,12 @@ class Recipe:
         default="raise", metadata={"help": "What to do with a bad row: 'raise', or 'skip' and count."}
     )
     max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and response; older turns are cut."})
+    score_thinking: bool = field(
+        default=False,
+        metadata={
+            "help": "Score the thoughts of a model that reasons (<think>...</think>) too; else they are left out."
+        },
+    )
     test_share: float = field(
         default=0.2, metadata={"help": "Share of the prompts for the test, without `test_data`."}
     )
