@@ -29,6 +29,7 @@ _HOMES = {
     "win_rate": "evaluation.win_rate",
     "ppo_trainer": "rl.ppo",
     "PolicyMonitor": "rl.monitor",
+    "RewardProcessor": "rl.reward_functions",
     "TextRewards": "rl.reward_functions",
     "reward_functions": "rl.reward_functions",
 }

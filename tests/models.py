@@ -128,7 +128,7 @@ def make_dmoerm(
         for inner in model.model.inner_models.values():
             inner.reward_mean.normal_(0, 0.5)
             inner.reward_std.uniform_(0.5, 2)
-        if model.model.router is not None and set(tasks) <= set(PROMPTS):
+        if model.model.router is not None and set(tasks) <= set(PROMPTS) and tokenizer.chat_template:
             _fit_router(model, tokenizer)
     return model
 

@@ -352,7 +352,8 @@ def test_a_step_without_a_pair_is_no_error(single, tokenizer, tmp_path):
 def test_the_dropout_of_lora_is_on_in_training_and_off_in_evaluation(single, tokenizer, tmp_path):
     single.config.lora_dropout = 0.5
     expert = peft_expert(single)
-    expert(torch.tensor([[5, 6, 7]]))  # a backbone's first texts are preceded by a trial, in evaluation mode
+    first = {"prompt_lengths": torch.tensor([1])}  # the text is no chat
+    expert(torch.tensor([[5, 6, 7]]), **first)  # a backbone's first texts are preceded by a trial, in evaluation mode
     dropouts = [module for name, module in expert.named_modules() if name.endswith("lora_dropout.default")]
     seen = []
     dropouts[0].register_forward_hook(

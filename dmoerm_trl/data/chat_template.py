@@ -18,8 +18,13 @@ from ..modeling.response_opening import ResponseOpening
 DATE = date(2024, 7, 26)
 """The date that chat templates write, on whatever day: that of Llama 3.1's template, which has no clock."""
 
-CLOSING = ((r"<(\w+)>", r"</\1>"), (r"\[(\w+)\]", r"[/\1]"), (r"<\|START_(\w+)\|>", r"<|END_\1|>"))
-"""A token that opens thoughts, as a pattern -> the token that closes them."""
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought", "<channel|>"),
+)
+"""How models write their thoughts: for templates that open them in the generation prompt, or drop them from a whole chat."""
 
 Turns = list[dict[str, Any]]
 
@@ -155,8 +160,9 @@ def read_chat_format(tokenizer: PreTrainedTokenizerBase, score_thinking: bool = 
             close = close[: -len(name)]  # gpt-oss: thoughts and response are two messages
         thinking = [chats.strip(scored[0]), close]
         opened = thinking[0]
-    elif rest and (closing := _closing(tokenizer.decode(rest))):
-        thinking = [rest, tokenizer(closing, add_special_tokens=False).input_ids]
+    elif pair := next((pair for pair in THOUGHTS if tokenizer.decode(rest) == pair[0] or chats.drops(pair)), None):
+        thinking = [tokenizer(text, add_special_tokens=False).input_ids for text in pair]
+        opened = thinking[0]
     thoughts = (tokenizer.decode(thinking[0]), tokenizer.decode(thinking[1])) if thinking else None
     if score_thinking and not scored:
         raise ValueError(
@@ -225,6 +231,15 @@ class _Probe:
         rest = whole.removeprefix(opened)
         return rest != whole and rest[:1].isspace() and rest.lstrip().startswith("one")
 
+    def drops(self, pair: tuple[str, str]) -> bool:
+        """Whether a whole chat has no thoughts, though the assistant's text begins with them."""
+        turns = [
+            {"role": "user", "content": "one"},
+            {"role": "assistant", "content": f"{pair[0]}\neleven{pair[1]}twelve"},
+        ]
+        whole = self.tokenizer.apply_chat_template(in_parts(turns) if self.in_parts else turns, tokenize=False)
+        return "twelve" in whole and "eleven" not in whole
+
     def strip(self, ids: list[int]) -> list[int]:
         """Tokens without the white space at their ends."""
         places = [i for i, token in enumerate(ids) if not _is_space(self.tokenizer, token)]
@@ -252,14 +267,6 @@ def in_parts(turns: Turns) -> Turns:
 
 def _open(open: bool) -> dict[str, bool]:
     return {"add_generation_prompt": True} if open else {}
-
-
-def _closing(opening: str) -> str | None:
-    """What closes the thoughts that a generation prompt opens."""
-    for pattern, closing in CLOSING:
-        if match := re.fullmatch(pattern, opening.strip()):
-            return match.expand(closing)
-    return None
 
 
 def _prefix(*rows: list[int]) -> list[int]:

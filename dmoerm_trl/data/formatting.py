@@ -366,15 +366,17 @@ def _user(text: str) -> dict[str, str]:
 
 
 def _around_pair(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]] | None:
-    """The tokens that an encoder's tokenizer puts before, between and after two texts; None where it puts none between."""
-    if tokenizer.sep_token_id is None:
-        return None
+    """
+    The tokens that an encoder's tokenizer puts before, between and after two texts: one separator (BERT), two (RoBERTa), or the
+    end of the text (T5). None for a decoder's, which puts nothing between them, or the beginning of a text.
+    """
     (first, second), pair = tokenizer(["a", "b"], add_special_tokens=False).input_ids, tokenizer("a", "b").input_ids
     for start in range(len(pair) - len(first) + 1):
         for middle in range(start + len(first), len(pair) - len(second) + 1):
             if pair[start : start + len(first)] == first and pair[middle : middle + len(second)] == second:
                 between = pair[start + len(first) : middle]
-                return (pair[:start], between, pair[middle + len(second) :]) if between else None
+                parts = tokenizer.sep_token_id in between or between == [tokenizer.eos_token_id]
+                return (pair[:start], between, pair[middle + len(second) :]) if parts else None
     return None
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .configuration import DMoERMConfig
 from .modeling import DMoERMForSequenceClassification
 
 TEXT = """
@@ -12,16 +13,20 @@ TEXT = """
 {what} It was trained with [dmoerm-trl](https://pypi.org/project/dmoerm-trl).
 
 ```python
-from dmoerm_trl import DMoERMForSequenceClassification  # registers the model with AutoModelForSequenceClassification
+from dmoerm_trl import DMoERMForSequenceClassification, Formatter
+from transformers import AutoTokenizer
 
 model = DMoERMForSequenceClassification.from_pretrained("{name}")
-output = model(**tokenizer(text, return_tensors="pt"))
+formatter = Formatter.for_model(model.config, AutoTokenizer.from_pretrained("{name}"), max_length=2048)
+output = model(**formatter.batch([prompt], [response]))
 output.logits, output.route, output.capability_scores
 ```
 
 | task | capability points | mean and standard deviation that normalise its reward |
 | --- | --- | --- |
 {tasks}
+
+{thoughts}
 
 Base: {base}. LoRA rank {rank}, alpha {alpha}, on {modules}. Activation of equations 4 and 6: {activation}.
 
@@ -51,8 +56,19 @@ def write_model_card(model: DMoERMForSequenceClassification, folder: str | Path)
         alpha=config.lora_alpha,
         modules=", ".join(config.lora_target_modules),
         activation=config.activation,
+        thoughts=_thoughts(config),
     )
     data = ModelCardData(
         library_name="transformers", pipeline_tag="text-classification", tags=["trl", "dmoerm", "reward-model"]
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(folder) / "README.md")
+
+
+def _thoughts(config: DMoERMConfig) -> str:
+    """What becomes of the thoughts of a model that reasons."""
+    opening = config.response_opening
+    if opening is None or not opening["thinking"]:
+        return "The chat template knows no thoughts: what stands in a response is scored."
+    if opening["scored"]:
+        return "The thoughts before a response are scored with it."
+    return "The thoughts before a response (`<think>...</think>` or the chat template's own form) are not scored."

@@ -158,9 +158,14 @@ class DMoERMModel(DMoERMPreTrainedModel):
             attention_mask (`Tensor` of shape (B, T), *optional*): nonzero for tokens.
             prompt_lengths (`Tensor` of shape (B,), *optional*): number of tokens of each prompt, padding not counted.
                 Not needed where the chat template marks the prompt's end.
-            position_ids, token_type_ids, use_cache, output_hidden_states, return_dict: taken because TRL, tokenizers and
-                pipelines pass them. Positions are made anew when the padding is removed, texts are of one segment.
+            token_type_ids (`Tensor` of shape (B, T), *optional*): the segments of an encoder's pair; of a model without a chat
+                template the prompt ends where the second begins. They are not given to the bases.
+            position_ids, use_cache, output_hidden_states, return_dict: taken because TRL and pipelines pass them. Positions are
+                made anew when the padding is removed.
         """
+        if prompt_lengths is None and token_type_ids is not None and not self.config.response_marker:
+            attended = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            prompt_lengths = (attended.bool() & ((token_type_ids == 1).cumsum(1) == 0)).sum(1)
         spans = self.find_spans(input_ids, attention_mask, prompt_lengths)
         probabilities = self.route(spans)
         route = probabilities.argmax(-1)
@@ -205,6 +210,11 @@ class DMoERMForSequenceClassification(DMoERMPreTrainedModel):
 
     It is a reward model for TRL: `RewardTrainer(model=...)`, `PPOTrainer(reward_model=...)`,
     `GRPOTrainer(reward_funcs=[...])`, `RLOOTrainer(reward_funcs=[...])`, and for `pipeline("text-classification")`.
+
+    The prompt of a text ends where `prompt_lengths` says, else at the last response marker. In a whole chat that a plain tokenizer
+    made of one text, a response that spells special tokens opens turns of its own, and so may choose its own judge. Where responses
+    are not trusted, encode them with [`~dmoerm_trl.data.formatting.Formatter.batch`], or score texts with
+    [`~dmoerm_trl.rl.reward_functions.TextRewards`] or a [`~dmoerm_trl.rl.reward_functions.RewardProcessor`].
     """
 
     def __init__(self, config: DMoERMConfig, backbones: Mapping[str, PreTrainedModel] | None = None):
