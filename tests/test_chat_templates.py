@@ -13,7 +13,7 @@ from datasets import Dataset
 from models import PROMPTS, RESPONSES, TASKS, bert_config, make_dmoerm, make_policy, make_tokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast, pipeline
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 from trl.data_utils import apply_chat_template
 
 from dmoerm_trl.data.chat_template import read_chat_format
@@ -57,6 +57,11 @@ CHATS = {
         {"role": "assistant", "content": RESPONSES[0]},
         {"role": "user", "content": PROMPTS["maths"]},
     ],
+    "thoughts in the first answer": [
+        {"role": "user", "content": PROMPTS["chitchat"]},
+        {"role": "assistant", "content": THOUGHTS + RESPONSES[0]},
+        {"role": "user", "content": PROMPTS["maths"]},
+    ],
 }
 
 
@@ -87,7 +92,7 @@ def turns_for(template: str, turns: list[dict]) -> list[dict]:
 
 @pytest.mark.trl_contract
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_one_text_has_one_reward_and_one_route_whoever_rendered_it(name):
+def test_one_text_has_one_reward_and_one_route_whoever_rendered_it(name, tmp_path):
     template = TEMPLATES[name]
     tokenizer = tokenizer_with(template)
     formatter = Formatter(tokenizer, 4096)
@@ -104,7 +109,12 @@ def test_one_text_has_one_reward_and_one_route_whoever_rendered_it(name):
             if "<think>" in tokenizer.decode(opened[-4:]):
                 response = response.removeprefix("<think>\n")  # the prompt has opened them
             policys = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            pair = {"chosen": turns_for(template, [answer(response)]), "rejected": turns_for(template, [answer("six")])}
+            args = RewardConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_length=None, disable_tqdm=True)
+            rows = Dataset.from_list([{"prompt": turns_for(template, chat), **pair}])
+            trainer = RewardTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
             ids = {
+                "RewardTrainer": trainer.train_dataset[0]["chosen_ids"],
                 "GRPO": tokenizer(text, add_special_tokens=False).input_ids,
                 "tokenizer(text)": tokenizer(text).input_ids,
                 "PPO": opened + policys,

@@ -84,6 +84,18 @@ def _with_fixed_date(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return fixed
 
 
+def leave_thoughts(tokenizer: PreTrainedTokenizerBase, thoughts: tuple[str, str] | None) -> None:
+    """
+    Has the tokenizer leave the tokens that open and close thoughts as they are where [`render`] turns control tokens into text:
+    chat templates look for them in earlier turns. Special tokens are turned into text whatever they are.
+    """
+    if thoughts is not None and getattr(tokenizer, "chat_control_tokens", None) is None:
+        template = tokenizer.get_chat_template()
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        written = [token for token in added if token in template and not token.isspace()]
+        tokenizer.chat_control_tokens = [token for token in written if token not in thoughts]
+
+
 def render(tokenizer: PreTrainedTokenizerBase, turns: Turns | Sequence[Turns], **options: Any) -> list[Any]:
     """
     The ids of a rendered chat, or of each of several, in which text that spells a special token is text.

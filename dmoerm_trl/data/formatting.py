@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..modeling.configuration import DMoERMConfig
-from .chat_template import ChatMarkers, chat_markers, fix_date, in_parts, read_chat_format, render
+from .chat_template import ChatMarkers, chat_markers, fix_date, in_parts, leave_thoughts, read_chat_format, render
 from .rows import PreferenceRow
 
 __all__ = ["ChatMarkers", "CutReport", "Encoding", "Formatter", "chat_markers"]
@@ -57,8 +57,8 @@ class Formatter:
     What is over-long loses the oldest turns of its prompt: whole turns, up to a turn of the user, while a leading system
     turn stays. If the last user turn alone is too long, it loses its start. The response is never cut.
 
-    A chat template that writes today's date writes one fixed date from now on, in the given tokenizer itself, see
-    [`~dmoerm_trl.data.chat_template.fix_date`].
+    Two things are set in the given tokenizer itself: a chat template that writes today's date writes one fixed date, see
+    [`~dmoerm_trl.data.chat_template.fix_date`], and tokens of thoughts are no control tokens.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -86,6 +86,7 @@ class Formatter:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.format = read_chat_format(tokenizer, score_thinking)
+        leave_thoughts(tokenizer, self.format.thoughts)
         self.markers = ChatMarkers(*self.format[:2])
         begins = tokenizer("").input_ids[:1]
         self._bos = begins if begins == [tokenizer.bos_token_id] else []
@@ -209,7 +210,7 @@ class Formatter:
 
     def _open(self, turns: list[dict]) -> list[int]:
         """A prompt's tokens, ready for the response, by the chat template."""
-        return render(self.tokenizer, in_parts(turns) if self.format.in_parts else turns, add_generation_prompt=True)
+        return self._render([turns], add_generation_prompt=True)[0]
 
     def _join(self, turns: list[dict], response: str) -> tuple[list[int], int]:
         """The uncut ids, and how many of them are the prompt."""
@@ -225,7 +226,7 @@ class Formatter:
 
     def _join_all(self, turns: list[dict], responses: Sequence[str]) -> list[tuple[list[int], int]]:
         """[`_join`] for several responses, by the chat template."""
-        opened, answers = self._open(turns), [self._assistant_turn(response) for response in responses]
+        opened, answers = self._open(turns), [self._answer(response) for response in responses]
         head = self._head(opened)
         (first,) = self._render([[*turns, answers[0]]])
         if first[:head] != opened[:head]:
@@ -250,8 +251,8 @@ class Formatter:
         ends = (i for i in range(len(opened), len(marker) - 1, -1) if opened[i - len(marker) : i] == marker)
         return next(ends, len(opened))
 
-    def _render(self, chats: list[list[dict]]) -> list[list[int]]:
-        return render(self.tokenizer, [in_parts(chat) if self.format.in_parts else chat for chat in chats])
+    def _render(self, chats: list[list[dict]], **options: Any) -> list[list[int]]:
+        return render(self.tokenizer, [in_parts(chat) if self.format.in_parts else chat for chat in chats], **options)
 
     def _response(self, ids: list[int]) -> list[int]:
         """What follows the response marker in a whole chat: the opening in its one form, the response, its end."""
@@ -260,15 +261,16 @@ class Formatter:
         end = next((i for i, token in enumerate(response) if token in ends), len(response))
         return written + response[:end] + (ends[:1] if self.format.reads_end else [])
 
-    def _assistant_turn(self, response: str) -> dict[str, str]:
+    def _answer(self, response: str) -> dict[str, str]:
+        """The assistant's last turn, its thoughts apart where they are scored, without them elsewhere."""
         if self.format.thoughts is None:
             return {"role": "assistant", "content": response}
         opened, closed = self.format.thoughts
-        thoughts, found, rest = response.rpartition(closed)
-        while rest.lstrip().startswith(opened):
-            rest = rest.lstrip().removeprefix(opened)
+        thoughts, _, response = response.rpartition(closed)
+        while response.lstrip().startswith(opened):
+            response = response.lstrip().removeprefix(opened)
+        turn = {"role": "assistant", "content": response}
         thoughts = thoughts.replace(opened, "").strip()
-        turn = {"role": "assistant", "content": rest if found or rest != response else response}
         scored = self.format.response_opening is not None and self.format.response_opening.scored
         return turn | {"reasoning_content": thoughts} if scored and thoughts else turn
 
@@ -277,13 +279,14 @@ class Formatter:
         Raises:
             ValueError: if what a policy writes after its prompt is read otherwise than the whole chat.
         """
-        for turns in ([_user("one")], [_user("one"), self._assistant_turn("six"), _user("two")]):
+        for turns in ([_user("one")], [_user("one"), self._answer("six"), _user("two")]):
             try:
-                opened, whole = self._open(turns), self._join(turns, "six")[0]
+                opened = self._open(turns)
             except ValueError:
                 if len(turns) > 1:  # a template for one question alone
                     continue
                 raise
+            whole = self._join(turns, "six")[0]
             head = self._head(opened)
             ends = self.markers.end_of_turn[:1]
             written = [
