@@ -109,8 +109,13 @@ def test_one_text_has_one_reward_and_one_route_whoever_rendered_it(name, tmp_pat
             if "<think>" in tokenizer.decode(opened[-4:]):
                 response = response.removeprefix("<think>\n")  # the prompt has opened them
             policys = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-            pair = {"chosen": turns_for(template, [answer(response)]), "rejected": turns_for(template, [answer("six")])}
-            args = RewardConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_length=None, disable_tqdm=True)
+            pair = {
+                "chosen": turns_for(template, [answer(response)]),
+                "rejected": turns_for(template, [answer("six")]),
+            }
+            args = RewardConfig(
+                str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_length=None, disable_tqdm=True
+            )
             rows = Dataset.from_list([{"prompt": turns_for(template, chat), **pair}])
             trainer = RewardTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
             ids = {
@@ -259,7 +264,9 @@ def test_a_text_in_another_chat_format_than_the_models_is_an_error():
             model(**tokenizer(text + "!", return_tensors="pt"))
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATES["zephyr"]])
+@pytest.mark.parametrize(
+    "template", [None, CHATML.replace("m.role", "m.role | upper").replace("assistant", "ASSISTANT")]
+)
 def test_a_tokenizer_without_the_models_chat_template_is_an_error(template):
     tokenizer = make_tokenizer()
     model = make_dmoerm(tokenizer)
@@ -270,6 +277,25 @@ def test_a_tokenizer_without_the_models_chat_template_is_an_error(template):
         TextRewards(model, Formatter(tokenizer, 512))
     with pytest.raises(ValueError, match="chat template (is missing|differs from the model's)"):
         describe(model, Formatter(tokenizer, 512), [(CHATS["one question"], "It is four.")])
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma", "mistral", "smollm2", "qwen3"])
+def test_a_bos_that_the_tokenizer_adds_to_that_of_the_template_is_not_read(name):
+    tokenizer = tokenizer_with(TEMPLATES[name])
+    bos = special(tokenizer, "<bos>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", "<bos> $A <bos> $B", bos)
+    formatter = Formatter(tokenizer, 512)
+    model = make_dmoerm(tokenizer)
+    encoding = formatter.encode(CHATS["one question"], "It is four.")
+    text = apply_chat_template({"messages": [*CHATS["one question"], answer("It is four.")]}, tokenizer)["text"]
+    rendered, added = tokenizer(text, add_special_tokens=False).input_ids, tokenizer(text).input_ids
+    assert added == [bos[0][1], *rendered]
+    rewards = [model(torch.tensor([ids])).logits.item() for ids in (encoding.input_ids, rendered, added)]
+    assert rewards == pytest.approx([rewards[0]] * 3, abs=1e-5)
+    padded = tokenizer(["Hi", text], padding=True, padding_side="left", return_tensors="pt")
+    lengths = torch.tensor([2, encoding.prompt_length + 1])  # the added bos counts as a token of the prompt
+    output = model(padded["input_ids"], padded["attention_mask"], prompt_lengths=lengths)
+    assert output.logits[1].item() == pytest.approx(rewards[0], abs=1e-5)
 
 
 # A response that spells special tokens.

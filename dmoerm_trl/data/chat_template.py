@@ -121,8 +121,8 @@ def read_chat_format(tokenizer: PreTrainedTokenizerBase, score_thinking: bool = 
       `<|im_start|>assistant`. If the template has no generation prompt (Mistral), it is what stands between a user's text and
       the assistant's, from its last special token on, such as `[/INST]`. White space at its end is left off, because it may
       merge with the response's first token when a chat is tokenised as one text.
-    - `end_of_turn` is the first token after the assistant's text at a chat's end, the special token after it in the middle of a
-      chat, and the tokenizer's eos.
+    - `end_of_turn` is the special token after the assistant's text at a chat's end, the one after it in the middle of a chat, and
+      the tokenizer's eos.
 
     Args:
         score_thinking (`bool`): whether thoughts are scored with the response, rather than left out.
@@ -190,10 +190,10 @@ def read_chat_format(tokenizer: PreTrainedTokenizerBase, score_thinking: bool = 
         opening = ResponseOpening(written, others, thinking, scored if score_thinking else [], chats.blanks)
 
     after = _suffix(answered, chats("one", "six"))
-    end = [token for token in after if token not in chats.blanks][:1]
-    middle = chats.after_earlier_turn()
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ends = list(dict.fromkeys([*end, *middle, *eos]))
+    special = {*tokenizer.added_tokens_decoder, *eos}
+    end = [token for token in chats.strip(after)[:1] if token in special]
+    ends = list(dict.fromkeys([*end, *chats.after_earlier_turn(), *eos]))
     return ChatFormat(marker, ends, opening, bool(end), chats.in_parts, thoughts)
 
 
@@ -268,8 +268,7 @@ class _Probe:
             rest = _suffix(self("one", "one", "two"), self("one", "six", "two"))
         except ValueError:
             return []
-        rest = [token for token in rest if token not in self.blanks][:1]
-        return [token for token in rest if token in self.tokenizer.added_tokens_decoder]
+        return [token for token in self.strip(rest)[:1] if token in self.tokenizer.added_tokens_decoder]
 
 
 def in_parts(turns: Turns) -> Turns:

@@ -88,8 +88,8 @@ class Formatter:
         self.format = read_chat_format(tokenizer, score_thinking)
         leave_thoughts(tokenizer, self.format.thoughts)
         self.markers = ChatMarkers(*self.format[:2])
-        begins = tokenizer("").input_ids[:1]
-        self._bos = begins if begins == [tokenizer.bos_token_id] else []
+        empty, some = tokenizer(["", "a"]).input_ids
+        self._bos = empty[:1] if empty[:1] == some[:1] else []  # what the tokenizer puts before every text
         self._pair = None if tokenizer.chat_template else _around_pair(tokenizer)
         if tokenizer.chat_template:
             self._check_template()
@@ -133,7 +133,12 @@ class Formatter:
     def model_settings(self) -> dict[str, Any]:
         """The arguments of [`DMoERMConfig`] with which a model reads texts as this formatter writes them."""
         names = ("response_marker", "end_of_turn", "response_opening", "reads_end")
-        return {name: getattr(self.format, name) for name in names} | {"pad_token_id": self.tokenizer.pad_token_id}
+        return {
+            **{name: getattr(self.format, name) for name in names},
+            "pad_token_id": self.tokenizer.pad_token_id,
+            "added_bos": self._bos[0] if self._bos else None,
+            "reads_bos": not self.tokenizer.chat_template or self._open([_user("one")])[:1] == self._bos,
+        }
 
     def encode(self, prompt: list[dict] | str, response: str) -> Encoding:
         """
@@ -289,13 +294,14 @@ class Formatter:
             whole = self._join(turns, "six")[0]
             head = self._head(opened)
             ends = self.markers.end_of_turn[:1]
-            written = [
-                opened[:head] + self._response(opened[head:] + self._text_ids(text) + ends) for text in ("six", " six")
-            ]
-            if whole not in written:
+            written = opened[:head] + self._response(opened[head:] + self._text_ids("six") + ends)
+            texts = [
+                self.tokenizer.decode(ids).split() for ids in (whole, written)
+            ]  # a tokenizer may begin a text with a space
+            if "".join(texts[0]) != "".join(texts[1]):
                 raise ValueError(
                     f"{self.tokenizer.name_or_path}: got a chat template by which a whole chat ends in "
-                    f"{self.tokenizer.decode(whole[head:])!r}, and a policy's own text in {self.tokenizer.decode(written[0][head:])!r}, "
+                    f"{self.tokenizer.decode(whole[head:])!r}, and a policy's own text in {self.tokenizer.decode(written[head:])!r}, "
                     "need one form of both, because a text would have two rewards: mend the template, or add the tokens that it "
                     "writes around a response to the tokenizer."
                 )

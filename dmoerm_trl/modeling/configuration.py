@@ -51,6 +51,10 @@ class DMoERMConfig(PreTrainedConfig):
             Whether the end of the turn belongs to the text that is scored; not where the chat template writes none.
         pad_token_id (`int`, *optional*):
             The padding token; it may be an end of turn.
+        added_bos (`int`, *optional*):
+            The token that the tokenizer puts before every text, if it puts one there.
+        reads_bos (`bool`):
+            Whether the text that is scored begins with it; not where the chat template does not write it.
     """
 
     model_type = "dmoerm"
@@ -74,6 +78,8 @@ class DMoERMConfig(PreTrainedConfig):
         response_opening: ResponseOpening | dict[str, Any] | None = None,
         reads_end: bool = True,
         pad_token_id: int | None = None,
+        added_bos: int | None = None,
+        reads_bos: bool = True,
         **kwargs: Any,
     ):
         tasks = {task: list(points) for task, points in dict(tasks or {}).items()}
@@ -112,6 +118,8 @@ class DMoERMConfig(PreTrainedConfig):
         self.response_opening = response_opening
         self.reads_end = reads_end
         self.pad_token_id = pad_token_id
+        self.added_bos = added_bos
+        self.reads_bos = reads_bos
         kwargs.setdefault("problem_type", "regression")  # so that `pipeline` returns the reward as it is
         kwargs.setdefault("num_labels", 1)
         super().__init__(**kwargs)

@@ -111,6 +111,8 @@ class DMoERMModel(DMoERMPreTrainedModel):
             response_opening=opening and ResponseOpening(**opening),
             reads_end=self.config.reads_end,
             pad_token_id=self.config.pad_token_id,
+            added_bos=self.config.added_bos,
+            reads_bos=self.config.reads_bos,
             needs_marker=bool(self.config.response_marker),
         )
 

@@ -45,11 +45,14 @@ def find_spans(
     response_opening: ResponseOpening | None = None,
     reads_end: bool = True,
     pad_token_id: int | None = None,
+    added_bos: int | None = None,
+    reads_bos: bool = True,
     needs_marker: bool = False,
 ) -> Spans:
     """
     Finds the prompt and the response of each row.
 
+    - A text begins with one bos, or with none where the chat template writes none, however many the tokenizer put there.
     - The prompt ends at the response marker that opens the last assistant turn. A marker inside an assistant turn that
       no end-of-turn token has closed was written by the response and does not count. Where `prompt_lengths` is given,
       only markers within that length count.
@@ -65,7 +68,8 @@ def find_spans(
             not read.
         attention_mask (`Tensor` of shape (B, T), *optional*): nonzero for tokens. Without it all but the pad tokens.
         prompt_lengths (`Tensor` of shape (B,), *optional*): number of prompt tokens of each row, padding not counted.
-        response_marker, end_of_turn, response_opening, reads_end, pad_token_id: see [`DMoERMConfig`].
+        response_marker, end_of_turn, response_opening, reads_end, pad_token_id, added_bos, reads_bos: see
+            [`DMoERMConfig`].
 
         needs_marker (`bool`): whether a row with neither a response marker nor a prompt length is an error. By default all of
             it is read as prompt.
@@ -87,6 +91,11 @@ def find_spans(
     # Move every row to the left: `first` is its first token's column, `lengths` reaches to its last attended token.
     first = attended.long().argmax(1)
     lengths = width - attended.flip(1).long().argmax(1) - first
+    if added_bos is not None:
+        from_first = (columns >= first.unsqueeze(1)) & ((input_ids != added_bos) | ~attended)
+        surplus = (_first_column(from_first) - first - int(reads_bos)).clamp(min=0).minimum(lengths - 1)
+        first, lengths = first + surplus, lengths - surplus
+        prompt_lengths = None if prompt_lengths is None else prompt_lengths.to(device) - surplus
     source = (columns + first.unsqueeze(1)).clamp(max=width - 1)
     ids, attended = input_ids.gather(1, source), attended.gather(1, source)
     inside = columns < lengths.unsqueeze(1)
