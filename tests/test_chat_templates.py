@@ -90,6 +90,14 @@ def turns_for(template: str, turns: list[dict]) -> list[dict]:
     return turns
 
 
+def ids_of_reward_trainer(model, tokenizer, chat: list[dict], response: str, folder: Path) -> list[int]:
+    pair = {"chosen": [answer(response)], "rejected": [answer("six")]}
+    row = {name: turns_for(tokenizer.chat_template, turns) for name, turns in {"prompt": chat, **pair}.items()}
+    args = RewardConfig(str(folder), use_cpu=True, bf16=False, report_to=[], max_length=None, disable_tqdm=True)
+    trainer = RewardTrainer(model, args, train_dataset=Dataset.from_list([row]), processing_class=tokenizer)
+    return trainer.train_dataset[0]["chosen_ids"]
+
+
 @pytest.mark.trl_contract
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_one_text_has_one_reward_and_one_route_whoever_rendered_it(name, tmp_path):
@@ -109,23 +117,15 @@ def test_one_text_has_one_reward_and_one_route_whoever_rendered_it(name, tmp_pat
             if "<think>" in tokenizer.decode(opened[-4:]):
                 response = response.removeprefix("<think>\n")  # the prompt has opened them
             policys = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-            pair = {
-                "chosen": turns_for(template, [answer(response)]),
-                "rejected": turns_for(template, [answer("six")]),
-            }
-            args = RewardConfig(
-                str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_length=None, disable_tqdm=True
-            )
-            rows = Dataset.from_list([{"prompt": turns_for(template, chat), **pair}])
-            trainer = RewardTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
             ids = {
-                "RewardTrainer": trainer.train_dataset[0]["chosen_ids"],
                 "GRPO": tokenizer(text, add_special_tokens=False).input_ids,
                 "tokenizer(text)": tokenizer(text).input_ids,
                 "PPO": opened + policys,
             }
             if name == "mistral":  # a policy writes the space itself, which may be one token with the first word
                 ids["PPO"] = opened + tokenizer(" " + response, add_special_tokens=False).input_ids + policys[-1:]
+            if len(chat) == 1 and not thoughts:
+                ids["RewardTrainer"] = ids_of_reward_trainer(model, tokenizer, chat, response, tmp_path)
             for who, row in ids.items():
                 with torch.no_grad():
                     output = model(torch.tensor([row]))
