@@ -262,7 +262,10 @@ def _parse_ours(raw: dict, tasks: TaskTable, report: LoadReport) -> PreferenceRo
 def _own_prompt(raw: dict) -> list[dict]:
     given = [name for name in ("prompt", "messages") if name in raw]
     if len(given) != 1:
-        raise RowError("bad prompt", f"got the fields {sorted(raw)}, need exactly one of `prompt` and `messages`.")
+        got = "`prompt` and `messages`" if given else "the prompt None"
+        raise RowError(
+            "bad prompt", f"got {got} among the fields {sorted(raw)}, need exactly one of `prompt` and `messages`."
+        )
     return turns_of(raw[given[0]], given[0])
 
 

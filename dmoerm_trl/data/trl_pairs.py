@@ -74,10 +74,19 @@ def _of_turns(given: list[dict], chosen: list[dict], rejected: list[dict], found
             f"({[turn['role'] for turn in prompt]}), need the prompt of both: mend it, or leave out `prompt` or the turns.",
         )
     sides = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
-    return Pair(prompt, [_response(turns, name) for name, turns in sides.items()], found)
+    return Pair(prompt, [response_of(turns, name) for name, turns in sides.items()], found)
 
 
-def _response(turns: list[dict], name: str) -> str:
+def response_of(completion: Any, name: str) -> str:
+    """
+    The text of a response: of text, or of one turn of the assistant in a list. Errors call the field `name`.
+
+    Raises:
+        [`RowError`]: if it is neither.
+    """
+    if isinstance(completion, str):
+        return completion
+    turns = turns_of(completion, name)
     if [turn["role"] for turn in turns] != ["assistant"]:
         raise RowError(
             "bad responses",
