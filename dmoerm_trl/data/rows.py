@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -326,6 +326,30 @@ def _format_of(raw: dict) -> tuple[set[str], Callable[[dict, TaskTable, LoadRepo
     if {"src", "response", "rank"} <= raw.keys():
         return _PUBLISHED, _parse_published
     return None
+
+
+# ------------------------------------------------------------------------------------------------ the same tokens
+
+
+def merge_same_tokens(
+    rows: Iterable[PreferenceRow], encodings: Iterable[Sequence[Any]]
+) -> tuple[list[PreferenceRow], int]:
+    """
+    Gives responses to a prompt that are the same tokens the same text, so that they are no pair: a tokenizer may normalise
+    what tells two texts apart, or a chat template leave it out.
+
+    Args:
+        encodings (`Iterable[Sequence]`): of each row those of its responses, with `input_ids`, as of
+            [`~dmoerm_trl.data.formatting.Formatter.encode_rows`].
+
+    Returns:
+        The rows, and how many pairs that labels tell apart are none any more.
+    """
+    merged, pairs = [], 0
+    for row, of_row in zip(rows, encodings, strict=True):
+        merged.append(row.merged([tuple(encoding.input_ids) for encoding in of_row]))
+        pairs += len(merged[-1].identical_pairs) - len(row.identical_pairs)
+    return merged, pairs
 
 
 # ---------------------------------------------------------------------------------------------------- checks

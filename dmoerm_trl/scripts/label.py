@@ -125,6 +125,8 @@ def label(arguments: LabelArguments) -> Report | None:
         labeller = Labeller(read, plan, judge, answers, arguments.budget, stop_early=arguments.stop_early)
         found = LoadReport(arguments.rows)
         estimate = labeller.estimate(partial(read, report=found), tokens=arguments.dry_run)
+        if not found.rows:
+            raise ValueError(f"{found}. Need rows to ask about: name another file.")
         print(f"{found}\n{estimate.to_text(arguments.prices)}")
         if arguments.dry_run:
             return None
