@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ...tasks import OTHERS, TaskTable
+from ...tasks import OTHERS, TaskTable, check_name
 from ..preference_row import PreferenceRow, RowError, check_row
 from ..records import Record, Records
 from . import personal_data
@@ -190,8 +190,13 @@ class Preparation:
             raise row
         default = GENERAL if self.tasks is None and self.own_points else None
         row = replace(row, task=row.task or route or default)
-        if self.tasks is not None:  # else the table is made of the rows
+        if self.tasks is not None:
             check_row(row, self.tasks)
+        elif row.task is not None:  # the table is made of the rows
+            try:
+                check_name(row.task)
+            except ValueError as error:
+                raise RowError("bad task", f"field `task`: {error}") from error
         return row
 
     def _row(self, group: list[dict[str, Any]], split: str) -> PreferenceRow:
