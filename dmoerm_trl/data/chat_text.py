@@ -82,7 +82,7 @@ class ChatFormat:
 
 
 def _format(opener: str, end: str | None = None) -> ChatFormat:
-    return ChatFormat(re.compile(opener), end and re.compile(rf"\s*(?:{end})\s*\Z"))
+    return ChatFormat(re.compile(opener), end and re.compile(rf"(?:\s*(?:{end}))+\s*\Z"))
 
 
 HH = _format(r"(?:\A|\n\n)(?P<role>Human|Assistant):")
@@ -113,7 +113,7 @@ FORMATS = (
     _format(
         r"(?:\A|\n)[ \t]*(?P<role>Human|User|USER|Assistant|ASSISTANT|AI|用户|人类|助手|问|答)[ \t]*[:：]"
     ),  # a line a turn
-    _format(r"(?:\A|\s)(?P<role>USER|ASSISTANT):", r"</s>"),  # Vicuna
+    _format(r"(?:\A|\s|</s>)(?P<role>USER|ASSISTANT):", r"</s>"),  # Vicuna
 )
 """The first that fits counts: those with special tokens come first."""
 

@@ -183,7 +183,9 @@ class _Json:
             raise _broken(str(error)) from error
         if self._twice:
             name = self._twice[0]
-            return RowError("field given twice", f"got the field {short(name)} twice in one object: keep one."), end
+            return RowError(
+                "field given twice", f"got the field {short(name)} twice in one object, need it once: keep one."
+            ), end
         if text.count("[", start, end) + text.count("{", start, end) > DEEPEST and _deeper_than(value, DEEPEST):
             return _too_deep(), end
         return value, end
@@ -235,6 +237,11 @@ def _json(path: Path) -> Iterator[Record]:
         while start and start in "\ufeff \t\n\r":
             start = text.read(1)
         rest = text.read(LARGEST_ARRAY) if start == "[" else None
+        if start == "{" and (start + text.readline(LONGEST_LINE)).rstrip()[-1] in "{[,":
+            raise ValueError(
+                f"{path}: got an object that goes over several lines, need an array, or an object a line: write "
+                "`[` before the first, `,` between them and `]` after the last."
+            )
     if rest is None:
         yield from _json_lines(path)
         return
