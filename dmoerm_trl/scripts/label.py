@@ -27,7 +27,7 @@ from ..tasks import TaskTable
 class LabelArguments:
     """What `dmoerm label` reads: the rows, which questions, the judge, what it may cost."""
 
-    rows: str = field(metadata={"help": "Preference rows: a JSONL file or what `datasets` loads; recipes/DATA.md."})
+    rows: str = field(metadata={"help": "Preference rows: a file, a folder or a hub name; recipes/DATA.md."})
     output_dir: str = field(metadata={"help": "Folder of the answers, the labelled rows and the report."})
     judge: dict[str, Any] | str | None = field(
         default=None,

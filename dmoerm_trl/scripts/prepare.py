@@ -219,7 +219,7 @@ def _router(source: str, table: TaskTable | None) -> Callable[[Sequence[list[dic
             "rows get them: give `tasks` the table that it was trained with."
         )
     tokenizer = AutoTokenizer.from_pretrained(source)
-    formatter = Formatter(tokenizer, tokenizer.model_max_length)
+    formatter = Formatter.for_model(model.config, tokenizer, tokenizer.model_max_length)
     if model.model.router is not None:
         model.model.router.to("cuda" if torch.cuda.is_available() else "cpu")
 
