@@ -44,7 +44,7 @@ class TaskTable:
         for task in self.tasks:
             if (folder := slug(task)) in folders:
                 raise ValueError(
-                    f"got the tasks {folders[folder]!r} and {task!r}, need names that differ in their letters because both would "
+                    f"got the tasks {folders[folder]!r} and {task!r}, need distinct words because both would "
                     f"have the folder {folder!r}: rename one."
                 )
             folders[folder] = task
