@@ -1,10 +1,12 @@
 """Tasks and their capability points: the paper's table 12, or a YAML file of one's own."""
 
 import re
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import yaml
+from .yaml_file import read_yaml
 
 OTHERS = "others"
 """The label of rows that belong to none of the tasks: no inner model is trained for them, the router sends them to one."""
@@ -23,6 +25,9 @@ class TaskTable:
             Task name -> names of its capability points, in the order of the experts.
         overall (`tuple[str, ...]`):
             The capability points of DMoERM-w/o-Outer, the one inner model for everything.
+
+    Raises:
+        ValueError: for a name that is no text, cannot be shown, or gives no folder of its own; see [`slug`].
     """
 
     tasks: dict[str, tuple[str, ...]]
@@ -31,11 +36,21 @@ class TaskTable:
     def __post_init__(self):
         if not self.tasks:
             raise ValueError("got no task, need at least one: list them under `tasks`.")
+        for name in (*self.tasks, *self.overall, *(point for points in self.tasks.values() for point in points)):
+            check_name(name)
         for reserved in {OTHERS, OVERALL} & set(self.tasks):
             raise ValueError(f"got a task named {reserved!r}, which is reserved: rename it.")
+        folders: dict[str, str] = {}
+        for task in self.tasks:
+            if (folder := slug(task)) in folders:
+                raise ValueError(
+                    f"got the tasks {folders[folder]!r} and {task!r}, need distinct words because both would "
+                    f"have the folder {folder!r}: rename one."
+                )
+            folders[folder] = task
         for task, points in {**self.tasks, OVERALL: self.overall}.items():
             slugs = [slug(point) for point in points]
-            if not points or "" in slugs or len(set(slugs)) != len(slugs):
+            if not points or len(set(slugs)) != len(slugs):
                 raise ValueError(f"task {task!r}: got points {list(points)}, need at least one, all distinct words.")
 
     @classmethod
@@ -50,23 +65,54 @@ class TaskTable:
         """
         Reads a table: `"paper"`, `"paper-zh"`, or the path of a YAML file with `tasks` (name -> list of points) and
         `overall` (list of points).
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no table; it names the file.
         """
         if source == "paper" or source.startswith("paper-"):
             return cls.paper(source.removeprefix("paper").removeprefix("-") or "en")
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"got tasks {source!r}, need 'paper', 'paper-zh' or the path of a YAML file.")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if (
-            not isinstance(content, dict)
-            or set(content) != {"tasks", "overall"}
-            or not isinstance(content["tasks"], dict)
-        ):
+        content = read_yaml(path).content
+        if set(content) != {"tasks", "overall"} or not isinstance(content["tasks"], dict):
             raise ValueError(f"{path}: need exactly the keys `tasks` (name -> points) and `overall` (points).")
         for name, points in {**content["tasks"], OVERALL: content["overall"]}.items():
             if not isinstance(points, list) or not all(isinstance(point, str) for point in points):
-                raise ValueError(f"{path}: `{name}` has {points!r}, need a list of capability points.")
-        return cls({task: tuple(points) for task, points in content["tasks"].items()}, tuple(content["overall"]))
+                raise ValueError(
+                    f"{path}: `{name}` has {reprlib.repr(points)}, need a list of capability points, each of them text: write "
+                    "words such as `yes`, numbers and dates in quotes."
+                )
+        tasks = {task: tuple(points) for task, points in content["tasks"].items()}
+        try:
+            return cls(tasks, tuple(content["overall"]))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+LONGEST_NAME = 120
+"""Bytes of a task's or a point's [`slug`], of which two and a few more make the name of a file, of at most 255."""
+
+
+def check_name(name: Any) -> None:
+    """
+    Checks the name of a task or of a capability point.
+
+    Raises:
+        ValueError: if it is no text, cannot be shown, or is too long for a folder or has nothing to name one by.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"got the name {name!r} of a task or a point, need text: write it in quotes.")
+    if not name.replace("\u200c", "").replace("\u200d", "").isprintable():  # these join letters in some languages
+        raise ValueError(
+            f"got the name {name!a} of a task or a point, need printable characters because it is shown as it stands: rename it."
+        )
+    if not (length := len(slug(name).encode())) or length > LONGEST_NAME:
+        raise ValueError(
+            f"got the name {reprlib.repr(name)} of a task or a point, need one with letters or digits, and with no more than "
+            f"{LONGEST_NAME} bytes of them ({length}) because it names folders: rename it."
+        )
 
 
 def slug(name: str) -> str:

@@ -365,6 +365,23 @@ def test_bad_files_of_responses(tmp_path, records, changes, problem):
     assert not list((tmp_path / "run").glob("**/*.parquet"))
 
 
+def test_answers_as_turns_and_numbers_as_text(tmp_path):
+    """As TRL writes completions, and as CSV has numbers."""
+    turns = [
+        {"prompt": r["prompt"], "response": [{"role": "assistant", "content": r["response"]}], "gold": "2.5"}
+        for r in RECORDS
+    ]
+    path = tmp_path / "responses.json"
+    path.write_text(json.dumps(turns), encoding="utf-16")
+    result = run_best_of_n(tmp_path / "run", read_prompts(path), path, {"l": "length"}, "file", n=3)
+    assert result.curves.curves["l"].gold.unique().tolist() == [2.5]
+    path.write_text(json.dumps([{**turns[0], "response": "\ud83d"}, *turns[1:]]))
+    with pytest.raises(
+        ValueError, match="responses.json, element 1, record 1: field `response`: got .*surrogate pair"
+    ):
+        run_best_of_n(tmp_path / "other", read_prompts(path), path, {"l": "length"}, "file", n=3)
+
+
 def test_a_prompt_without_a_response(folder, tmp_path, capsys):
     path = tmp_path / "responses.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmoerm_trl.evaluation.consistency import Consistency, pair_agreement
+from dmoerm_trl.evaluation.consistency import Consistency, agreement, pair_agreement, pooled
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 ranked_rewards = st.integers(2, 5).flatmap(
@@ -36,6 +36,19 @@ def consistency(rows, **kwargs):
 )
 def test_pair_agreement_by_hand(rewards, ranks, expected):
     assert pair_agreement(rewards, ranks) == expected
+
+
+def test_agreement_on_pairs_by_hand():
+    assert agreement([1.0, 2.0, 2.0], [(0, 1), (1, 2), (2, 0)]) == (1.5, 3)  # a cycle, as of a judge
+    assert agreement([1.0], []) == (0.0, 0)
+    assert pooled([(1.5, 3), (0.0, 0), (1.0, 1)])["consistency"] == 2.5 / 4
+
+
+@given(ranked_rewards)
+def test_ranks_agree_as_the_pairs_that_they_imply(ranked):
+    rewards, ranks = ranked
+    pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+    assert pair_agreement(rewards, ranks) == agreement(rewards, pairs)
 
 
 def test_metric_pools_the_pairs_of_ragged_prompts():

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import PROMPTS, RESPONSES, TASKS, bert_config, make_backbone, make_tokenizer
+from tokenizers.normalizers import NFC
 from torch import Tensor
 from transformers import AutoModel, TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -69,6 +70,23 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 
 # The rows as the trainer takes them.
+
+
+def test_responses_that_are_the_same_tokens_are_not_trained_on(formatter, capsys):
+    formatter.tokenizer.backend_tokenizer.normalizer = NFC()
+    composed, apart = "Caf\u00e9.", "Cafe\u0301."
+    rows = [
+        row(0, responses=[composed, apart, "No."], logic=[1, 2, 2]),
+        row(1, responses=[composed, apart], logic=[1, 2]),
+        row(2, responses=["Same.", "Same."], logic=[1, 2]),
+        row(3, responses=["Yes.", "No."], logic=[1, 2]),
+    ]
+    data = ranked_dataset(rows, formatter)
+    assert data["pairs"] == [[[0, 0, 2], [0, 1, 2]], [[0, 1, 0]]]
+    assert "2 labelled pairs are not trained on: their responses are the same tokens" in capsys.readouterr().out
+    assert ranked_dataset(rows, formatter, ["logic"])["pairs"] == [[[0, 0, 2]], [[0, 0, 1]]]
+    with pytest.raises(ValueError, match="got 1 rows and none with a pair of logic"):
+        ranked_dataset(rows[1:2], formatter, ["logic"])
 
 
 def test_ranked_dataset_drops_only_the_rows_without_a_pair_of_the_point(formatter):

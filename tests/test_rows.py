@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -11,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmoerm_trl.data.preference_row import PreferenceRow, check_row
-from dmoerm_trl.data.rows import check_capability_labels, load_rows, rows_from_dataset, write_rows
+from dmoerm_trl.data.rows import (
+    LoadReport,
+    check_capability_labels,
+    iter_rows,
+    load_rows,
+    merge_same_tokens,
+    rows_from_dataset,
+    write_rows,
+)
 from dmoerm_trl.tasks import TaskTable
 
 TASKS = TaskTable.paper()
@@ -114,6 +123,11 @@ def test_the_papers_published_rows(tmp_path):
         load_rows(write(tmp_path / "rows.jsonl", row | {"tgt": []}), tasks=TASKS)
 
 
+def test_a_response_may_answer_a_tool(tmp_path):
+    turns = [*user("Weather?"), {"role": "tool", "content": "12"}]
+    assert load_one(tmp_path, GOOD | {"prompt": turns}).prompt == turns
+
+
 @pytest.mark.parametrize("kind", ["parquet", "json", "folder", "saved"])
 def test_what_datasets_loads(tmp_path, kind):
     """In arrow a point that is absent from a row and present in another is None."""
@@ -184,6 +198,21 @@ BAD = {  # reason -> what differs from GOOD (or the line), what the message says
 }
 MORE_BAD = [
     ("unknown format", "[1, 2]", "need an object with"),
+    ("empty response", {"responses": ["A", "\u200b\ufeff \u2060\u3164"]}, "got '.u200b.*as response 2, need text"),
+    ("empty prompt", {"prompt": "\u200d\n"}, "field `prompt`: got an empty one"),
+    ("ranks that are not integers", {"ranks": [1, 2**53]}, r"field `ranks`: .*need integers below 2\*\*53"),
+    (
+        "ranks that are not integers",
+        '{"prompt": "a", "responses": ["b", "c"], "ranks": [1, NaN]}',
+        "field `ranks`: got",
+    ),
+    ("ranks that are not integers", {"ranks": [1.0, 2.0]}, "need integers"),
+    ("half a character", {"task": "\ud83d"}, "field `task`: got"),
+    (
+        "content that is not text",
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+        "of type 'image', need",
+    ),
     ("broken JSON", '{"prompt": NaN', "broken JSON"),
     ("ranks that are not integers", {"ranks": [True, 2]}, "need integers"),
     ("ranks that are not integers", {"ranks": ["1", "2"]}, "need integers"),
@@ -335,6 +364,40 @@ def test_duplicates_contradict_when_they_mean_other_labels_not_when_they_write_t
     ]
     _, report = load_rows(write(tmp_path / "rows.jsonl", first, *other), tasks=TASKS)
     assert (report.rows, report.duplicates, report.contradictions) == (1, 4, 4)
+
+
+def test_responses_with_the_same_text_are_no_pair_and_are_counted(tmp_path):
+    same = GOOD | {"responses": ["A", "A"]}
+    three = GOOD | {"responses": ["A", "B", "A"], "ranks": [1, 2, 3], "capability_ranks": {"logic": [2, 1, 1]}}
+    paired = GOOD | {"responses": ["C", "C"], "ranks": [1, 1], "capability_pairs": {"logic": [[0, 1]]}}
+    trl = {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Blue."}
+    path = write(tmp_path / "rows.jsonl", same, three, paired, trl, same)
+    rows, report = load_rows(path, tasks=TASKS)
+    assert [row.pairs_of() for row in rows] == [[], [(0, 1), (1, 2)], [], []]
+    assert [row.pairs_of("logic") for row in rows] == [[], [(1, 0)], [], []]
+    assert [row.identical_pairs for row in rows] == [[(0, 1)], [(0, 2)], [(0, 1)], [(0, 1)]]
+    assert (report.identical_pairs, report.duplicates, report.skipped) == (4, 1, {})
+    assert "4 pairs of responses with the same text and different labels" in str(report)
+    counted = LoadReport("rows")
+    assert (
+        len(list(iter_rows(path, tasks=TASKS, report=counted))) == counted.rows == 5 and counted.identical_pairs == 5
+    )
+    with pytest.raises(ValueError, match="no labels for the capability points of task 'roleplay': 'logic'"):
+        check_capability_labels([rows[2]], TaskTable({"roleplay": ("logic",)}, ("logic",)))
+
+
+def test_responses_that_are_the_same_tokens_get_one_text():
+    labels = {"logic": [1, 2, 3]}
+    rows = [
+        PreferenceRow(user("a"), ["x", "x ", "y"], [1, 2, 3], None, labels),
+        PreferenceRow(user("a"), ["x", "y"], [2, 1]),
+    ]
+    encodings = [[SimpleNamespace(input_ids=[len(text.strip())]) for text in row.responses] for row in rows]
+    encodings[0][2].input_ids = [7]
+    encodings[1][1].input_ids = [9]
+    (merged, other), pairs = merge_same_tokens(rows, encodings)
+    assert merged.responses == ["x", "x", "y"] and pairs == 1 and other is rows[1]
+    assert merged.pairs_of() == merged.pairs_of("logic") == [(0, 2), (1, 2)]
 
 
 text = st.text(alphabet='aé你😀 \n\u2028"\\', max_size=12).map(lambda t: t + ".")

@@ -55,6 +55,17 @@ def test_a_column_without_an_overall_preference_has_no_number():
     assert {column: cell.mean for column, cell in table.cells["single"].items()} == {"roleplay": 1, "overall": 1}
 
 
+def test_responses_with_the_same_text_are_no_pair():
+    """A reward model can but tie them, which would count as half."""
+    rows = [row("roleplay", ("a", "a", "b"), (1, 2, 3)), row("chitchat", ("a", "a")), row("roleplay", ("a", "bb"))]
+    scores = {"single": [[2.0, 2.0, 1.0], [1.0, 1.0], [0.0, 1.0]], "length only": length_scores(rows)}
+    table = consistency_table(scores, rows, ["roleplay", "chitchat"])
+    assert table.cells["single"]["overall"].mean == 2 / 3 and table.cells["length only"]["overall"].mean == 1 / 3
+    assert table.pairs == {"roleplay": 3, "overall": 3}  # chitchat has none
+    with pytest.raises(ValueError, match="method 'single', column 'overall': prompt 1: got 3 rewards for 2 responses"):
+        consistency_table({"single": [[1.0, 0.0, 0.0]] * 3}, rows, ["roleplay", "chitchat"])
+
+
 def cells(roleplay, overall, low=0.6, high=0.75):
     return {"roleplay": Cell(roleplay, low, high, 40), "overall": Cell(overall, low, high, 90)}
 

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import Any
+
+import regex
 
 from ..tasks import OTHERS, TaskTable
 
@@ -16,7 +19,7 @@ class PreferenceRow:
 
     Args:
         prompt (`list[dict]`):
-            Turns with `role` and `content`, oldest first; the last is the user's.
+            Turns with `role` and `content`, oldest first; the last is the user's, or what a tool gave.
         responses (`list[str]`):
             K >= 2 answers to the last turn.
         ranks (`list[int]`):
@@ -52,12 +55,31 @@ class PreferenceRow:
     def pairs_of(self, point: str | None = None) -> list[tuple[int, int]]:
         """
         The labels of a capability point, or without one those of `ranks`, as pairs (better, worse) of indices of responses,
-        sorted. Ranks give a pair for every two that differ. Empty where nothing is labelled, or all is tied.
+        sorted. Ranks give a pair for every two that differ; two responses with the same text are no pair, whatever their
+        labels, because there is nothing to tell them apart by. Empty where nothing is labelled, or all is tied.
         """
+        return [pair for pair in self._labels_of(point) if not self._is_identical(pair)]
+
+    @property
+    def identical_pairs(self) -> list[tuple[int, int]]:
+        """The pairs of responses, each once, that some label tells apart and that have the same text."""
+        labels = (pair for point in (None, *self.labelled_points) for pair in self._labels_of(point))
+        return sorted({(min(pair), max(pair)) for pair in labels if self._is_identical(pair)})
+
+    def merged(self, keys: Sequence[Hashable]) -> "PreferenceRow":
+        """The row in which responses with the same key (such as their tokens) have the same text, that of the first."""
+        first: dict[Hashable, str] = {}
+        texts = [first.setdefault(key, text) for key, text in zip(keys, self.responses, strict=True)]
+        return self if texts == self.responses else replace(self, responses=texts)
+
+    def _labels_of(self, point: str | None) -> list[tuple[int, int]]:
         if point in self.capability_pairs:
             return sorted((better, worse) for better, worse in self.capability_pairs[point])
         ranks = self.ranks if point is None else self.capability_ranks.get(point, [])
         return [(i, j) for i, j in permutations(range(len(ranks)), 2) if ranks[i] < ranks[j]]
+
+    def _is_identical(self, pair: tuple[int, int]) -> bool:
+        return self.responses[pair[0]] == self.responses[pair[1]]
 
 
 class RowError(ValueError):
@@ -69,17 +91,62 @@ class RowError(ValueError):
 
 
 def turns_of(prompt: Any, name: str) -> list[dict]:
-    """Text is one turn of the user; of turns the `role` and the `content` are kept. Errors call the field `name`."""
+    """
+    A prompt as turns: text is one turn of the user; of turns the `role` and the text of the `content` are kept. Content in
+    parts is the text of its parts, one after the other; a turn that calls a tool may have none.
+
+    Args:
+        name (`str`): what errors call the field.
+
+    Raises:
+        [`RowError`]: if it is neither, or a part of it is no text.
+    """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
         raise RowError("bad prompt", f"field `{name}`: got {short(prompt)}, need text or a list of turns.")
-    for turn in prompt:
-        if not (isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
+    return [{"role": _role(turn, name), "content": _content(turn, name)} for turn in prompt]
+
+
+_ROLE = regex.compile(r"[\w.-]+(?: [\w.-]+)*")
+
+
+def _role(turn: Any, name: str) -> str:
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        raise _bad_turn(turn, name)
+    if not _ROLE.fullmatch(turn["role"]):
+        raise RowError(
+            "bad prompt",
+            f"field `{name}`: got the role {short(turn['role'])}, need a word such as 'user', because a chat template writes it "
+            "as it stands: mend the turn.",
+        )
+    return turn["role"]
+
+
+def _content(turn: dict, name: str) -> str:
+    content = turn.get("content")
+    if isinstance(content, str):
+        return content
+    if turn.get("tool_calls") and content in (None, []):
+        return ""
+    if not isinstance(content, list) or not content:
+        raise _bad_turn(turn, name)
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            what = f"of type {short(part['type'])}" if isinstance(part, dict) and "type" in part else short(part)
             raise RowError(
-                "bad prompt", f"field `{name}`: got the turn {short(turn)}, need `role` and `content` as text."
+                "content that is not text",
+                f'field `{name}`: got a part of the content {what}, need {{"type": "text", "text": ...}} because nothing but '
+                "text is read: leave the row out.",
             )
-    return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+        texts.append(text)
+    return "".join(texts)
+
+
+def _bad_turn(turn: Any, name: str) -> RowError:
+    return RowError("bad prompt", f"field `{name}`: got the turn {short(turn)}, need `role` and `content` as text.")
 
 
 def check_row(row: PreferenceRow, tasks: TaskTable | None = None) -> None:
@@ -93,38 +160,26 @@ def check_row(row: PreferenceRow, tasks: TaskTable | None = None) -> None:
     Raises:
         [`RowError`]: If the row cannot be used; the text names the field, what was got, what is needed, and the way out.
     """
-    if not row.prompt or not row.prompt[-1]["content"].strip():
-        raise RowError("empty prompt", "field `prompt`: got an empty one, need a question: write it or drop the row.")
-    if row.prompt[-1]["role"] != "user":
-        raise RowError(
-            "last turn not the user's",
-            f"field `prompt`: got a last turn of {row.prompt[-1]['role']!r}, need one of 'user' because the responses "
-            "answer it: move a last turn of the assistant into `responses`.",
-        )
+    check_prompt(row.prompt)
     if not isinstance(row.responses, list) or len(row.responses) < 2:
         raise RowError(
             "fewer than two responses",
             f"field `responses`: got {short(row.responses)}, need a list of two or more because one alone has no rank.",
         )
     for number, response in enumerate(row.responses, start=1):
-        if not isinstance(response, str) or not response.strip():
+        if not isinstance(response, str) or is_blank(response):
             raise RowError(
                 "empty response",
                 f"field `responses`: got {short(response)} as response {number}, need text because an empty response "
                 "says nothing about quality: drop it together with its rank.",
             )
-    for name, texts in (
-        ("prompt", (text for turn in row.prompt for text in turn.values())),
-        ("responses", row.responses),
-    ):
-        for text in texts:
-            _check_characters(name, text)
+        check_characters(response, "responses")
     _check_ranks("ranks", row.ranks, len(row.responses))
     for point, ranks in row.capability_ranks.items():
         _check_ranks(f"capability_ranks.{point}", ranks, len(row.responses))
     for point, pairs in row.capability_pairs.items():
         _check_pairs(f"capability_pairs.{point}", pairs, len(row.responses))
-    if not any(row.pairs_of(point) for point in (None, *row.labelled_points)):
+    if not any(row._labels_of(point) for point in (None, *row.labelled_points)):
         raise RowError(
             "no two distinct ranks",
             f"field `ranks`: got {row.ranks}, need two distinct ranks because a row without a better and a worse "
@@ -138,11 +193,60 @@ def check_row(row: PreferenceRow, tasks: TaskTable | None = None) -> None:
         )
     if not isinstance(row.task, str | None):
         raise RowError("bad task", f"field `task`: got {short(row.task)}, need a name as text, or none: mend the row.")
+    for name, text in [("task", row.task or ""), *(("capability_ranks", point) for point in row.labelled_points)]:
+        check_characters(text, name)
     if tasks is not None:
         _check_names(row, tasks)
 
 
-def _check_characters(name: str, text: str) -> None:
+def check_prompt(prompt: list[dict]) -> None:
+    """
+    Checks turns as of [`turns_of`].
+
+    Raises:
+        [`RowError`]: if there is nothing to answer, or a text cannot be written.
+    """
+    if not prompt or is_blank(prompt[-1]["content"]):
+        raise RowError("empty prompt", "field `prompt`: got an empty one, need a question: write it or drop the row.")
+    if prompt[-1]["role"] not in ASKING:
+        raise RowError(
+            "last turn not the user's",
+            f"field `prompt`: got a last turn of {prompt[-1]['role']!r}, need one of 'user' or of a tool because the "
+            "responses answer it: move a last turn of the assistant into `responses`.",
+        )
+    for turn in prompt:
+        check_characters(turn["content"], "prompt")
+
+
+ASKING = ("user", "tool", "function")
+"""Roles of the turn that a response answers."""
+
+_BLANK = regex.compile(r"[\s\p{Cc}\p{Default_Ignorable_Code_Point}\u2800]*")
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text is to be seen: it is empty, or white space, control and zero-width characters alone."""
+    return _BLANK.fullmatch(text) is not None
+
+
+def typed(value: Any, kind: type, name: str) -> Any:
+    """
+    The value of a field.
+
+    Raises:
+        [`RowError`]: if it is not of the kind `str`, `list` or `dict`.
+    """
+    if not isinstance(value, kind):
+        needed = {str: "text", list: "a list", dict: "an object"}[kind]
+        raise RowError("field of another kind", f"field `{name}`: got {short(value)}, need {needed}: mend the row.")
+    return value
+
+
+def check_characters(text: str, name: str) -> None:
+    """
+    Raises:
+        [`RowError`]: if a text has half of a surrogate pair, which cannot be written; it calls the field `name`.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -181,10 +285,10 @@ def _check_ranks(name: str, ranks: Any, count: int) -> None:
             "ranks and responses of different lengths",
             f"field `{name}`: got {got} for {count} responses, need one rank a response: add or remove some.",
         )
-    if not all(type(rank) is int for rank in ranks):
+    if not all(type(rank) is int and abs(rank) < 2**53 for rank in ranks):
         raise RowError(
             "ranks that are not integers",
-            f"field `{name}`: got {short(ranks)}, need integers, 1 for the best: turn scores into ranks.",
+            f"field `{name}`: got {short(ranks)}, need integers below 2**53, 1 for the best: turn scores into ranks.",
         )
 
 
@@ -218,5 +322,8 @@ def _check_pairs(name: str, pairs: Any, count: int) -> None:
 
 def short(value: Any) -> str:
     """What a message quotes of a value."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."

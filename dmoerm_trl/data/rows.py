@@ -3,18 +3,20 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..files import writing
 from ..tasks import OTHERS, OVERALL, TaskTable
-from .preference_row import PreferenceRow, RowError, check_row, short, turns_of
+from .preference_row import PreferenceRow, RowError, check_prompt, check_row, short, turns_of
 from .prepare.reading import open_set
+from .records import Records, is_file, kind_of
+from .trl_pairs import pair_of
 
 OnError = Literal["raise", "skip"]
 
@@ -30,20 +32,32 @@ class LoadReport:
     skipped: Counter = field(default_factory=Counter)  # reason -> rows
     read_as_others: Counter = field(default_factory=Counter)  # label of the paper's published rows -> rows
     ignored_fields: Counter = field(default_factory=Counter)  # field -> rows
+    prompts_found: Counter = field(default_factory=Counter)  # how the prompt was told from texts without one -> rows
+    identical_pairs: int = 0  # pairs of responses with the same text that labels tell apart
 
     def __str__(self) -> str:
-        parts = [f"{self.source}: {self.rows} rows"]
+        return "; ".join([f"{self.source}: {self.rows} rows", *self.remarks])
+
+    @property
+    def remarks(self) -> list[str]:
+        """What else is to be said, besides the number of rows."""
+        remarks = []
         if self.duplicates:
-            parts.append(f"{self.duplicates} duplicates removed ({self.contradictions} of them with other labels)")
+            remarks.append(f"{self.duplicates} duplicates removed ({self.contradictions} of them with other labels)")
         for what, counts in (
             ("skipped", self.skipped),
             ("with a label that was read as others", self.read_as_others),
             ("fields not read", self.ignored_fields),
+            ("with a prompt that was told from both texts", self.prompts_found),
         ):
             if counts:
                 listed = ", ".join(f"{name}: {count}" for name, count in counts.most_common())
-                parts.append(f"{sum(counts.values())} {what} ({listed})")
-        return "; ".join(parts)
+                remarks.append(f"{sum(counts.values())} {what} ({listed})")
+        if self.identical_pairs:
+            remarks.append(
+                f"{self.identical_pairs} pairs of responses with the same text and different labels, of which nothing is learnt"
+            )
+        return remarks
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -57,8 +71,8 @@ def load_rows(
 
     Args:
         source (`str`):
-            A `.jsonl` file, or what `datasets` loads: a `.json`, `.parquet`, `.arrow` or `.csv` file, a folder of such
-            files or of `save_to_disk`, or the name of a dataset on the hub.
+            A `.jsonl`, `.json`, `.parquet`, `.arrow` or `.csv` file, also compressed as `.gz`; a folder of such files or of
+            `save_to_disk`; or the name of a dataset on the hub.
         tasks (`TaskTable`):
             The tasks and capability points that rows may name.
         split (`str`, *optional*, defaults to `"train"`):
@@ -72,7 +86,7 @@ def load_rows(
     Raises:
         `ValueError`: For the first bad row, naming the source, the line (from 1), the field and the way out.
     """
-    return _collect(*_numbered(source, split), tasks, on_error)
+    return _collect(records_of(source, split), tasks, on_error)
 
 
 def iter_rows(
@@ -87,78 +101,64 @@ def iter_rows(
     As [`load_rows`], one row at a time, so that the rows need not fit into memory. Duplicates are among them; `report`, if
     there is one, counts what is read.
     """
-    return _checked(*_numbered(source, split), tasks, on_error, report or LoadReport(str(source)))
+    return _checked(records_of(source, split), tasks, on_error, LoadReport(str(source)) if report is None else report)
 
 
 def rows_from_dataset(
     dataset: Dataset, *, tasks: TaskTable, on_error: OnError = "raise", name: str = "dataset"
 ) -> tuple[list[PreferenceRow], LoadReport]:
     """As [`load_rows`], for a dataset in memory; `name` is what messages call it."""
-    return _collect(enumerate(dataset, start=1), name, "row", tasks, on_error)
+    return _collect(Records.of_dataset(name, dataset), tasks, on_error)
 
 
 def write_rows(rows: Iterable[PreferenceRow], path: str | os.PathLike) -> None:
     """Writes rows as JSONL that [`load_rows`] reads back. The file appears whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with writing(path) as file:
         for row in rows:
             file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
-    partial.replace(path)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line, what stands there); for a broken line a [`RowError`] in the row's place. Blank lines are no rows."""
-    with path.open("rb") as file:
-        for line, text in enumerate(file, start=1):
-            if text.strip():
-                try:
-                    yield line, json.loads(text)
-                except ValueError as error:  # not JSON, or not UTF-8
-                    yield (
-                        line,
-                        RowError("broken JSON", f"got broken JSON ({error}), need one JSON object: mend the line."),
-                    )
+def records_of(source: str | os.PathLike, split: str = "train") -> Records:
+    """
+    The records of a source, as of [`load_rows`]; a file may have none.
 
-
-def _numbered(source: str | os.PathLike, split: str) -> tuple[Iterable[tuple[int, Any]], str, str]:
-    """(number, what stands there) of a source's rows, the source's name, and what is numbered."""
+    Raises:
+        FileNotFoundError: if the source is a file that is not there, or of a kind that is not read.
+        ValueError: if it does not have the split.
+    """
     path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        return _read_jsonl(path), str(path), "line"
-    return enumerate(open_set(str(source), split, streaming=False), start=1), str(source), "row"
+    if is_file(path) and kind_of(path):
+        return Records.of_files(str(path), [path])
+    return open_set(str(source), split, streaming=False)
 
 
 def _checked(
-    numbered: Iterable[tuple[int, Any]],
-    source: str,
-    unit: str,
+    records: Records,
     tasks: TaskTable,
     on_error: OnError,
     report: LoadReport,
 ) -> Iterator[PreferenceRow]:
     if on_error not in ("raise", "skip"):
         raise ValueError(f"got on_error={on_error!r}, need 'raise' or 'skip'.")
-    for number, raw in numbered:
+    for place, raw in records:
         try:
-            row = _parse(raw, tasks, report)
+            row = parse_row(raw, tasks, report)
             check_row(row, tasks)
         except RowError as error:
             if on_error == "raise":
                 way_out = "To leave such rows out and count them: on_error='skip'."
-                raise ValueError(f"{source}, {unit} {number}: {error} {way_out}") from error
+                raise ValueError(f"{place}: {error} {way_out}") from error
             report.skipped[error.reason] += 1
         else:
             report.rows += 1
+            report.identical_pairs += len(row.identical_pairs)
             yield row
 
 
-def _collect(
-    numbered: Iterable[tuple[int, Any]], source: str, unit: str, tasks: TaskTable, on_error: OnError
-) -> tuple[list[PreferenceRow], LoadReport]:
-    rows, seen, report = [], {}, LoadReport(source)
-    checked = _checked(numbered, source, unit, tasks, on_error, report)
-    for row in tqdm(checked, desc=f"reading {source}", unit=" rows", delay=3):
+def _collect(records: Records, tasks: TaskTable, on_error: OnError) -> tuple[list[PreferenceRow], LoadReport]:
+    rows, seen, report = [], {}, LoadReport(records.name)
+    checked = _checked(records, tasks, on_error, report)
+    for row in tqdm(checked, desc=f"reading {records.name}", unit=" rows", delay=3):
         first = seen.setdefault((row.prompt_id, tuple(sorted(row.responses))), row)
         if first is row:
             rows.append(row)
@@ -166,6 +166,7 @@ def _collect(
             report.duplicates += 1
             report.contradictions += _labels(first) != _labels(row)
     report.rows = len(rows)  # without the duplicates
+    report.identical_pairs = sum(len(row.identical_pairs) for row in rows)
     return rows, report
 
 
@@ -181,82 +182,99 @@ def _labels(row: PreferenceRow) -> tuple[str | None, dict[str | None, list[tuple
 # --------------------------------------------------------------------------------------------------- formats
 
 _CAPABILITIES = {"capability_ranks": "ranks", "capability_pairs": "pairs"}
+_TURN, _PART = {"role", "content"}, {"type", "text"}
 _OURS = {"prompt", "messages", "responses", "ranks", "task", *_CAPABILITIES}
 _TRL = {"prompt", "chosen", "rejected", "task", *_CAPABILITIES}
 _PUBLISHED = {"src", "tgt", "response", "rank", "label"}
 
 
-def _parse(raw: Any, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
-    """Turns one row of any accepted format into a [`PreferenceRow`], whose values are still to be checked."""
-    if isinstance(raw, RowError):
-        raise raw
-    if not isinstance(raw, dict):
-        raise RowError("unknown format", f"got {short(raw)}, need an object with `prompt`, `responses` and `ranks`.")
-    raw = {name: value for name, value in raw.items() if value is not None}  # None: how `datasets` writes an absence
-    if raw.keys() & {"responses", "ranks"}:
-        fields, row = _OURS, _parse_ours(raw)
-    elif {"chosen", "rejected"} <= raw.keys():
-        fields, row = _TRL, _parse_trl(raw)
-    elif {"src", "response", "rank"} <= raw.keys():
-        fields, row = _PUBLISHED, _parse_published(raw, tasks, report)
-    else:
+def parse_row(raw: Any, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
+    """
+    Turns one row of any accepted format into a [`PreferenceRow`], whose values are still to be checked; `report` counts what
+    is not read of it.
+
+    Raises:
+        [`RowError`]: if it is in none of the formats.
+    """
+    raw = _fields_of(raw)
+    format_ = _format_of(raw)
+    if format_ is None:
         raise RowError(
             "unknown format",
             f"got the fields {sorted(raw)}, need `prompt` or `messages`, `responses` and `ranks`; or `chosen` and "
             "`rejected`; or `src`, `tgt`, `response` and `rank`: rename the fields.",
         )
-    chats = {
-        name: raw[name] for name in ("prompt", "messages", "chosen", "rejected") if isinstance(raw.get(name), list)
-    }
-    unread = {
-        f"{name}.{key}"
-        for name, turns in chats.items()
-        for turn in turns
-        if isinstance(turn, dict)  # else it is no chat, and not read
-        for key in turn
-        if turn[key] is not None
-    }
-    unread -= {f"{name}.{key}" for name in chats for key in ("role", "content")}
-    report.ignored_fields.update(unread | (raw.keys() - fields))
+    fields, parse = format_
+    row = parse(raw, tasks, report)
+    report.ignored_fields.update(_unread(raw) | (raw.keys() - fields))
     return row
 
 
-def _parse_ours(raw: dict) -> PreferenceRow:
-    given = [name for name in ("prompt", "messages") if name in raw]
-    if len(given) != 1:
-        raise RowError("bad prompt", f"got the fields {sorted(raw)}, need exactly one of `prompt` and `messages`.")
+def prompt_of(raw: Any) -> list[dict]:
+    """
+    The prompt of a record: of a row in an accepted format, whose other fields do not matter, or of any that has `prompt` or
+    `messages`.
+
+    Raises:
+        [`RowError`]: if there is none.
+    """
+    raw = _fields_of(raw)
+    if {"chosen", "rejected"} <= raw.keys():
+        prompt = pair_of(raw).prompt
+    elif "src" in raw and "prompt" not in raw:
+        prompt = _published_prompt(raw)
+    else:
+        prompt = _own_prompt(raw)
+    check_prompt(prompt)
+    return prompt
+
+
+def _fields_of(raw: Any) -> dict[str, Any]:
+    """The fields that are there: None is how `datasets` writes an absence."""
+    if isinstance(raw, RowError):
+        raise raw
+    if not isinstance(raw, dict):
+        raise RowError("unknown format", f"got {short(raw)}, need an object with `prompt`, `responses` and `ranks`.")
+    return {name: value for name, value in raw.items() if value is not None}
+
+
+def _unread(raw: dict[str, Any]) -> set[str]:
+    """What is not read of the turns of a row."""
+    unread = set()
+    for name in ("prompt", "messages", "chosen", "rejected"):
+        turns = raw[name] if isinstance(raw.get(name), list) else []
+        turns = [turn for turn in turns if isinstance(turn, dict)]  # else it is no chat, and not read
+        parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
+        for path, objects, read in ((name, turns, _TURN), (f"{name}.content", parts, _PART)):
+            objects = [one for one in objects if isinstance(one, dict)]
+            unread |= {f"{path}.{key}" for one in objects for key in one.keys() - read if one[key] is not None}
+    return unread
+
+
+def _parse_ours(raw: dict, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
+    prompt = _own_prompt(raw)
     missing = {"responses", "ranks"} - raw.keys()
     if missing:
         raise RowError("missing field", f"got no field `{missing.pop()}`, need it with one entry a response: add it.")
-    prompt = turns_of(raw[given[0]], given[0])
     return PreferenceRow(prompt, raw["responses"], raw["ranks"], raw.get("task"), **_capability_labels(raw))
 
 
-def _parse_trl(raw: dict) -> PreferenceRow:
-    """TRL's preference format, standard or conversational; without `prompt`, what both sides begin with is the prompt."""
-    chosen, rejected = raw["chosen"], raw["rejected"]
-    if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
+def _own_prompt(raw: dict) -> list[dict]:
+    given = [name for name in ("prompt", "messages") if name in raw]
+    if len(given) != 1:
+        got = "`prompt` and `messages`" if given else "the prompt None"
         raise RowError(
-            "bad responses",
-            f"fields `chosen` and `rejected`: got {short(chosen)} and {short(rejected)}, "
-            "need both as text or both as turns.",
+            "bad prompt", f"got {got} among the fields {sorted(raw)}, need exactly one of `prompt` and `messages`."
         )
-    prompt = raw.get("prompt")
-    if prompt is None:
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
-        if isinstance(chosen, str):  # back to the start of the word in which they part, its space included as in TRL
-            while shared and not chosen[shared - 1].isspace():
-                shared -= 1
-            shared -= chosen[:shared].endswith(" ")
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        if not prompt:
-            raise RowError(
-                "empty prompt",
-                "field `chosen`: got no beginning in common with `rejected`, need one because "
-                "without the field `prompt` that is the prompt: add `prompt`.",
-            )
-    responses = [_completion(chosen, "chosen"), _completion(rejected, "rejected")]
-    return PreferenceRow(turns_of(prompt, "prompt"), responses, [1, 2], raw.get("task"), **_capability_labels(raw))
+    return turns_of(raw[given[0]], given[0])
+
+
+def _parse_trl(raw: dict, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
+    """TRL's preference format, standard or conversational, with or without `prompt`."""
+    pair = pair_of(raw)
+    if pair.found is not None:
+        report.prompts_found[pair.found] += 1
+    return PreferenceRow(pair.prompt, pair.responses, [1, 2], raw.get("task"), **_capability_labels(raw))
 
 
 def _parse_published(raw: dict, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
@@ -264,6 +282,17 @@ def _parse_published(raw: dict, tasks: TaskTable, report: LoadReport) -> Prefere
     The paper's published rows: user turns `src`, assistant turns before the last user turn `tgt`, a lower `rank` is
     better. The Chinese `label` becomes the table's own name for the task; labels outside the five are the paper's others.
     """
+    task = raw.get("label") or None
+    if isinstance(task, str) and task not in tasks.tasks and task != OTHERS:
+        english = dict(zip(TaskTable.paper("zh").tasks, TaskTable.paper("en").tasks, strict=True)).get(task)
+        if english not in tasks.tasks:
+            report.read_as_others[task] += 1
+            english = OTHERS
+        task = english
+    return PreferenceRow(_published_prompt(raw), raw["response"], raw["rank"], task)
+
+
+def _published_prompt(raw: dict) -> list[dict]:
     users, assistants = raw["src"], raw.get("tgt", [])
     if not isinstance(users, list) or not isinstance(assistants, list) or len(users) != len(assistants) + 1:
         raise RowError(
@@ -274,28 +303,7 @@ def _parse_published(raw: dict, tasks: TaskTable, report: LoadReport) -> Prefere
     turns = [{"role": "user", "content": users[0]}]
     for assistant, user in zip(assistants, users[1:], strict=True):
         turns += [{"role": "assistant", "content": assistant}, {"role": "user", "content": user}]
-    task = raw.get("label") or None
-    if isinstance(task, str) and task not in tasks.tasks and task != OTHERS:
-        english = dict(zip(TaskTable.paper("zh").tasks, TaskTable.paper("en").tasks, strict=True)).get(task)
-        if english not in tasks.tasks:
-            report.read_as_others[task] += 1
-            english = OTHERS
-        task = english
-    return PreferenceRow(turns_of(turns, "src"), raw["response"], raw["rank"], task)
-
-
-def _completion(completion: str | list, name: str) -> str:
-    """The text of a side of TRL's format, which as turns must be one turn of the assistant."""
-    if isinstance(completion, str):
-        return completion
-    turns = turns_of(completion, name)
-    if [turn["role"] for turn in turns] != ["assistant"]:
-        raise RowError(
-            "bad responses",
-            f"field `{name}`: got turns of {[turn['role'] for turn in turns]} after the prompt, "
-            "need one turn of the assistant: move the turns before it into `prompt`.",
-        )
-    return turns[0]["content"]
+    return turns_of(turns, "src")
 
 
 def _capability_labels(raw: dict) -> dict[str, dict[str, list]]:
@@ -307,6 +315,41 @@ def _capability_labels(raw: dict) -> dict[str, dict[str, list]]:
             raise RowError(f"bad {name}", f"field `{name}`: got {short(labels)}, need point -> {kind}.")
         fields[name] = {point: of_point for point, of_point in labels.items() if of_point is not None}
     return fields
+
+
+def _format_of(raw: dict) -> tuple[set[str], Callable[[dict, TaskTable, LoadReport], PreferenceRow]] | None:
+    """The fields that a row's format has, and what reads them."""
+    if raw.keys() & {"responses", "ranks"}:
+        return _OURS, _parse_ours
+    if {"chosen", "rejected"} <= raw.keys():
+        return _TRL, _parse_trl
+    if {"src", "response", "rank"} <= raw.keys():
+        return _PUBLISHED, _parse_published
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ the same tokens
+
+
+def merge_same_tokens(
+    rows: Iterable[PreferenceRow], encodings: Iterable[Sequence[Any]]
+) -> tuple[list[PreferenceRow], int]:
+    """
+    Gives responses to a prompt that are the same tokens the same text, so that they are no pair: a tokenizer may normalise
+    what tells two texts apart, or a chat template leave it out.
+
+    Args:
+        encodings (`Iterable[Sequence]`): of each row those of its responses, with `input_ids`, as of
+            [`~dmoerm_trl.data.formatting.Formatter.encode_rows`].
+
+    Returns:
+        The rows, and how many pairs that labels tell apart are none any more.
+    """
+    merged, pairs = [], 0
+    for row, of_row in zip(rows, encodings, strict=True):
+        merged.append(row.merged([tuple(encoding.input_ids) for encoding in of_row]))
+        pairs += len(merged[-1].identical_pairs) - len(row.identical_pairs)
+    return merged, pairs
 
 
 # ---------------------------------------------------------------------------------------------------- checks

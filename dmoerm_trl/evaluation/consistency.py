@@ -55,23 +55,34 @@ def pair_agreement(rewards: Sequence[float], ranks: Sequence[int]) -> tuple[floa
             f"got rewards of shape {rewards.shape} and ranks of shape {ranks.shape}, need one reward and one rank a "
             "response: score exactly the responses that were ranked."
         )
+    if not np.isfinite(ranks).all():
+        raise ValueError(f"got ranks {ranks.tolist()}, need finite numbers: leave out the responses without a rank.")
+    return agreement(rewards, np.argwhere(ranks[:, None] < ranks[None, :]))
+
+
+def agreement(rewards: Sequence[float], pairs: Sequence[tuple[int, int]]) -> tuple[float, int]:
+    """
+    Counts the pairs of one prompt's K responses that the rewards order as the labels do.
+
+    Args:
+        rewards (`Sequence[float]`): K finite rewards, higher is better.
+        pairs (`Sequence[tuple[int, int]]`): the indices (better, worse) of labelled pairs, as of
+            [`~dmoerm_trl.data.preference_row.PreferenceRow.pairs_of`].
+
+    Returns:
+        `tuple[float, int]`: The pairs in agreement, where a pair of equal rewards counts as half, and all pairs.
+
+    Raises:
+        ValueError: A reward is NaN or infinite.
+    """
+    rewards = np.asarray(rewards, dtype=np.float64)
     if not np.isfinite(rewards).all():
         raise ValueError(
             f"got rewards {rewards.tolist()}, need finite numbers because NaN and inf have no order: look for NaN in "
             "the weights or an overflow in half precision."
         )
-    if not np.isfinite(ranks).all():
-        raise ValueError(f"got ranks {ranks.tolist()}, need finite numbers: leave out the responses without a rank.")
-    first, second = np.triu_indices(len(ranks), k=1)
-    labelled = _order(ranks[second], ranks[first])  # +1: the first of the pair is the better one (its rank is lower)
-    scored = _order(rewards[first], rewards[second])  # +1: the first of the pair has the higher reward
-    agreed = (1 + labelled * scored)[labelled != 0].sum() / 2
-    return float(agreed), int(np.count_nonzero(labelled))
-
-
-def _order(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """1 where left > right, -1 where left < right, 0 where they are equal; unlike a difference it cannot overflow."""
-    return (left > right).astype(int) - (left < right).astype(int)
+    better, worse = rewards[np.asarray(pairs, dtype=int).reshape(-1, 2)].T  # compared: a difference could overflow
+    return float((better > worse).sum() + (better == worse).sum() / 2), len(better)
 
 
 class Consistency(evaluate.Metric):
@@ -113,32 +124,50 @@ class Consistency(evaluate.Metric):
         resamples: int = 1000,
         seed: int = 0,
     ) -> dict[str, float | int]:
-        if not 0 < confidence < 1:
-            raise ValueError(f"got confidence {confidence}, need a number between 0 and 1, such as 0.95.")
-        if resamples < 1:
-            raise ValueError(f"got resamples {resamples}, need at least 1.")
-        agreed, pairs = [], []
+        agreements = []
         for prompt, (rewards, ranks) in enumerate(zip(predictions, references, strict=True)):
             try:
-                prompt_agreed, prompt_pairs = pair_agreement(rewards, ranks)
+                agreements.append(pair_agreement(rewards, ranks))
             except ValueError as error:
                 raise ValueError(f"prompt {prompt}: {error}") from error
-            if prompt_pairs > 0:
-                agreed.append(prompt_agreed)
-                pairs.append(prompt_pairs)
-        if not pairs:
-            raise ValueError(
-                f"got {len(references)} prompts without one non-tied pair, need at least one prompt with two distinct "
-                "ranks because consistency is a share of such pairs."
-            )
-        low, high = _bootstrap_interval(np.array(agreed), np.array(pairs), confidence, resamples, seed)
-        return {
-            "consistency": sum(agreed) / sum(pairs),
-            "low": low,
-            "high": high,
-            "pairs": sum(pairs),
-            "prompts": len(pairs),
-        }
+        return pooled(agreements, confidence, resamples, seed)
+
+
+def pooled(
+    agreements: Sequence[tuple[float, int]], confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> dict[str, float | int]:
+    """
+    The consistency over prompts.
+
+    Args:
+        agreements (`Sequence[tuple[float, int]]`): for each prompt the pairs in agreement and all pairs, as of [`agreement`].
+        confidence, resamples, seed: of the bootstrap, as of [`Consistency`].
+
+    Returns:
+        What [`Consistency`] gives.
+
+    Raises:
+        ValueError: No prompt has a pair, or an option is out of range.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"got confidence {confidence}, need a number between 0 and 1, such as 0.95.")
+    if resamples < 1:
+        raise ValueError(f"got resamples {resamples}, need at least 1.")
+    paired = [(agreed, pairs) for agreed, pairs in agreements if pairs > 0]
+    if not paired:
+        raise ValueError(
+            f"got {len(agreements)} prompts without one non-tied pair, need at least one prompt with two distinct "
+            "ranks because consistency is a share of such pairs."
+        )
+    agreed, pairs = (np.array(counts) for counts in zip(*paired, strict=True))
+    low, high = _bootstrap_interval(agreed, pairs, confidence, resamples, seed)
+    return {
+        "consistency": float(agreed.sum() / pairs.sum()),
+        "low": low,
+        "high": high,
+        "pairs": int(pairs.sum()),
+        "prompts": len(paired),
+    }
 
 
 def _bootstrap_interval(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..data.rows import PreferenceRow
 from ..tasks import OTHERS, OVERALL
-from .consistency import Consistency
+from .consistency import agreement, pooled
 from .explain import display_width, pad
 
 CEILING = "ceiling"
@@ -120,7 +120,8 @@ def consistency_table(
         scores (`dict[str, list[list[float]]]`):
             Method -> the rewards of each row's responses, rows and responses in the order of `rows`.
         rows (`Sequence[PreferenceRow]`):
-            The labelled rows. Those of task `"others"`, or of none, make the column `"others"`.
+            The labelled rows. Those of task `"others"`, or of none, make the column `"others"`. Two responses with the same
+            text are no pair, whatever their ranks.
         columns (`Sequence[str]`):
             The tasks, in the order in which to show them. A task without rows is shown as a dash.
         confidence (`float`, *optional*, defaults to `0.95`):
@@ -154,23 +155,26 @@ def consistency_table(
     }
     indices[OVERALL] = list(range(len(rows)))
 
-    metric = Consistency()
     cells: dict[str, dict[str, Cell]] = {}
     for method, rewards in scores.items():
         if len(rewards) != len(rows):
             raise ValueError(f"method {method!r}: got scores of {len(rewards)} rows, need those of all {len(rows)}.")
+        agreements = []
+        for prompt, (row, of_row) in enumerate(zip(rows, rewards, strict=True)):
+            try:
+                if len(of_row) != len(row.responses):
+                    raise ValueError(
+                        f"got {len(of_row)} rewards for {len(row.responses)} responses, need one a response: score all of them."
+                    )
+                agreements.append(agreement(of_row, row.pairs_of()))
+            except ValueError as error:
+                raise ValueError(f"method {method!r}, column {OVERALL!r}: prompt {prompt}: {error}") from error
         cells[method] = {}
-        for column in (OVERALL, *columns, OTHERS):  # overall first: its errors count the prompts as `rows` does
+        for column in (OVERALL, *columns, OTHERS):
             if column not in indices:  # nothing to be consistent with
                 continue
             try:
-                result = metric.compute(
-                    predictions=[rewards[index] for index in indices[column]],
-                    references=[rows[index].ranks for index in indices[column]],
-                    confidence=confidence,
-                    resamples=resamples,
-                    seed=seed,
-                )
+                result = pooled([agreements[index] for index in indices[column]], confidence, resamples, seed)
             except ValueError as error:
                 raise ValueError(f"method {method!r}, column {column!r}: {error}") from error
             cells[method][column] = Cell(result["consistency"], result["low"], result["high"], result["pairs"])

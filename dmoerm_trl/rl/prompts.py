@@ -45,9 +45,12 @@ def load_prompts(
 
     def read(path: str) -> list[dict]:
         unique = list({prompt_id(row): row for row in reversed(read_prompts(path))}.values())[::-1]
-        short = [row for row in unique if formatter.prompt_length(row["prompt"]) <= max_prompt_length]
-        print(f"{path}: {len(unique)} prompts, {len(unique) - len(short)} left out: over {max_prompt_length} tokens")
-        return short
+        try:
+            fitting = [row for row in unique if formatter.prompt_length(row["prompt"]) <= max_prompt_length]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        print(f"{path}: {len(unique)} prompts, {len(unique) - len(fitting)} left out: over {max_prompt_length} tokens")
+        return fitting
 
     optimised = read(prompts)
     if eval_prompts is None:

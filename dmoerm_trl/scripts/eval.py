@@ -8,7 +8,7 @@ from typing import Any
 
 from trl import TrlParser
 
-from ..data.rows import load_rows
+from ..data.rows import load_rows, merge_same_tokens
 from ..evaluation.methods import method_scores
 from ..evaluation.table import Table, consistency_table
 from ..labelling.budget import Budget
@@ -84,10 +84,17 @@ def evaluate(
     else:
         evaluated, report = load_rows(rows, tasks=run.tasks, on_error=run.recipe.on_error)
         print(report)
+        evaluated, same = merge_same_tokens(evaluated, run.formatter.encode_rows(evaluated)[0])
+        if same:
+            print(f"{same} labelled pairs left out: their responses are the same tokens")
     ranked = [row for row in evaluated if row.pairs_of()]
     if len(ranked) < len(evaluated):
         print(f"{len(evaluated) - len(ranked)} of {len(evaluated)} rows left out: without an overall preference")
         evaluated = ranked
+    if not evaluated:
+        raise ValueError(
+            f"{rows or run.root / 'data'}: got no row with an overall preference, need one to compare with."
+        )
     scores = method_scores(run, evaluated)
 
     def saved() -> Table:

@@ -27,7 +27,7 @@ from ..tasks import TaskTable
 class LabelArguments:
     """What `dmoerm label` reads: the rows, which questions, the judge, what it may cost."""
 
-    rows: str = field(metadata={"help": "Preference rows: a JSONL file or what `datasets` loads; recipes/DATA.md."})
+    rows: str = field(metadata={"help": "Preference rows: a file, a folder or a hub name; recipes/DATA.md."})
     output_dir: str = field(metadata={"help": "Folder of the answers, the labelled rows and the report."})
     judge: dict[str, Any] | str | None = field(
         default=None,
@@ -125,6 +125,8 @@ def label(arguments: LabelArguments) -> Report | None:
         labeller = Labeller(read, plan, judge, answers, arguments.budget, stop_early=arguments.stop_early)
         found = LoadReport(arguments.rows)
         estimate = labeller.estimate(partial(read, report=found), tokens=arguments.dry_run)
+        if not found.rows:
+            raise ValueError(f"{found}. Need rows to ask about: name another file.")
         print(f"{found}\n{estimate.to_text(arguments.prices)}")
         if arguments.dry_run:
             return None

@@ -15,13 +15,14 @@ from transformers import AutoTokenizer
 from trl import TrlParser
 
 from ..data.formatting import Formatter
-from ..data.preference_row import PreferenceRow
+from ..data.preference_row import PreferenceRow, RowError, check_row
 from ..data.prepare.audit import PartAudit, can_tell_languages, language_of, save_report
 from ..data.prepare.preparation import Preparation
 from ..data.prepare.reading import open_set
 from ..data.prepare.sets import SETS
-from ..data.rows import write_rows
+from ..data.rows import LoadReport, parse_row, records_of, write_rows
 from ..evaluation.scoring import route_encodings
+from ..files import write_text
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..tasks import TaskTable
 
@@ -140,10 +141,10 @@ def prepare(arguments: PrepareArguments) -> dict[str, PartAudit]:
     Returns:
         Split -> what is in its rows.
     """
-    output, preparation = Path(arguments.output), _preparation(arguments)
+    output, report = Path(arguments.output), LoadReport(arguments.source)
+    preparation = _preparation(arguments, report)
     tokens = None if arguments.tokenizer is None else _token_counter(arguments.tokenizer)
     against = {path: Counter(row.prompt_id for row in _written(path)) for path in arguments.against or ()}
-    output.parent.mkdir(parents=True, exist_ok=True)
     audits: dict[str, PartAudit] = {}
     for split in arguments.split:
         audits[split] = PartAudit(tokens, language_of if can_tell_languages() else None)
@@ -161,17 +162,20 @@ def prepare(arguments: PrepareArguments) -> dict[str, PartAudit]:
     if table is not None:
         tasks = {task: list(points) for task, points in table.tasks.items()}
         text = yaml.safe_dump({"tasks": tasks, "overall": list(table.overall)}, allow_unicode=True, sort_keys=False)
-        output.with_suffix(".tasks.yaml").write_text(text, encoding="utf-8")
+        write_text(output.with_suffix(".tasks.yaml"), text)
     save_report(audits, against, output.with_suffix(".report"))
+    for remark in report.remarks:
+        print(f"{arguments.source}: {remark}")
     return audits
 
 
-def _preparation(arguments: PrepareArguments) -> Preparation:
+def _preparation(arguments: PrepareArguments, report: LoadReport) -> Preparation:
     tasks = None if arguments.tasks is None else TaskTable.load(arguments.tasks)
     route = None if arguments.router is None else _router(arguments.router, tasks)
     preference_set, options = SETS[arguments.dataset], arguments.options
-    if "tasks" in preference_set.options:
-        options["tasks"] = tasks
+    options |= {
+        name: value for name, value in (("tasks", tasks), ("report", report)) if name in preference_set.options
+    }
     return Preparation(
         preference_set.with_options(options),
         columns=arguments.columns,
@@ -194,15 +198,15 @@ def _token_counter(tokenizer: str) -> Callable[[PreferenceRow], list[int]]:
 
 def _written(path: str | Path) -> Iterator[PreferenceRow]:
     """The rows of a file that was prepared, one by one."""
-    with Path(path).open(encoding="utf-8") as file:
-        for line, text in enumerate(file, start=1):
-            try:
-                yield PreferenceRow(**json.loads(text))
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{path}, line {line}: got no row as `dmoerm prepare` writes it ({error}), need a prepared file: prepare "
-                    "it first."
-                ) from error
+    for place, raw in records_of(path):
+        try:
+            row = parse_row(raw, TaskTable.paper(), LoadReport(str(path)))
+            check_row(row)
+        except RowError as error:
+            raise ValueError(
+                f"{place}: got no row as `dmoerm prepare` writes it ({error}), need a prepared file: prepare it first."
+            ) from error
+        yield row
 
 
 def _router(source: str, table: TaskTable | None) -> Callable[[Sequence[list[dict]]], list[str]]:
@@ -215,7 +219,7 @@ def _router(source: str, table: TaskTable | None) -> Callable[[Sequence[list[dic
             "rows get them: give `tasks` the table that it was trained with."
         )
     tokenizer = AutoTokenizer.from_pretrained(source)
-    formatter = Formatter(tokenizer, tokenizer.model_max_length)
+    formatter = Formatter.for_model(model.config, tokenizer, tokenizer.model_max_length)
     if model.model.router is not None:
         model.model.router.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -233,4 +237,6 @@ def main(argv: list[str] | None = None) -> None:
     for split, audit in prepare(arguments).items():
         reasons = ", ".join(f"{reason}: {count}" for reason, count in audit.skipped.most_common())
         print(f"{arguments.path(split)}: {audit.rows} rows; {audit.skipped.total()} skipped ({reasons or 'none'})")
+        for example in audit.examples.values():
+            print(f"  such as {example}")
     print(f"report: {Path(arguments.output).with_suffix('.report.md')}")

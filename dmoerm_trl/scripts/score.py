@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
         rows, report = load_rows(arguments.rows, tasks=TaskTable.load(arguments.tasks))
         if processes.is_main_process:
             print(report, file=sys.stderr)
+        if not rows:
+            raise ValueError(f"{arguments.rows}: got no rows, need some to score: name another file.")
         texts = [(row.prompt, response) for row in rows for response in row.responses]
     described = describe(model, formatter, texts, processes)
     if processes.is_main_process:

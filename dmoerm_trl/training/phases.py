@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, Trainer, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..data.formatting import Encoding, Formatter
-from ..data.rows import PreferenceRow
+from ..data.rows import PreferenceRow, merge_same_tokens
 from ..evaluation.scoring import map_encodings, score_encodings
 from ..modeling.assembly import add_experts_to
 from ..modeling.configuration import DMoERMConfig
@@ -30,7 +30,7 @@ from ..modeling.quantised import check_full_precision
 from ..modeling.router import Router
 from ..modeling.spans import find_spans
 from ..tasks import slug
-from .distributed import start_deepspeed
+from .distributed import is_main, start_deepspeed
 from .experts import Experts, ExpertsTrainer, history_of, untrained_experts
 from .trainer import PhaseConfig, fit, train
 
@@ -50,8 +50,7 @@ def ranked_dataset(
     Raises:
         ValueError: if no row has a pair, or none of one of the points.
     """
-    rows, pairs = _labelled(rows, [None] if points is None else points)
-    encodings, _ = formatter.encode_rows(rows)
+    encodings, pairs = _labelled(rows, formatter, [None] if points is None else points)
     return Dataset.from_dict(
         {
             "input_ids": [[encoding.input_ids for encoding in row] for row in encodings],
@@ -62,10 +61,18 @@ def ranked_dataset(
 
 
 def _labelled(
-    rows: Sequence[PreferenceRow], points: Sequence[str | None]
-) -> tuple[list[PreferenceRow], list[list[list[int]]]]:
-    """The rows that have a pair of some point (None: of the overall preference), and their `pairs` of [`collate_ranked`]."""
-    pairs = [[[i, *pair] for i, point in enumerate(points) for pair in row.pairs_of(point)] for row in rows]
+    rows: Sequence[PreferenceRow], formatter: Formatter, points: Sequence[str | None]
+) -> tuple[list[list[Encoding]], list[list[list[int]]]]:
+    """
+    The responses of the rows that have a pair of some point (None: of the overall preference), and their `pairs` of
+    [`collate_ranked`]. Two responses that are the same tokens are no pair, which is counted and said.
+    """
+    kept = [row for row in rows if any(row.pairs_of(point) for point in points)]
+    encodings, _ = formatter.encode_rows(kept)
+    kept, same = merge_same_tokens(kept, encodings)
+    if same and is_main():
+        print(f"{same} labelled pairs are not trained on: their responses are the same tokens")
+    pairs = [[[i, *pair] for i, point in enumerate(points) for pair in row.pairs_of(point)] for row in kept]
     found = {i for of_row in pairs for i, _, _ in of_row}
     for i, point in enumerate(points):
         if i not in found:
@@ -74,7 +81,7 @@ def _labelled(
                 "response is better than another because there is nothing to learn without: label the rows."
             )
     kept = [i for i, of_row in enumerate(pairs) if of_row]
-    return [rows[i] for i in kept], [pairs[i] for i in kept]
+    return [encodings[i] for i in kept], [pairs[i] for i in kept]
 
 
 def train_router(
@@ -283,8 +290,8 @@ def phase3(
     encodings: list[Encoding] = []
     datasets = []
     for rows in (train_rows, eval_rows):
-        (rows, pairs), texts = _labelled(rows, [None]), []
-        for row in formatter.encode_rows(rows)[0]:
+        (of_rows, pairs), texts = _labelled(rows, formatter, [None]), []
+        for row in of_rows:
             texts.append(list(range(len(encodings), len(encodings) + len(row))))
             encodings += row
         lengths = [len(experts) * len(row) for row in texts]  # a batch's budget counts embeddings

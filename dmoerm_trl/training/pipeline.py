@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from ..data.formatting import Formatter
-from ..data.rows import PreferenceRow, check_capability_labels, load_rows, write_rows
+from ..data.rows import PreferenceRow, check_capability_labels, load_rows, merge_same_tokens, write_rows
 from ..data.splits import split_rows, split_rows_beside_test
 from ..modeling.assembly import assemble, export_expert, with_task
 from ..modeling.card import write_model_card
@@ -139,6 +139,8 @@ class Pipeline:
             return []
         recipe = self.recipe
         rows, report = load_rows(recipe.train_data, tasks=self.tasks, on_error=recipe.on_error)
+        if not rows:
+            raise ValueError(f"{recipe.train_data}: got no rows, need some to train on: name another file.")
         lines = [str(report)]
         shares = {"phase1": recipe.phase1_share, "validation": recipe.validation_share, "seed": recipe.seed}
         if recipe.test_data is None:
@@ -147,6 +149,12 @@ class Pipeline:
             test_rows, report = load_rows(recipe.test_data, tasks=self.tasks, on_error=recipe.on_error)
             parts, removed = split_rows_beside_test(rows, test_rows, **shares)
             lines += [str(report), f"{removed} training rows removed because their prompt is in the test rows"]
+        said = {}
+        for name, part in parts.items():
+            encodings, cuts = self.formatter.encode_rows(part)
+            parts[name], same = merge_same_tokens(part, encodings)
+            tokens = f"; {same} labelled pairs left out: the same tokens" if same else ""
+            said[name] = f"{cuts}{tokens}"
         training = parts["phase1_train"] + parts["phase3_train"]
         for what, part in (("training rows", training), ("rows that validate phase 2", parts["phase1_validation"])):
             try:
@@ -157,7 +165,7 @@ class Pipeline:
         for name, part in parts.items():
             unranked = sum(not row.pairs_of() for row in part)
             for_experts = f", {unranked} of them without an overall preference" if unranked else ""
-            lines += [f"{name}: {len(part)} rows{for_experts}; {self.formatter.encode_rows(part)[1]}"]
+            lines += [f"{name}: {len(part)} rows{for_experts}; {said[name]}"]
             write_rows(part, folder / f"{name}.jsonl")
         (folder / "report.txt").write_text("\n".join(lines) + "\n")
         return []

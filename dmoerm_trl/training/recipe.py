@@ -21,9 +21,7 @@ class Recipe:
 
     output_dir: str = field(metadata={"help": "Folder of the run. A run that was killed goes on there."})
     base_model: str = field(metadata={"help": "Pretrained model, anything `AutoModel` loads: a hub name or a folder."})
-    train_data: str = field(
-        metadata={"help": "Preference rows: a JSONL file or what `datasets` loads; recipes/DATA.md."}
-    )
+    train_data: str = field(metadata={"help": "Preference rows: a file, a folder or a hub name; recipes/DATA.md."})
 
     # Data
     test_data: str | None = field(default=None, metadata={"help": "Test rows; without it a share of `train_data`."})

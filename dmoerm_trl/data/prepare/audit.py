@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ..preference_row import PreferenceRow
+from ...files import write_text
+from ..preference_row import PreferenceRow, RowError
 
 UNNAMED = "(none)"
 """What the report calls the task of rows without one."""
@@ -36,6 +37,7 @@ class PartAudit:
     tokens: Callable[[PreferenceRow], Iterable[int]] | None = None
     language: Callable[[str], str] | None = None
     skipped: Counter = field(default_factory=Counter)  # reason -> examples, or groups of those of one prompt
+    examples: dict[str, str] = field(default_factory=dict)  # reason -> the first that was skipped for it, and where
     rows: int = 0
     duplicates: int = 0  # rows with the prompt and the responses of an earlier one
     prompts: Counter = field(default_factory=Counter)  # prompt id -> rows
@@ -44,6 +46,7 @@ class PartAudit:
     lengths: dict[str, array] = field(default_factory=dict)  # what was measured -> its values
     languages: Counter = field(default_factory=Counter)  # language -> rows
     points: Counter = field(default_factory=Counter)  # capability point -> rows in which it tells two responses apart
+    identical_pairs: int = 0  # of two responses with the same text that labels tell apart
     pairs: int = 0  # of two responses that the ranks tell apart
     longer_is_better: float = 0.0  # of these, how many prefer the one with more characters; equal lengths are a half
     looked_at: int = 0  # rows in which personal data was looked for, dropped ones among them
@@ -52,6 +55,11 @@ class PartAudit:
     routes: Counter = field(default_factory=Counter)  # task -> rows, by a router
     routed: int = 0  # rows whose task is the router's
     _seen: set[int] = field(default_factory=set)
+
+    def skip(self, place: str, error: RowError) -> None:
+        """Notes what is left out."""
+        self.skipped[error.reason] += 1
+        self.examples.setdefault(error.reason, f"{place}: {error}")
 
     def flag(self, kinds: Iterable[str]) -> None:
         """Notes which kinds of personal data a row seems to hold, whether or not it is kept."""
@@ -77,6 +85,7 @@ class PartAudit:
         if self.language is not None:
             texts = row.prompt[-1]["content"], row.responses[0]
             self.languages[self.language("\n".join(text[:LANGUAGE_CHARACTERS] for text in texts))] += 1
+        self.identical_pairs += len(row.identical_pairs)
         self.points.update(point for point in row.labelled_points if row.pairs_of(point))
         for better, worse in row.pairs_of():
             difference = len(row.responses[better]) - len(row.responses[worse])
@@ -94,6 +103,7 @@ class PartAudit:
             "rows": self.rows,
             "prompts": len(self.prompts),
             "duplicates": self.duplicates,
+            "pairs of identical responses": self.identical_pairs,
             "skipped": dict(self.skipped.most_common()),
             "lengths": {what: _summary(values) for what, values in lengths.items()},
             "longer response is the better": self.longer_is_better / self.pairs if self.pairs else None,
@@ -159,8 +169,8 @@ def save_report(
         "leaks": leaks({name: part.prompts for name, part in parts.items()} | dict(against)),
     }
     markdown, content = Path(f"{path_prefix}.md"), Path(f"{path_prefix}.json")
-    content.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    markdown.write_text(to_markdown(report), encoding="utf-8")
+    write_text(content, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
+    write_text(markdown, to_markdown(report))
     return markdown, content
 
 
@@ -175,6 +185,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
             "rows": part["rows"],
             "prompts": part["prompts"],
             "duplicates among the rows": part["duplicates"],
+            "pairs of identical responses": part["pairs of identical responses"],
             "skipped": sum(part["skipped"].values()),
             "rows with what looks like personal data, before any was dropped": flagged,
             "rows with the router's task, because they had none": part["rows with the router's task"],

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from ..preference_row import PreferenceRow, RowError, short, turns_of
+from ..preference_row import PreferenceRow, RowError, short, turns_of, typed
 from .prompts import helpsteer2_prompt, transcript
 from .scores import number, overall_ranks
 
 
 def hh(example: dict[str, Any]) -> PreferenceRow:
     """Anthropic's HH: two transcripts that differ in the assistant's last turn."""
-    chosen, rejected = transcript(example["chosen"]), transcript(example["rejected"])
+    chosen, rejected = transcript(example["chosen"], "chosen"), transcript(example["rejected"], "rejected")
     if chosen[:-1] != rejected[:-1] or not chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
         raise RowError(
             "transcripts that differ before the last answer",
@@ -25,12 +25,14 @@ def shp(example: dict[str, Any], *, tie_margin: float = 0.0, min_score_ratio: fl
 
     Comments whose `score_ratio`, the greater score over the smaller, is below `min_score_ratio` are left out.
     """
-    if example["score_ratio"] < min_score_ratio:
+    ratio = number(example["score_ratio"])
+    if ratio is None or ratio < min_score_ratio:
         raise RowError(
-            "score ratio below the least", f"got score_ratio={example['score_ratio']}, need {min_score_ratio} or more."
+            "score ratio below the least",
+            f"got score_ratio={short(example['score_ratio'])}, need {min_score_ratio} or more.",
         )
     ranks = overall_ranks([example["score_A"], example["score_B"]], tie_margin)
-    if ranks not in ({1: [1, 2], 0: [2, 1]}.get(example["labels"]), [1, 1]):
+    if ranks not in ({1: [1, 2], 0: [2, 1]}.get(number(example["labels"])), [1, 1]):
         raise RowError(
             "label against the scores",
             f"got labels={short(example['labels'])} for the scores {example['score_A']} and {example['score_B']}, need 1 "
@@ -54,7 +56,8 @@ def helpsteer3(example: dict[str, Any], *, tie_margin: float = 0.0, annotators_a
     With `annotators_agree`, pairs are left out unless every score of `individual_preference` is on the same side.
     """
     if annotators_agree:
-        scores = [number(annotation.get("score")) for annotation in example["individual_preference"]]
+        annotations = typed(example["individual_preference"], list, "individual_preference")
+        scores = [number(typed(one, dict, "individual_preference").get("score")) for one in annotations]
         if None in scores or not (scores and (max(scores) < 0 or min(scores) > 0)):
             raise RowError(
                 "annotators who disagree", f"got the individual preferences {scores}, need all on one side."
@@ -65,7 +68,7 @@ def helpsteer3(example: dict[str, Any], *, tie_margin: float = 0.0, annotators_a
 
 def pairs(example: dict[str, Any]) -> PreferenceRow:
     """Any set of pairs with `prompt`, `response_1`, `response_2` and `preferred`: 1, 2, or 0 for a tie."""
-    ranks = {0: [1, 1], 1: [1, 2], 2: [2, 1]}.get(example["preferred"])
+    ranks = {0: [1, 1], 1: [1, 2], 2: [2, 1]}.get(number(example["preferred"]))
     if ranks is None:
         raise RowError(
             "unknown preference", f"field `preferred`: got {short(example['preferred'])}, need 1, 2, or 0 for a tie."

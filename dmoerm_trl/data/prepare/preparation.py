@@ -8,11 +8,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ...tasks import OTHERS, TaskTable
+from ...tasks import OTHERS, TaskTable, check_name
 from ..preference_row import PreferenceRow, RowError, check_row
+from ..records import Record, Records
 from . import personal_data
 from .audit import PartAudit
-from .reading import Examples, columns_of, read_examples
+from .reading import columns_of, read_examples
 from .sets import PreferenceSet
 
 GENERAL = "general"
@@ -87,7 +88,7 @@ class Preparation:
         return tuple(name for name in names if name is not None)
 
     def rows(
-        self, dataset: Examples, audit: PartAudit, *, split: str = "train", source: str = "set"
+        self, dataset: Records, audit: PartAudit, *, split: str = "train", source: str = "set"
     ) -> Iterator[PreferenceRow]:
         """
         The rows of a split, one by one; `audit` is told of each and of what was skipped.
@@ -99,11 +100,11 @@ class Preparation:
         examples = self._examples(dataset, audit)
         look = personal_data.is_available()
         examples = tqdm(examples, desc=f"preparing {source} {split}", unit=" examples", delay=3)
-        for converted, route in self._with_routes(self._converted(group, split) for group in examples):
+        for place, converted, route in self._with_routes(self._converted(group, split) for group in examples):
             try:
                 row = self._finished(converted, route)
             except RowError as error:
-                audit.skipped[error.reason] += 1
+                audit.skip(place, error)
                 continue
             if look:
                 kinds = personal_data.kinds_in(row, self.phone_region)
@@ -118,8 +119,8 @@ class Preparation:
             yield row
         if not audit.rows:
             raise ValueError(
-                f"{source}, split {split!r}: got no row that can be used, need some; skipped were {dict(audit.skipped)}: "
-                "see recipes/PREPARE.md."
+                f"{source}, split {split!r}: got no row that can be used, need some; skipped were {dict(audit.skipped)}, "
+                f"such as {list(audit.examples.values())}: see recipes/PREPARE.md."
             )
 
     def table(self, seen: Iterable[str | None]) -> TaskTable | None:
@@ -129,7 +130,7 @@ class Preparation:
         named = [task for task in seen if task not in (None, OTHERS)]
         return TaskTable(dict.fromkeys(named, self.own_points), self.own_points)
 
-    def _check_columns(self, dataset: Examples, source: str) -> None:
+    def _check_columns(self, dataset: Records, source: str) -> None:
         got = columns_of(dataset)
         needed = [*self.preference_set.columns, *([self.task_column] if self.task_column else []), *self.where]
         if missing := [name for name in needed if self.columns.get(name, name) not in got]:
@@ -138,46 +139,64 @@ class Preparation:
                 "columns, or say with `columns` what they are called here."
             )
 
-    def _examples(self, dataset: Examples, audit: PartAudit) -> Iterator[list[dict[str, Any]]]:
+    def _examples(self, dataset: Records, audit: PartAudit) -> Iterator[Record]:
         """The examples of each row that are to be taken."""
         wanted = {column: value if isinstance(value, list) else [value] for column, value in self.where.items()}
+
+        def is_wanted(example: Mapping[str, Any]) -> bool:
+            return all(
+                value in values
+                or (isinstance(value, str) and value in map(str, values))  # CSV has its numbers as text
+                for value, values in ((example.get(column), values) for column, values in wanted.items())
+            )
+
         of_set = self.preference_set
-        for group in read_examples(dataset, self.columns, of_set.group_by, of_set.consecutive):
-            taken = [example for example in group if all(example.get(column) in wanted[column] for column in wanted)]
+        for place, group in read_examples(dataset, self.columns, of_set.group_by, of_set.consecutive):
+            if isinstance(group, RowError):
+                yield Record(place, group)
+                continue
+            taken = [example for example in group if is_wanted(example)]
             if len(taken) < len(group):
                 audit.skipped["left out by `where`"] += len(group) - len(taken)
             if taken:
-                yield taken
+                yield Record(place, taken)
 
-    def _converted(self, group: list[dict[str, Any]], split: str) -> PreferenceRow | RowError:
+    def _converted(self, group: Record, split: str) -> Record:
         """The row, of which the task and the names of the points are still to be checked; or why there is none."""
+        if isinstance(group.value, RowError):
+            return group
         try:
-            row = self._row(group, split)
+            row = self._row(group.value, split)
             check_row(row)
         except RowError as error:
-            return error
-        return row
+            return group._replace(value=error)
+        return group._replace(value=row)
 
-    def _with_routes(
-        self, converted: Iterable[PreferenceRow | RowError]
-    ) -> Iterator[tuple[PreferenceRow | RowError, str | None]]:
+    def _with_routes(self, converted: Iterable[Record]) -> Iterator[tuple[str, PreferenceRow | RowError, str | None]]:
         """Each with the router's task, which is None without a router, and for what is no row."""
         if self.route is None:
-            yield from ((row, None) for row in converted)
+            yield from ((*record, None) for record in converted)
             return
         converted = iter(converted)
         while batch := list(islice(converted, ROUTED_AT_ONCE)):
-            prompts = [row.prompt for row in batch if isinstance(row, PreferenceRow)]
+            prompts = [row.prompt for _, row in batch if isinstance(row, PreferenceRow)]
             routes = iter(self.route(prompts) if prompts else ())
-            yield from ((row, next(routes) if isinstance(row, PreferenceRow) else None) for row in batch)
+            yield from (
+                (*record, next(routes) if isinstance(record.value, PreferenceRow) else None) for record in batch
+            )
 
     def _finished(self, row: PreferenceRow | RowError, route: str | None) -> PreferenceRow:
         if isinstance(row, RowError):
             raise row
         default = GENERAL if self.tasks is None and self.own_points else None
         row = replace(row, task=row.task or route or default)
-        if self.tasks is not None:  # else the table is made of the rows
+        if self.tasks is not None:
             check_row(row, self.tasks)
+        elif row.task is not None:  # the table is made of the rows
+            try:
+                check_name(row.task)
+            except ValueError as error:
+                raise RowError("bad task", f"field `task`: {error}") from error
         return row
 
     def _row(self, group: list[dict[str, Any]], split: str) -> PreferenceRow:

@@ -1,16 +1,21 @@
 """Opening a set and reading its examples, as a stream where the set allows it."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import DatasetDict, load_dataset, load_dataset_builder, load_from_disk
+from datasets.data_files import EmptyDatasetError
 
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+from ..preference_row import RowError, short
+from ..records import KINDS, Record, Records, is_file, kind_of
 
-Examples = Dataset | IterableDataset
+COLUMNS_FROM = 1000
+"""Examples that are looked at for the names of the columns, since a field may be absent from some."""
 
 
 def open_set(
@@ -21,7 +26,7 @@ def open_set(
     data_dir: str | None = None,
     revision: str | None = None,
     streaming: bool = True,
-) -> Examples:
+) -> Records:
     """
     Opens a set.
 
@@ -29,40 +34,63 @@ def open_set(
         source (`str`): a `.jsonl`, `.json`, `.parquet`, `.arrow` or `.csv` file, also compressed as `.gz`; a folder of such
             files or of `save_to_disk`; or the name of a dataset on the hub.
         split (`str`): which split of a folder or of a dataset on the hub; a file has one, whatever it is called.
-        name, data_dir, revision: as of `datasets.load_dataset`, for a dataset on the hub.
-        streaming (`bool`): read it as a stream, else by index.
+        name, data_dir, revision: as of `datasets.load_dataset`, for a folder or a dataset on the hub.
+        streaming (`bool`): read a dataset on the hub as a stream, else download it first.
 
     Raises:
         FileNotFoundError: if the source is a file that is not there, or of a kind that is not read.
         ValueError: if it is empty, or does not have the split.
     """
     path = Path(source)
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    if path.is_file() and not path.stat().st_size:
+    if is_file(path) and not path.stat().st_size:
         raise ValueError(f"got {source!r}, an empty file, need one with examples.")
-    if path.is_file() and suffix in LOADERS:
-        return load_dataset(LOADERS[suffix], data_files=str(path), split="train", streaming=streaming)
-    if path.is_file() or (not path.exists() and (suffix in LOADERS or path.is_absolute())):
-        problem = "a kind that is not read" if path.is_file() else "which does not exist"
+    if is_file(path) and kind_of(path):
+        return Records.of_files(source, [path])
+    if (path.exists() and not path.is_dir()) or (not path.exists() and (kind_of(path) or path.is_absolute())):
+        problem = "a kind that is not read" if path.exists() else "which does not exist"
         raise FileNotFoundError(
-            f"got {source!r}, {problem}: need a file ending in {', '.join(LOADERS)}, a folder or a hub name."
+            f"got {source!r}, {problem}: need a file ending in {', '.join(KINDS)}, a folder or a hub name."
         )
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = load_from_disk(source)
         if isinstance(saved, DatasetDict) and split not in saved:
-            raise ValueError(f"{source}: got split {split!r}, need one of {sorted(saved)}.")
-        return saved[split] if isinstance(saved, DatasetDict) else saved
-    return load_dataset(source, name, data_dir=data_dir, split=split, revision=revision, streaming=streaming)
+            raise _no_split(source, split, saved)
+        return Records.of_dataset(source, saved[split] if isinstance(saved, DatasetDict) else saved)
+    if path.is_dir():
+        return Records.of_files(source, _files_of(source, split, name, data_dir))
+    settings = {"data_dir": data_dir, "split": split, "revision": revision, "streaming": streaming}
+    dataset = load_dataset(source, name, **settings)
+    if getattr(getattr(dataset, "info", None), "builder_name", None) == "csv":  # "NA" and the like are words
+        dataset = load_dataset(source, name, **settings, keep_default_na=False, na_values=[""])
+    return Records.of_dataset(source, dataset)
 
 
-def columns_of(dataset: Examples) -> list[str]:
-    """The names of the columns, from the first example where the dataset does not say."""
-    return list(dataset.column_names or next(iter(dataset), {}))
+def _files_of(source: str, split: str, name: str | None, data_dir: str | None) -> list[str]:
+    """The files of a split in a folder, as `datasets` finds them by their names."""
+    try:
+        files = load_dataset_builder(source, name, data_dir=data_dir).config.data_files
+    except EmptyDatasetError as error:
+        raise ValueError(f"got {source!r}, a folder without files ending in {', '.join(KINDS)}, need some.") from error
+    if split not in files:
+        raise _no_split(source, split, files)
+    if other := [path for path in files[split] if not kind_of(Path(path))]:
+        raise ValueError(f"{source}: got {other[0]}, need files ending in {', '.join(KINDS)}.")
+    return list(files[split])
+
+
+def _no_split(source: str, split: str, known: Mapping[str, Any]) -> ValueError:
+    return ValueError(f"{source}: got split {split!r}, need one of {sorted(map(str, known))}.")
+
+
+def columns_of(dataset: Records) -> list[str]:
+    """The names of the columns, as the first examples have them."""
+    values = (value for _, value in islice(dataset, COLUMNS_FROM))
+    return list(dict.fromkeys(name for value in values if isinstance(value, dict) for name in value))
 
 
 def read_examples(
-    dataset: Examples, columns: Mapping[str, str], group_by: Sequence[str] = (), consecutive: bool = True
-) -> Iterator[list[dict[str, Any]]]:
+    dataset: Records, columns: Mapping[str, str], group_by: Sequence[str] = (), consecutive: bool = True
+) -> Iterator[Record]:
     """
     The examples that make one row each, under the names that the converters know.
 
@@ -70,29 +98,57 @@ def read_examples(
         columns (`Mapping[str, str]`): name -> the set's own name of a column. The other columns keep theirs.
         group_by (`Sequence[str]`): where a row is made of several examples, the columns that tell the rows apart, by the
             names that the converters know. The first that there is counts.
-        consecutive (`bool`): whether the examples of a row follow each other. If not, `dataset` must be one that is read by
-            index, and the indices of its examples are held in memory.
+        consecutive (`bool`): whether the examples of a row follow each other. If not, they are written to a temporary file, and
+            where they stand in it is held in memory.
 
     Yields:
-        Lists of examples, of one without `group_by`.
+        Lists of examples, of one without `group_by`, each at the place of its first; a [`RowError`] for what is no example.
     """
     own_names = {own: name for name, own in columns.items()}
 
-    def renamed(example: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            own_names.get(own, own): value for own, value in example.items() if own in own_names or own not in columns
-        }
+    def renamed(record: Record) -> Record:
+        example = record.value
+        if isinstance(example, RowError):
+            return record
+        if not isinstance(example, dict):
+            error = RowError("unknown format", f"got {short(example)}, need an object with the columns: mend it.")
+            return record._replace(value=error)
+        taken = (own for own in example if own in own_names or own not in columns)
+        return record._replace(value={own_names.get(own, own): example[own] for own in taken})
 
+    records = map(renamed, dataset)
     if not group_by:
-        yield from ([renamed(example)] for example in dataset)
+        yield from (_group([record]) for record in records)
         return
-    present = renamed({column: column for column in columns_of(dataset)})
+    present = renamed(Record("", dict.fromkeys(columns_of(dataset)))).value
     key = next(name for name in group_by if name in present)
-    if consecutive:
-        yield from (list(group) for _, group in groupby(map(renamed, dataset), lambda example: example.get(key)))
+    if not consecutive:
+        yield from _scattered(records, key)
         return
-    indices: dict[str, list[int]] = {}
-    for index, value in enumerate(dataset[present[key]]):
-        indices.setdefault(json.dumps(value), []).append(index)
-    for group in indices.values():
-        yield [renamed(dataset[index]) for index in group]
+    for _, group in groupby(records, lambda record: record if _is_error(record) else record.value.get(key)):
+        yield _group(list(group))
+
+
+def _group(records: list[Record]) -> Record:
+    return records[0] if _is_error(records[0]) else Record(records[0].place, [record.value for record in records])
+
+
+def _is_error(record: Record) -> bool:
+    return isinstance(record.value, RowError)
+
+
+def _scattered(records: Iterable[Record], key: str) -> Iterator[Record]:
+    places: dict[str, array] = {}
+    with tempfile.TemporaryFile() as file:
+        for record in records:
+            if _is_error(record):
+                yield record
+                continue
+            places.setdefault(json.dumps(record.value.get(key), default=str), array("Q")).append(file.tell())
+            file.write(json.dumps(record, default=str).encode() + b"\n")
+        for of_group in places.values():
+            group = []
+            for place in of_group:
+                file.seek(place)
+                group.append(Record(*json.loads(file.readline())))
+            yield _group(group)

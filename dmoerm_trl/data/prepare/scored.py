@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..preference_row import PreferenceRow, RowError, short, turns_of
+from ..preference_row import PreferenceRow, RowError, short, turns_of, typed
 from .prompts import helpsteer2_prompt
 from .scores import capability_labels, overall_ranks
 
@@ -13,9 +13,12 @@ HELPSTEER2_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity"
 
 def ultrafeedback(example: dict[str, Any], *, tie_margin: float = 0.0) -> PreferenceRow:
     """UltraFeedback: four completions with an `overall_score` and `annotations`, a `Rating` an aspect that may be `"N/A"`."""
-    completions = example["completions"]
+    completions = [typed(one, dict, "completions") for one in typed(example["completions"], list, "completions")]
+    annotations = [typed(completion.get("annotations") or {}, dict, "annotations") for completion in completions]
     ratings = {
-        aspect: [((completion.get("annotations") or {}).get(aspect) or {}).get("Rating") for completion in completions]
+        aspect: [
+            typed(of_one.get(aspect) or {}, dict, f"annotations.{aspect}").get("Rating") for of_one in annotations
+        ]
         for aspect in ULTRAFEEDBACK_ASPECTS
     }
     return PreferenceRow(
@@ -28,7 +31,7 @@ def ultrafeedback(example: dict[str, Any], *, tie_margin: float = 0.0) -> Prefer
 
 def helpsteer2(examples: Sequence[dict[str, Any]], *, tie_margin: float = 0.0) -> PreferenceRow:
     """HelpSteer 2: the responses to a prompt in examples that follow each other; helpfulness is the overall score too."""
-    ratings = {attribute: [example[attribute] for example in examples] for attribute in HELPSTEER2_ATTRIBUTES}
+    ratings = {attribute: [example.get(attribute) for example in examples] for attribute in HELPSTEER2_ATTRIBUTES}
     return PreferenceRow(
         helpsteer2_prompt(examples[0]["prompt"]),
         [example["response"] for example in examples],
@@ -39,10 +42,10 @@ def helpsteer2(examples: Sequence[dict[str, Any]], *, tie_margin: float = 0.0) -
 
 def scored(example: dict[str, Any], *, tie_margin: float = 0.0, aspects: Sequence[str] = ()) -> PreferenceRow:
     """Any set with `prompt`, `responses` and `scores`; each of `aspects` is a column with one rating a response."""
-    responses = example["responses"]
-    aspects = [aspect for aspect in aspects if example[aspect] is not None]
+    responses = typed(example["responses"], list, "responses")
+    aspects = [aspect for aspect in aspects if example.get(aspect) is not None]
     for column in ("scores", *aspects):
-        if len(example[column]) != len(responses):
+        if len(typed(example[column], list, column)) != len(responses):
             raise RowError(
                 "scores and responses of different lengths",
                 f"field `{column}`: got {short(example[column])} for {len(responses)} responses, need one a response.",
@@ -59,7 +62,7 @@ def table(
     examples: Sequence[dict[str, Any]], *, tie_margin: float = 0.0, aspects: Sequence[str] = ()
 ) -> PreferenceRow:
     """Any set with an example a response: `prompt`, `response`, `score`, and a column for each of `aspects`."""
-    columns = {name: [example[name] for example in examples] for name in ("prompt", "response", "score", *aspects)}
+    columns = {name: [example.get(name) for example in examples] for name in ("prompt", "response", "score", *aspects)}
     if any(prompt != columns["prompt"][0] for prompt in columns["prompt"]):
         raise RowError(
             "several prompts of one id", f"got the prompts {short(columns['prompt'])}, need one a prompt_id."

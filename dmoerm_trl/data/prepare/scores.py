@@ -8,12 +8,12 @@ from ..preference_row import RowError, short
 
 
 def number(value: Any) -> float | None:
-    """A score as a number; None where there is none: an absence, NaN, or a text that is no number, such as `"N/A"`."""
+    """A score as a number; None where there is none: an absence, NaN, infinity, or a text that is no number, such as `"N/A"`."""
     try:
         score = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return None if math.isnan(score) else score
+    return score if math.isfinite(score) else None
 
 
 def ranks_of(scores: Sequence[float], tie_margin: float = 0.0) -> list[int]:

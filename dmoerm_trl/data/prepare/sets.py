@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from ...tasks import TaskTable
-from ..preference_row import PreferenceRow, RowError
-from ..rows import rows_from_dataset
+from ..preference_row import PreferenceRow, check_row
+from ..rows import LoadReport, parse_row
 from . import pairwise, scored
 
 
@@ -62,13 +62,17 @@ class PreferenceSet:
         )
 
 
-def accepted(example: dict[str, Any], *, tasks: TaskTable | None = None) -> PreferenceRow:
-    """A row in any format that training accepts, see recipes/DATA.md, under the task table `tasks`, by default the paper's."""
-    rows, report = rows_from_dataset([example], tasks=tasks or TaskTable.paper(), on_error="skip")
-    if not rows:
-        (reason,) = report.skipped
-        raise RowError(reason, "see recipes/DATA.md.")
-    return rows[0]
+def accepted(
+    example: dict[str, Any], *, tasks: TaskTable | None = None, report: LoadReport | None = None
+) -> PreferenceRow:
+    """
+    A row in any format that training accepts, see recipes/DATA.md, under the task table `tasks`, by default the paper's;
+    `report` counts what is not read, and how prompts were found.
+    """
+    tasks = tasks or TaskTable.paper()
+    row = parse_row(example, tasks, LoadReport("set") if report is None else report)
+    check_row(row, tasks)
+    return row
 
 
 SETS: dict[str, PreferenceSet] = {

@@ -5,9 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoerm_trl.data.preference_row import PreferenceRow, RowError
+from dmoerm_trl.data.prepare import scored
+from dmoerm_trl.data.prepare.audit import PartAudit
 from dmoerm_trl.data.prepare.pairwise import hh
+from dmoerm_trl.data.prepare.preparation import Preparation
 from dmoerm_trl.data.prepare.prompts import helpsteer2_prompt, transcript
+from dmoerm_trl.data.prepare.reading import open_set
 from dmoerm_trl.data.prepare.sets import SETS
+from dmoerm_trl.data.rows import LoadReport
 from dmoerm_trl.tasks import TaskTable
 
 
@@ -347,3 +352,78 @@ def test_settings_that_the_set_does_not_have(prepare):
         prepare("ultrafeedback", [], points={"wit": "logic"})
     with pytest.raises(ValueError, match="all distinct"):
         prepare("ultrafeedback", [], points={"honesty": "helpfulness"})
+
+
+# ------------------------------------------------------------------------------------------- what is in files
+
+
+def test_numbers_of_csv_are_numbers_where_numbers_are_wanted(tmp_path):
+    path = tmp_path / "source.csv"
+    path.write_text(
+        "prompt,response_1,response_2,preferred,year\nHi?,007,NA,2,2020\nHm?,a,b,0,2020\nHo?,a,b,two,2020\nHa?,a,b,1,1999\n"
+    )
+    audit = PartAudit()
+    rows = list(Preparation(SETS["pairs"], where={"year": 2020}).rows(open_set(str(path)), audit))
+    assert [(row.responses, row.ranks) for row in rows] == [(["007", "NA"], [2, 1])]
+    assert audit.skipped == {"no two distinct ranks": 1, "unknown preference": 1, "left out by `where`": 1}
+
+    path.write_text("prompt,response,score,wit\nHi?,a,1.5,NA\nHo?,x,1,1\nHi?,b,2,3\nHi?,c,nan,inf\nHi?,d,1,4\n")
+    preference_set = SETS["table"].with_options({"aspects": ["wit"]})
+    rows = list(Preparation(preference_set, where={"score": ["1.5", 2, 1]}).rows(open_set(str(path)), PartAudit()))
+    assert [(row.responses, row.ranks, row.capability_pairs) for row in rows] == [
+        (["a", "b", "d"], [2, 1, 3], {"wit": [[2, 1]]})
+    ]
+
+
+def test_a_line_that_cannot_be_read_is_counted_and_the_first_of_each_reason_is_named(write, tmp_path):
+    path = write([SHP | {"score_A": 3, "score_B": 1, "labels": 1, "score_ratio": 3.0}])
+    with open(path, "ab") as file:
+        file.write(b'{"history": \n[1]\n{"history": "\xff"}\n[2]\n')
+    audit = PartAudit()
+    assert len(list(Preparation(SETS["shp"]).rows(open_set(path), audit))) == 1
+    assert audit.skipped == {"broken JSON": 1, "unknown format": 2, "not UTF-8": 1}
+    assert audit.examples["broken JSON"].startswith(f"{path}, line 2: got broken JSON")
+    assert audit.examples["unknown format"].startswith(f"{path}, line 3: got [1], need an object")
+
+
+@pytest.mark.parametrize(
+    ("name", "example"),
+    [
+        ("hh", {"chosen": 3, "rejected": 3}),
+        ("ultrafeedback", {"instruction": "Hi?", "completions": "text"}),
+        ("ultrafeedback", {"instruction": "Hi?", "completions": ["text"]}),
+        ("ultrafeedback", {"instruction": "Hi?", "completions": [{"annotations": {"honesty": "good"}}]}),
+        ("helpsteer2", dict.fromkeys(("prompt", "response", *scored.HELPSTEER2_ATTRIBUTES), 3)),
+        ("scored", {"prompt": "Hi?", "responses": "text", "scores": [1]}),
+        ("scored", {"prompt": "Hi?", "responses": ["a", "b"], "scores": 2}),
+    ],
+)
+def test_a_field_of_another_kind_is_counted(prepare, name, example):
+    with pytest.raises(ValueError, match="'field of another kind': 1.*line 1: field `.*`: got "):
+        prepare(name, [example])
+
+
+def test_a_set_of_trls_counts_how_prompts_were_found(write):
+    report = LoadReport("set")
+    preference_set = SETS["trl"].with_options({"report": report})
+    whole = {"prompt": "Hi?", **{side: [user("Hi?"), assistant(side)] for side in ("chosen", "rejected")}}
+    examples = [
+        {"chosen": "天空？蓝", "rejected": "天空？绿"},
+        whole,
+        {"chosen": "a", "rejected": "a", "prompt": "Same?"},
+    ]
+    audit = PartAudit()
+    rows = list(Preparation(preference_set).rows(open_set(write(examples)), audit))
+    assert [row.prompt[-1]["content"] for row in rows] == ["天空？", "Hi?", "Same?"]
+    assert report.prompts_found == {"characters in common": 1} and audit.identical_pairs == 1
+    assert audit.to_dict()["pairs of identical responses"] == 1
+
+
+def test_a_task_that_no_table_can_have_is_counted(prepare):
+    examples = [pair_of_task("talk"), pair_of_task("t" * 300), pair_of_task("!")]
+    rows, audit = prepare("pairs", examples, task_column="kind")
+    assert [row.task for row in rows] == ["talk"] and audit.skipped == {"bad task": 2}
+
+
+def pair_of_task(task: str) -> dict:
+    return {"prompt": "Hi?", "response_1": "a", "response_2": "b", "preferred": 1, "kind": task}
