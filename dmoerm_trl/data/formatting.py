@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..modeling.configuration import DMoERMConfig
 from .chat_template import ChatMarkers, chat_markers, fix_date, in_parts, leave_thoughts, read_chat_format, render
-from .rows import PreferenceRow
+from .preference_row import PreferenceRow, turn_text
 
 __all__ = ["ChatMarkers", "CutReport", "Encoding", "Formatter", "chat_markers"]
 
@@ -345,29 +345,14 @@ class Formatter:
 
 
 def _turns(prompt: list[dict] | str) -> list[dict]:
-    turns = [_user(prompt)] if isinstance(prompt, str) else [{**turn, "content": turn_text(turn)} for turn in prompt]
+    turns = (
+        [_user(prompt)]
+        if isinstance(prompt, str)
+        else [{**turn, "content": turn_text(turn, "prompt")} for turn in prompt]
+    )
     if not turns:
         raise ValueError("got a prompt without turns, need at least one turn of the user.")
     return turns
-
-
-def turn_text(turn: dict[str, Any]) -> str:
-    """
-    The text of a turn, whose content may be text, a list of parts, or nothing where a tool is called.
-
-    Raises:
-        ValueError: if a part is no text.
-    """
-    content = turn.get("content")
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = [part.get("text") if isinstance(part, dict) else part for part in content]
-    if odd := [part for part, text in zip(content, texts, strict=True) if not isinstance(text, str)]:
-        raise ValueError(
-            f"got a turn of {turn.get('role')!r} with the part {str(odd[0])[:80]}, need text, because a reward model of texts reads "
-            "nothing else: leave the part out."
-        )
-    return "".join(texts)
 
 
 def _user(text: str) -> dict[str, str]:

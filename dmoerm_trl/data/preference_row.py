@@ -105,7 +105,7 @@ def turns_of(prompt: Any, name: str) -> list[dict]:
         return [{"role": "user", "content": prompt}]
     if not isinstance(prompt, list):
         raise RowError("bad prompt", f"field `{name}`: got {short(prompt)}, need text or a list of turns.")
-    return [{"role": _role(turn, name), "content": _content(turn, name)} for turn in prompt]
+    return [{"role": _role(turn, name), "content": turn_text(turn, name)} for turn in prompt]
 
 
 _ROLE = regex.compile(r"[\w.-]+(?: [\w.-]+)*")
@@ -123,7 +123,11 @@ def _role(turn: Any, name: str) -> str:
     return turn["role"]
 
 
-def _content(turn: dict, name: str) -> str:
+def turn_text(turn: dict[str, Any], name: str) -> str:
+    """
+    The text of a turn, whose content may be text, a list of parts of text, or nothing where a tool is called. Errors call the
+    turn's field `name`.
+    """
     content = turn.get("content")
     if isinstance(content, str):
         return content

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..data.formatting import Formatter, turn_text
+from ..data.formatting import Formatter
+from ..data.preference_row import turn_text
 from ..evaluation.scorers import ScorerSource
 from ..evaluation.scoring import map_encodings
 from ..modeling.modeling import DMoERMForSequenceClassification
@@ -166,7 +167,8 @@ def text_of(completion: str | list[dict]) -> str:
     """
     if isinstance(completion, str):
         return completion
-    texts = [turn_text(turn) for turn in completion if turn["role"] == "assistant"]
+    turns = [turn for turn in completion if turn["role"] == "assistant" and turn.get("content") is not None]
+    texts = [turn_text(turn, "completion") for turn in turns]
     return "\n\n".join(text for text in texts if text.strip())
 
 
