@@ -116,15 +116,21 @@ class Formatter:
         Raises:
             ValueError: if a DMoERM of this configuration was trained on texts in another form than this formatter's.
         """
-        own = DMoERMConfig(**self.model_settings) if isinstance(config, DMoERMConfig) else config
-        names = ["response_marker", "end_of_turn"] if getattr(config, "end_of_turn", None) else []
-        if getattr(config, "response_opening", None) is not None:
+        if not isinstance(config, DMoERMConfig) or not config.end_of_turn:
+            return
+        own = DMoERMConfig(**self.model_settings)
+        names = ["response_marker"]
+        if config.response_opening is not None:
             names += ["response_opening", "reads_end"]
         odd = [name for name in names if getattr(config, name) != getattr(own, name)]
-        if odd:
+        if odd or config.end_of_turn[0] not in own.end_of_turn[:1]:
             raise ValueError(
                 f"{self.tokenizer.name_or_path}: got a tokenizer whose chat template "
-                + (f"differs from the model's in {odd}" if self.tokenizer.chat_template else "is missing")
+                + (
+                    f"differs from the model's in {odd or ['end_of_turn']}"
+                    if self.tokenizer.chat_template
+                    else "is missing"
+                )
                 + ", need the one of the model's training, because texts in another form would get rewards that mean nothing: "
                 "take the tokenizer, with its chat_template.jinja, from the model's folder."
             )
