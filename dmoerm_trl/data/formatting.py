@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..modeling.configuration import DMoERMConfig
 from .chat_template import ChatMarkers, chat_markers, fix_date, in_parts, leave_thoughts, read_chat_format, render
@@ -95,7 +95,7 @@ class Formatter:
             self._check_template()
 
     @classmethod
-    def for_model(cls, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> "Formatter":
+    def for_model(cls, config: DMoERMConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> "Formatter":
         """
         The formatter with which a trained DMoERM reads texts as it did in training.
 
@@ -106,17 +106,17 @@ class Formatter:
         Raises:
             ValueError: if the tokenizer's chat template is not the model's, or is missing.
         """
-        opening = getattr(config, "response_opening", None)
+        opening = config.response_opening
         formatter = cls(tokenizer, max_length, score_thinking=bool(opening and opening["scored"]))
         formatter.check_model(config)
         return formatter
 
-    def check_model(self, config: PreTrainedConfig) -> None:
+    def check_model(self, config: DMoERMConfig) -> None:
         """
         Raises:
             ValueError: if a DMoERM of this configuration was trained on texts in another form than this formatter's.
         """
-        if not isinstance(config, DMoERMConfig) or not config.end_of_turn:
+        if not config.end_of_turn:
             return
         own = DMoERMConfig(**self.model_settings)
         names = ["response_marker"]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.chat_template import fix_date
 from ..data.formatting import Formatter
+from ..modeling.modeling import DMoERMForSequenceClassification
 
 
 def ppo_classes() -> tuple[type, type]:
@@ -167,7 +168,8 @@ def ppo_trainer(
     tokenizer.padding_side = "left"
     fix_date(tokenizer)  # as the formatter does in the reward model's
     for member in getattr(reward_model, "members", [reward_model]):
-        formatter.check_model(member.config)
+        if isinstance(member, DMoERMForSequenceClassification):
+            formatter.check_model(member.config)
     check_tokenizers(tokenizer, formatter.tokenizer)
     end = formatter.markers.end_of_turn[0]
     if args.stop_token == "eos" and tokenizer.eos_token_id != end:
