@@ -1,9 +1,11 @@
 """The console command: `dmoerm <command> ...` runs `dmoerm_trl.scripts.<command>.main`."""
 
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 
 from dmoerm_trl import __version__
+from dmoerm_trl.console import run
 
 COMMANDS = {
     "world": "write the simulated preference world to a JSONL file",
@@ -22,7 +24,14 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
     return "\n".join(
-        ["usage: dmoerm <command> ...", "", "commands:", *lines, "", "dmoerm <command> --help lists its options."]
+        [
+            "usage: dmoerm <command> ...",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "dmoerm <command> --help lists its options; --debug shows the traceback of an error.",
+        ]
     )
 
 
@@ -32,12 +41,16 @@ def main(argv: list[str] | None = None) -> int:
 
     Args:
         argv (`list[str]`, *optional*):
-            The command and its arguments; `sys.argv[1:]` by default.
+            The command and its arguments, whose errors are raised. Without it those of the process, which an error ends with
+            a line on stderr: see [`~dmoerm_trl.console.run`].
 
     Returns:
         The exit status: 0, or 2 for an unknown command.
     """
-    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if argv is None:
+        run(main)
+        return 0
+    command, *arguments = argv or ["--help"]
     if command in ("-h", "--help"):
         print(usage())
     elif command == "--version":
@@ -45,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     elif command in COMMANDS:
         import_module(f"dmoerm_trl.scripts.{command}").main(arguments)
     else:
-        print(f"dmoerm: got command {command!r}, need one of {', '.join(COMMANDS)}.\n\n{usage()}", file=sys.stderr)
+        nearest = "".join(f" Did you mean {name}?" for name in get_close_matches(command, COMMANDS, n=1))
+        need = f"need one of {', '.join(COMMANDS)}."
+        print(f"dmoerm: got command {command!r}, {need}{nearest}\n\n{usage()}", file=sys.stderr)
         return 2
     return 0
 

@@ -10,8 +10,8 @@ On several GPUs, which share the responses and give the same files: accelerate l
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import TrlParser
-
+from dmoerm_trl.arguments import Parser
+from dmoerm_trl.console import run
 from dmoerm_trl.evaluation.best_of_n import run_best_of_n
 from dmoerm_trl.evaluation.response_files import read_prompts
 from dmoerm_trl.rl.rollout import PolicySource
@@ -66,9 +66,7 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (arguments,) = TrlParser((Arguments,), description=__doc__).parse_args_and_config(
-        argv, fail_with_unknown_args=True
-    )
+    (arguments,) = Parser((Arguments,), prog="bon_eval.py", description=__doc__).parse(argv)
     rows = read_prompts(arguments.prompts or arguments.responses, arguments.num_prompts, arguments.task)
     policy = arguments.responses or PolicySource(
         arguments.policy,
@@ -101,4 +99,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,9 +18,11 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, TrlParser
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from dmoerm_trl import DMoERMForSequenceClassification, Formatter
+from dmoerm_trl.arguments import Parser
+from dmoerm_trl.console import run
 from dmoerm_trl.rl.monitor import PolicyMonitor
 from dmoerm_trl.rl.prompts import load_prompts
 from dmoerm_trl.rl.reward_functions import TextRewards, gold_rewards, reward_functions
@@ -52,16 +54,11 @@ class Arguments:
     monitor_prompts: int = field(default=100, metadata={"help": "Held-out prompts that are measured on."})
     gold: str | None = field(default=None, metadata={"help": "Gold reward: a reward model, or module:function."})
 
-    def __post_init__(self):
-        if self.trainer not in TRAINERS:  # from YAML it is not checked
-            raise ValueError(f"got trainer {self.trainer!r}, need one of {list(TRAINERS)}.")
-
 
 def main(argv: list[str] | None = None) -> None:
-    chosen, *_ = TrlParser((Arguments,)).parse_args_and_config(argv, return_remaining_strings=True)
+    (chosen,) = Parser((Arguments,), prog="grpo.py", add_help=False).parse(argv, pass_over_unknown=True)
     config_class, trainer_class = TRAINERS[chosen.trainer]
-    parser = TrlParser((Arguments, config_class))
-    arguments, args = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    arguments, args = Parser((Arguments, config_class), prog="grpo.py", description=__doc__).parse(argv)
     start_deepspeed(args)
     unset_hf_deepspeed_config()  # each process loads whole models, of which the trainer divides the policy
     if args.reward_weights is not None:
@@ -124,4 +121,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

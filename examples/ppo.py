@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
-from trl import TrlParser
 
 from dmoerm_trl import Formatter, ppo_trainer
+from dmoerm_trl.arguments import Parser
+from dmoerm_trl.console import run
 from dmoerm_trl.rl.ensemble import RewardEnsemble, load_reward_model
 from dmoerm_trl.rl.monitor import PolicyMonitor
 from dmoerm_trl.rl.ppo import ppo_classes
@@ -31,7 +32,7 @@ from dmoerm_trl.training.trainer import last_checkpoint
 @dataclass
 class Arguments:
     policy: str = field(metadata={"help": "Causal language model with the reward model's tokenizer."})
-    reward_model: str = field(
+    reward_model: dict[str, list[str]] | str | None = field(
         metadata={"help": "Folder or hub name of a DMoERM; in a recipe also {mean | WCO | UWO: members}."}
     )
     prompts: str = field(metadata={"help": "JSONL or Parquet of prompts or preference rows, to optimise on."})
@@ -54,8 +55,7 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> None:
     config_class, _ = ppo_classes()
-    parser = TrlParser((Arguments, config_class))
-    arguments, args = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    arguments, args = Parser((Arguments, config_class), prog="ppo.py", description=__doc__).parse(argv)
     torch.backends.cuda.matmul.allow_tf32 = True  # the weights are fp32, see below
     set_seed(args.seed)  # a value model's new head is drawn
 
@@ -123,4 +123,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -89,7 +89,9 @@ def load_reward_model(
     """
     if isinstance(spec, str):
         return DMoERMForSequenceClassification.from_pretrained(spec), AutoTokenizer.from_pretrained(spec)
-    if not (len(spec) == 1 and next(iter(spec)) in AGGREGATIONS and next(iter(spec.values()))):
+    if not (
+        isinstance(spec, Mapping) and len(spec) == 1 and next(iter(spec)) in AGGREGATIONS and next(iter(spec.values()))
+    ):
         raise ValueError(
             f"got the reward model {spec}, need a folder, a hub name, or one of {list(AGGREGATIONS)} with a list of members."
         )

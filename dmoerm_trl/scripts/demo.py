@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
-from trl import TrlParser
 
+from ..arguments import Parser
 from ..data.rows import PreferenceRow, write_rows
 from ..data.world import World
 from ..evaluation.best_of_n import BestOfN, run_best_of_n
@@ -49,11 +49,9 @@ class DemoArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = TrlParser((DemoArguments, Recipe), prog="dmoerm demo", description=__doc__)
-    argv = list(argv or [])
-    if "--config" not in argv:
-        argv += ["--config", RECIPE]
-    arguments, recipe = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    parser = Parser((DemoArguments, Recipe), prog="dmoerm demo", description=__doc__)
+    parser.set_defaults(config=RECIPE)
+    arguments, recipe = parser.parse(argv)
     demo(arguments, recipe)
 
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import TrlParser
-
+from ..arguments import Parser
 from ..data.rows import load_rows, merge_same_tokens
 from ..evaluation.methods import method_scores
 from ..evaluation.table import Table, consistency_table
@@ -127,8 +126,8 @@ def evaluate(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = TrlParser((EvalArguments, Recipe), prog="dmoerm eval", description=__doc__)
-    arguments, recipe = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    parser = Parser((EvalArguments, Recipe), prog="dmoerm eval", description=__doc__)
+    arguments, recipe = parser.parse(argv)
     run = Pipeline(recipe)
     try:
         print(evaluate(run, **vars(arguments)).to_markdown())

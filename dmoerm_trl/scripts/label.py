@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl import TrlParser
-
+from ..arguments import Parser
 from ..data.rows import LoadReport, iter_rows
 from ..evaluation.scorers import file_digest
 from ..labelling.answers import AnswerStore
@@ -174,8 +173,8 @@ def claim(folder: Path, arguments: LabelArguments, identity: dict[str, Any]) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = TrlParser((LabelArguments,), prog="dmoerm label", description=__doc__)
-    (arguments,) = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    parser = Parser((LabelArguments,), prog="dmoerm label", description=__doc__)
+    (arguments,) = parser.parse(argv)
     report = label(arguments)
     if report is None:
         return

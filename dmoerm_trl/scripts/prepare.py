@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import yaml
 from transformers import AutoTokenizer
-from trl import TrlParser
 
+from ..arguments import Parser
 from ..data.formatting import Formatter
 from ..data.preference_row import PreferenceRow, RowError, check_row
 from ..data.prepare.audit import PartAudit, can_tell_languages, language_of, save_report
@@ -232,8 +232,8 @@ def _router(source: str, table: TaskTable | None) -> Callable[[Sequence[list[dic
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = TrlParser((PrepareArguments,), prog="dmoerm prepare", description=__doc__)
-    (arguments,) = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    parser = Parser((PrepareArguments,), prog="dmoerm prepare", description=__doc__)
+    (arguments,) = parser.parse(argv)
     for split, audit in prepare(arguments).items():
         reasons = ", ".join(f"{reason}: {count}" for reason, count in audit.skipped.most_common())
         print(f"{arguments.path(split)}: {audit.rows} rows; {audit.skipped.total()} skipped ({reasons or 'none'})")

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from accelerate import PartialState
-from trl import TrlParser
 
+from ..arguments import Parser
 from ..evaluation.curves import plot_accuracy_curves
 from ..training.distributed import is_main
 from ..training.pipeline import Pipeline
@@ -28,7 +28,7 @@ def train(recipe: Recipe) -> Pipeline:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = TrlParser((Recipe,), prog="dmoerm train", description=__doc__)
-    (recipe,) = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+    parser = Parser((Recipe,), prog="dmoerm train", description=__doc__)
+    (recipe,) = parser.parse(argv)
     train(recipe)
     PartialState().destroy_process_group()

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
-
+from ..arguments import Parser
 from ..data.rows import write_rows
 from ..data.world import World
+from ..files import check_writable
 
 
 @dataclass
@@ -19,9 +19,8 @@ class WorldArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (arguments,) = HfArgumentParser(
-        (WorldArguments,), prog="dmoerm world", description=__doc__
-    ).parse_args_into_dataclasses(argv)
+    (arguments,) = Parser((WorldArguments,), prog="dmoerm world", description=__doc__).parse(argv)
+    check_writable(arguments.output)
     world = World(arguments.seed)
     rows = world.rows(arguments.rows_per_task, arguments.rows_of_others)
     write_rows(rows, arguments.output)

@@ -1,0 +1,176 @@
+"""The options of a program: dataclasses, read from the command line and from a YAML file, and checked alike."""
+
+import argparse
+import json
+import os
+import reprlib
+import sys
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from enum import Enum
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from transformers import HfArgumentParser
+
+from .yaml_file import read_yaml
+
+
+class Parser(HfArgumentParser):
+    """
+    Transformers' parser of dataclasses, which reads a YAML file too: `--config FILE`, whose values the command line overrides,
+    and whose key `env` sets environment variables, as TRL's parser has it.
+
+    What is wrong on the command line ends the program with status 2 and a line; what is wrong in the file is a `ValueError`
+    that names the file, the line and the key. `set_defaults(config=FILE)` names the file that is read without `--config`.
+
+    Args:
+        dataclasses (`Iterable[type]`): whose fields are the options.
+        prog (`str`): the program's name in messages.
+        options: others of `argparse.ArgumentParser`, such as `description`.
+    """
+
+    def __init__(self, dataclasses: Iterable[type], *, prog: str, **options: Any):
+        dataclasses = tuple(dataclasses)
+        super().__init__(dataclasses, prog=prog, allow_abbrev=False, **options)
+        self.hints = {
+            field.name: get_type_hints(one)[field.name] for one in dataclasses for field in fields(one) if field.init
+        }
+        self.add_argument("--config", metavar="FILE", help="YAML file of these options.")
+        for action in self._actions:
+            if (get_origin(action.type) or action.type) is dict:
+                action.type = _json_object
+
+    def parse(self, argv: Sequence[str] | None = None, *, pass_over_unknown: bool = False) -> tuple[Any, ...]:
+        """
+        Reads the options.
+
+        Args:
+            argv (`Sequence[str]`, *optional*): the arguments; those of the process by default.
+            pass_over_unknown (`bool`): leave out those that no dataclass has, which another parser reads.
+
+        Returns:
+            One instance of each dataclass.
+        """
+        argv = list(sys.argv[1:] if argv is None else argv)
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.error = self.error
+        first.add_argument("--config", default=self.get_default("config"))
+        known, _ = first.parse_known_args(argv)
+        if known.config is not None:
+            self.set_from_file(known.config, pass_over_unknown)
+        *parsed, _, unknown = self.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown and not pass_over_unknown:
+            options = [option for option in self._option_string_actions if option.startswith("--")]
+            name = unknown[0].partition("=")[0]
+            self.error(f"got {name!r}, which is none of the options{_nearest(name, options)}")
+        return tuple(parsed)
+
+    def set_from_file(self, path: str | os.PathLike, pass_over_unknown: bool = False) -> None:
+        """
+        Sets the options' defaults from a YAML file.
+
+        Raises:
+            ValueError: for an unknown key or a value of another type.
+        """
+        content, lines = read_yaml(path)
+        environment = content.pop("env", None) or {}
+        if not isinstance(environment, dict):
+            raise ValueError(
+                f"{path}, line {lines['env']}: `env`: got {reprlib.repr(environment)}, need names and values."
+            )
+        os.environ.update({str(name): str(value) for name, value in environment.items()})
+        values = {}
+        for key, value in content.items():
+            place = f"{path}, line {lines[key]}" if key in lines else str(path)
+            if key not in self.hints:
+                if pass_over_unknown:
+                    continue
+                raise ValueError(
+                    f"{place}: got the key {key!r}, need one that `{self.prog} --help` lists, and it has no "
+                    f"--{key}{_nearest(key, self.hints)}."
+                )
+            try:
+                values[key] = fit(value, self.hints[key])
+            except ValueError as error:
+                raise ValueError(f"{place}: got {key} {reprlib.repr(value)}, need {error}.") from error
+        self.set_defaults(**values)
+        for action in self._actions:
+            action.required = action.required and action.dest not in values
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}.\n`{self.prog} --help` lists the options.\n")
+
+
+def fit(value: Any, hint: Any) -> Any:
+    """
+    A value of a YAML file as the type that a field is annotated with: text that reads as a number is one (YAML takes 1e-7 for
+    text), a number is text where text is wanted, and one value is a list of one.
+
+    Raises:
+        ValueError: if it does not fit; the message says what is needed.
+    """
+    origin, arguments = get_origin(hint) or hint, get_args(hint)
+    if origin in (Union, types.UnionType):
+        needs = []
+        exact = [one for one in arguments if type(value) is (get_origin(one) or one)]
+        for one in (*exact, *arguments):
+            try:
+                return fit(value, one)
+            except ValueError as error:
+                needs.append(str(error))
+        raise ValueError(", or ".join(dict.fromkeys(needs)))
+    if origin is Literal or isinstance(origin, type) and issubclass(origin, Enum):
+        choices = arguments if origin is Literal else [one.value for one in origin]
+        if any(value == choice and type(value) is type(choice) for choice in choices):
+            return value
+        raise ValueError(f"one of {', '.join(map(repr, choices))}")
+    if origin is list:
+        if isinstance(value, dict) or value is None:
+            raise ValueError("a list")
+        return [
+            fit(one, arguments[0]) if arguments else one for one in (value if isinstance(value, list) else [value])
+        ]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError("`key: value` pairs")
+        return {key: fit(one, arguments[1]) for key, one in value.items()} if arguments else value
+    if origin in _FITTING:
+        need, types_, convert = _FITTING[origin]
+        if isinstance(value, types_) and (not isinstance(value, bool) or origin is bool):
+            try:
+                return convert(value)
+            except ValueError:
+                pass
+        raise ValueError(need)
+    if origin is types.NoneType and value is not None:
+        raise ValueError("nothing")
+    return value
+
+
+_FITTING: dict[type, tuple[str, tuple[type, ...], Any]] = {
+    bool: ("true or false, without quotes", (bool,), bool),
+    int: ("a whole number", (int, str), int),
+    float: ("a number", (int, float, str), float),
+    str: ("text", (str, int, float), str),
+}
+"""Type -> what is needed, the types of a YAML value that can be it, and how."""
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """An option that holds keys and values, as it is written on the command line."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r:.80}, need JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"got {text!r:.80}, need a JSON object")
+    return value
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    found = get_close_matches(name, list(names), n=1)
+    return f": did you mean {found[0]}?" if found else ""

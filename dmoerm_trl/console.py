@@ -1,0 +1,226 @@
+"""How a program of this package speaks to its user: errors and warnings in a line each, one progress bar, no foreign noise."""
+
+import functools
+import logging
+import os
+import select
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+PACKAGE = Path(__file__).parent
+
+SHOWN = 600
+"""Characters of a foreign error or warning that are shown."""
+
+
+def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
+    """
+    Runs a program and says what goes wrong in a line or two on stderr. With `--debug` among the arguments it shows the
+    traceback and the warnings of the libraries too.
+
+    Args:
+        program (`Callable`): takes the arguments without `--debug`; what it returns is the exit status, None for 0.
+        argv (`Sequence[str]`, *optional*): the arguments; those of the process by default.
+
+    Raises:
+        SystemExit: with the status if it is not 0: 1 after an error, 130 after Ctrl-C, 141 where the reader of the output went
+            away.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    shown: BaseException | None = None
+    try:
+        with _speaking(debug):
+            status = program(argv)
+            sys.stdout.flush()
+    except KeyboardInterrupt as error:
+        shown = error
+        _say(
+            "stopped by Ctrl-C. What goes on after a stop (training, labelling, best of n) does with the same command."
+        )
+        status = 130
+    except BrokenPipeError as error:
+        shown = error
+        if _is_read(sys.stdout):  # another pipe broke
+            _say(f"error: {_text_of(error)}")
+            status = 1
+        else:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+            status = 141
+    except Exception as error:
+        shown = error
+        _say(f"error: {_text_of(error)}")
+        status = 1
+    if debug and shown is not None:
+        print("".join(traceback.format_exception(shown)), file=sys.stderr)
+    if status:
+        sys.exit(status)
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether an error was raised by this package, so that its message is meant for the user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
+
+
+def reason(error: BaseException) -> str:
+    """What a foreign error says, on one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
+
+
+def printable(text: str) -> str:
+    """
+    A text that cannot steer a terminal: what is not printable in it, but ends of lines and tabs, is written as Python and
+    JSON would escape it.
+    """
+    return "".join(c if c.isprintable() or c in "\n\r\t" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    return f"\\u{number:04x}" if number < 0x10000 else character.encode("unicode_escape").decode()
+
+
+# --------------------------------------------------------------------------------------------------- errors
+
+
+def _say(text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    who = "dmoerm" if rank == "0" else f"dmoerm (process {rank})"
+    print(printable(f"{who}: {text}"), file=sys.stderr)
+
+
+def _text_of(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if raised_here(error) and str(error):
+        return str(error)
+    text = reason(error)
+    if not isinstance(error, (ValueError, OSError)) and text != type(error).__name__:
+        text = f"{type(error).__name__}: {text}"
+    return f"{text}\nThe same command with --debug shows where."
+
+
+def _is_read(stream: IO[str]) -> bool:
+    """Whether the other end of an output still reads."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), select.POLLOUT)
+        return not any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on this system, or no file
+        return False
+
+
+# --------------------------------------------------------------------------------------------------- what libraries say
+
+NOISE = {
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
+    "DeepSpeed": ("Setting accelerator to CPU",),
+    "transformers.trainer_utils": ("The tokenizer has new PAD/BOS/EOS tokens",),
+    "transformers.configuration_utils": ("You are using a model of type",),  # an error of ours follows
+    "transformers.generation.utils": ("Passing `generation_config` together with generation-related arguments",),
+    "transformers.utils.generic": ("`use_cache=True` is incompatible with gradient checkpointing",),
+}
+"""Logger -> how messages begin that say nothing to the user of a command."""
+
+WARNINGS = ("'pin_memory' argument is set as true but no accelerator is found",)
+"""How such warnings begin; those of what will be deprecated are for programmers too."""
+
+
+@contextmanager
+def _speaking(debug: bool) -> Iterator[None]:
+    """Within it warnings are a line each, foreign noise is silent, and one progress bar is there at a time."""
+    os.environ.setdefault("TQDM_DELAY", "3")  # bars of what takes longer; the libraries are imported after this
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Plain(stream) if stream.isatty() else stream for stream in streams)
+    filters = {name: functools.partial(_says_something, starts) for name, starts in NOISE.items()}
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                for name, filter in filters.items():
+                    logging.getLogger(name).addFilter(filter)
+                warnings.simplefilter("default", UserWarning)
+                for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+                    warnings.simplefilter("ignore", category)
+                for start in WARNINGS:
+                    warnings.filterwarnings("ignore", start)
+                warnings.showwarning = _show_warning
+            with _one_bar():
+                yield
+    finally:
+        for name, filter in filters.items():
+            logging.getLogger(name).removeFilter(filter)
+        sys.stdout, sys.stderr = streams
+
+
+def _says_something(starts: tuple[str, ...], record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(starts)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say(f"warning: {' '.join(str(message).split())}")
+
+
+class _Plain:
+    """A stream whose text cannot steer the terminal."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text))
+        return len(text)
+
+    def writelines(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+# --------------------------------------------------------------------------------------------------- progress bars
+
+
+@contextmanager
+def _one_bar() -> Iterator[None]:
+    """Within it a progress bar that runs within another one is shown as text at the end of that one's line."""
+    from tqdm.std import tqdm
+
+    create = tqdm.__init__
+
+    @functools.wraps(create)
+    def create_within(bar: Any, *args: Any, **options: Any) -> None:
+        outer = next((other for other in list(tqdm._instances) if getattr(other, "is_outer", False)), None)
+        if outer is not None and not options.get("disable"):
+            options |= {"file": _EndOfLine(outer), "bar_format": "{desc}{n_fmt}/{total_fmt}", "position": 0}
+        create(bar, *args, **options)
+        bar.is_outer = outer is None and not bar.disable
+
+    tqdm.__init__ = create_within
+    try:
+        yield
+    finally:
+        tqdm.__init__ = create
+
+
+class _EndOfLine:
+    """What a progress bar is written to that stands at the end of another one's line."""
+
+    def __init__(self, outer: Any):
+        self._outer, self._own = outer, outer.postfix
+
+    def write(self, text: str) -> None:
+        if not self._outer.disable:  # closed before this one
+            self._outer.set_postfix_str(", ".join(part for part in (self._own, text.strip()) if part))
+
+    def flush(self) -> None:
+        pass
