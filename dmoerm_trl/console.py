@@ -1,4 +1,7 @@
-"""How a program of this package speaks to its user: errors and warnings in a line each, one progress bar, no foreign noise."""
+"""
+How a program of this package speaks to its user: errors and warnings in a line each, one progress bar, no foreign noise.
+Libraries make some of it when they are imported: import this before them.
+"""
 
 import functools
 import logging
@@ -9,13 +12,9 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any
 
-PACKAGE = Path(__file__).parent
-
-SHOWN = 600
-"""Characters of a foreign error or warning that are shown."""
+from .messages import printable, raised_here, reason
 
 
 def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
@@ -61,31 +60,6 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
         print("".join(traceback.format_exception(shown)), file=sys.stderr)
     if status:
         sys.exit(status)
-
-
-def raised_here(error: BaseException) -> bool:
-    """Whether an error was raised by this package, so that its message is meant for the user."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
-
-
-def reason(error: BaseException) -> str:
-    """What a foreign error says, on one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
-
-
-def printable(text: str) -> str:
-    """
-    A text that cannot steer a terminal: what is not printable in it, but ends of lines and tabs, is written as Python and
-    JSON would escape it.
-    """
-    return "".join(c if c.isprintable() or c in "\n\r\t" else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    number = ord(character)
-    return f"\\u{number:04x}" if number < 0x10000 else character.encode("unicode_escape").decode()
 
 
 # --------------------------------------------------------------------------------------------------- errors
@@ -137,16 +111,14 @@ WARNINGS = ("'pin_memory' argument is set as true but no accelerator is found",)
 @contextmanager
 def _speaking(debug: bool) -> Iterator[None]:
     """Within it warnings are a line each, foreign noise is silent, and one progress bar is there at a time."""
-    os.environ.setdefault("TQDM_DELAY", "3")  # bars of what takes longer; the libraries are imported after this
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_Plain(stream) if stream.isatty() else stream for stream in streams)
-    filters = {name: functools.partial(_says_something, starts) for name, starts in NOISE.items()}
     try:
         with warnings.catch_warnings():
-            if not debug:
-                for name, filter in filters.items():
-                    logging.getLogger(name).addFilter(filter)
+            if debug:
+                for name in NOISE:
+                    logging.getLogger(name).removeFilter(_says_something)
+            else:
                 warnings.simplefilter("default", UserWarning)
                 for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
                     warnings.simplefilter("ignore", category)
@@ -156,13 +128,16 @@ def _speaking(debug: bool) -> Iterator[None]:
             with _one_bar():
                 yield
     finally:
-        for name, filter in filters.items():
-            logging.getLogger(name).removeFilter(filter)
         sys.stdout, sys.stderr = streams
 
 
-def _says_something(starts: tuple[str, ...], record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith(starts)
+def _says_something(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith(NOISE[record.name])
+
+
+for _name in NOISE:
+    logging.getLogger(_name).addFilter(_says_something)
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -190,6 +165,10 @@ class _Plain:
 # --------------------------------------------------------------------------------------------------- progress bars
 
 
+DELAY = 3
+"""Seconds after which a progress bar appears that says nothing else."""
+
+
 @contextmanager
 def _one_bar() -> Iterator[None]:
     """Within it a progress bar that runs within another one is shown as text at the end of that one's line."""
@@ -202,7 +181,7 @@ def _one_bar() -> Iterator[None]:
         outer = next((other for other in list(tqdm._instances) if getattr(other, "is_outer", False)), None)
         if outer is not None and not options.get("disable"):
             options |= {"file": _EndOfLine(outer), "bar_format": "{desc}{n_fmt}/{total_fmt}", "position": 0}
-        create(bar, *args, **options)
+        create(bar, *args, **{"delay": DELAY, **options})
         bar.is_outer = outer is None and not bar.disable
 
     tqdm.__init__ = create_within

@@ -7,11 +7,14 @@ A killed run goes on where it was. Every key can also stand on the command line:
 On several GPUs, which share the responses and give the same files: accelerate launch examples/bon_eval.py --config ...
 """
 
+from dmoerm_trl.console import run  # first, so that the libraries are quiet
+
+# isort: split
+
 from dataclasses import dataclass, field
 from typing import Any
 
 from dmoerm_trl.arguments import Parser
-from dmoerm_trl.console import run
 from dmoerm_trl.evaluation.best_of_n import run_best_of_n
 from dmoerm_trl.evaluation.response_files import read_prompts
 from dmoerm_trl.rl.rollout import PolicySource

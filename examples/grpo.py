@@ -9,6 +9,10 @@ its last checkpoint when it is started again. What it leaves in `output_dir`: th
 with the responses beside it.
 """
 
+from dmoerm_trl.console import run  # first, so that the libraries are quiet
+
+# isort: split
+
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +26,6 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from dmoerm_trl import DMoERMForSequenceClassification, Formatter
 from dmoerm_trl.arguments import Parser
-from dmoerm_trl.console import run
 from dmoerm_trl.rl.monitor import PolicyMonitor
 from dmoerm_trl.rl.prompts import load_prompts
 from dmoerm_trl.rl.reward_functions import TextRewards, gold_rewards, reward_functions

@@ -7,6 +7,10 @@ Needs TRL's PPO: pip install "dmoerm-trl[ppo]". A run that was killed goes on fr
 again. What it leaves in `output_dir`: the policy, checkpoints, and `monitor.jsonl` with the responses beside it.
 """
 
+from dmoerm_trl.console import run  # first, so that the libraries are quiet
+
+# isort: split
+
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from dmoerm_trl import Formatter, ppo_trainer
 from dmoerm_trl.arguments import Parser
-from dmoerm_trl.console import run
 from dmoerm_trl.rl.ensemble import RewardEnsemble, load_reward_model
 from dmoerm_trl.rl.monitor import PolicyMonitor
 from dmoerm_trl.rl.ppo import ppo_classes

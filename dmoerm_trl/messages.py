@@ -1,0 +1,34 @@
+"""What others wrote, in messages of ours: errors of libraries, and texts that could steer a terminal."""
+
+import traceback
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+SHOWN = 600
+"""Characters of a foreign error that are shown."""
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether an error was raised by this package, so that its message is meant for the user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
+
+
+def reason(error: BaseException) -> str:
+    """What a foreign error says, on one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
+
+
+def printable(text: str) -> str:
+    """
+    A text that cannot steer a terminal: what is not printable in it, but ends of lines and tabs, is written as Python and
+    JSON would escape it.
+    """
+    return "".join(c if c.isprintable() or c in "\n\r\t" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    return f"\\u{number:04x}" if number < 0x10000 else character.encode("unicode_escape").decode()
