@@ -4,6 +4,7 @@ may share the batches: what is in a batch does not depend on how many they are, 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..data.formatting import Encoding, Formatter
 from ..data.rows import PreferenceRow
+from ..modeling.finite import check_rewards
 from ..modeling.forest import passes
 from ..modeling.modeling import DMoERMForSequenceClassification, DMoERMModel, DMoERMOutput
 
@@ -100,6 +102,9 @@ def route_encodings(
     """
     `E(t | x)` of equation 1 for the texts' prompts, shape (N, tasks). It reads a prompt once, runs where the router is, and
     needs no base.
+
+    Raises:
+        ValueError: if a probability is NaN.
     """
     model.eval()
     dmoerm = next(module for module in model.modules() if isinstance(module, DMoERMModel))  # within PEFT's too
@@ -114,20 +119,88 @@ def route_encodings(
 
     distinct = [Encoding(list(prompt), len(prompt), 0) for prompt in places]
     options = {"pad_token_id": pad_token_id, "device": dmoerm.router.device, "description": "routing"}
-    return map_encodings(route, distinct, **options)[of_text]
+    found = map_encodings(route, distinct, **options)[of_text]
+    check_rewards(found.sum(1), what="probabilities of the router")
+    return found
 
 
 def score_encodings(
-    model: DMoERMForSequenceClassification, encodings: Sequence[Encoding], *, pad_token_id: int, **options
+    model: DMoERMForSequenceClassification,
+    encodings: Sequence[Encoding],
+    *,
+    pad_token_id: int,
+    responses: Sequence[str] | None = None,
+    **options,
 ) -> Tensor:
-    """The rewards of texts, shape (N,), task by task. The model is put into evaluation mode."""
+    """
+    The rewards of texts, shape (N,), task by task. The model is put into evaluation mode.
+
+    Args:
+        responses (`Sequence[str]`, *optional*): the texts' responses, which an error quotes.
+
+    Raises:
+        ValueError: if a reward is NaN or infinite.
+    """
     routes = route_encodings(model, encodings, pad_token_id=pad_token_id).argmax(1).tolist()
 
     def rewards(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
-        return model(input_ids, attention_mask, prompt_lengths=prompt_lengths).logits[:, 0]
+        return model(input_ids, attention_mask, prompt_lengths=prompt_lengths, finite=False).logits[:, 0]
 
     options |= {"pad_token_id": pad_token_id, "device": model.device, "groups": routes}
-    return map_encodings(rewards, encodings, **options)
+    found = map_encodings(rewards, encodings, **options)
+    check_rewards(found, responses)
+    return found
+
+
+class CapabilityScores(NamedTuple):
+    """
+    Rewards, routes and capability scores of N texts.
+
+    Attributes:
+        rewards (`Tensor` of shape (N,)), routes (`Tensor` of shape (N,)): the routes as indices of `config.tasks`.
+        scores (`Tensor` of shape (N, points)): of all points of the model, see [`points_of`]; NaN where a text's task does not
+            have the point.
+    """
+
+    rewards: Tensor
+    routes: Tensor
+    scores: Tensor
+
+
+def points_of(model: DMoERMForSequenceClassification) -> list[str]:
+    """The capability points of all tasks, each once."""
+    return list(dict.fromkeys(point for of_task in model.config.tasks.values() for point in of_task))
+
+
+def score_capabilities(
+    model: DMoERMForSequenceClassification,
+    encodings: Sequence[Encoding],
+    *,
+    pad_token_id: int,
+    responses: Sequence[str] | None = None,
+    **options,
+) -> CapabilityScores:
+    """
+    As [`score_encodings`], with the capability scores.
+
+    Raises:
+        ValueError: if a reward, or a score of a point that the text's task has, is NaN or infinite.
+    """
+    model.eval()
+    points = points_of(model)
+
+    def columns(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
+        output = model(input_ids, attention_mask, prompt_lengths=prompt_lengths, finite=False)
+        scores = [output.capability_scores[point] for point in points]
+        return torch.stack([column.float() for column in (output.logits[:, 0], output.route, *scores)], 1)
+
+    table = map_encodings(columns, encodings, pad_token_id=pad_token_id, device=model.device, **options)
+    found = CapabilityScores(table[:, 0], table[:, 1].long(), table[:, 2:])
+    check_rewards(found.rewards, responses)
+    for column, point in enumerate(points):
+        own = torch.tensor([point in of_task for of_task in model.config.tasks.values()])[found.routes]
+        check_rewards(found.scores[:, column].where(own, 0), responses, what=f"score for {point!r}")
+    return found
 
 
 def score_rows(
@@ -137,13 +210,22 @@ def score_rows(
     formatter.check_model(model.config)
     encodings, _ = formatter.encode_rows(rows)
     flat = [encoding for row in encodings for encoding in row]
-    rewards = iter(score_encodings(model, flat, pad_token_id=formatter.tokenizer.pad_token_id, **options).tolist())
+    options |= {
+        "pad_token_id": formatter.tokenizer.pad_token_id,
+        "responses": [text for row in rows for text in row.responses],
+    }
+    rewards = iter(score_encodings(model, flat, **options).tolist())
     return [[next(rewards) for _ in row] for row in encodings]
 
 
 @torch.no_grad()
 def score_one(model: DMoERMForSequenceClassification, encoding: Encoding) -> DMoERMOutput:
-    """The whole output for one text: reward, route and capability scores."""
+    """
+    The whole output for one text: reward, route and capability scores.
+
+    Raises:
+        ValueError: if the reward is NaN or infinite.
+    """
     model.eval()
     return model(
         torch.tensor([encoding.input_ids], device=model.device),

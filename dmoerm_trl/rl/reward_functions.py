@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from ..data.formatting import Formatter
 from ..data.preference_row import turn_text
 from ..evaluation.scorers import ScorerSource
-from ..evaluation.scoring import map_encodings
+from ..evaluation.scoring import map_encodings, points_of, score_capabilities
+from ..modeling.finite import check_rewards
 from ..modeling.modeling import DMoERMForSequenceClassification
 
 TextScorer = Callable[[Sequence[list[dict]], Sequence[str]], Sequence[float] | Tensor]
@@ -40,8 +41,7 @@ class TextRewards:
         self.is_dmoerm = isinstance(model, DMoERMForSequenceClassification)
         if self.is_dmoerm:
             formatter.check_model(model.config)
-        tasks = model.config.tasks.values() if self.is_dmoerm else []
-        self.points = list(dict.fromkeys(point for points in tasks for point in points))
+        self.points = points_of(model) if self.is_dmoerm else []
         self._batch: tuple[list, list] | None = None
         self._scores = torch.empty(0)
 
@@ -69,27 +69,18 @@ class TextRewards:
         batch = (list(prompts), list(responses))
         if batch != self._batch:
             encodings = [self.formatter.encode(*texts) for texts in zip(*batch, strict=True)]
-            pad_token_id = self.formatter.tokenizer.pad_token_id
-            options = {"pad_token_id": pad_token_id, "device": self.model.device, "share": self.is_dmoerm}
-            scores = map_encodings(self._forward, encodings, **options)
-            for name, column in zip(("reward", *self.points), scores.unbind(1), strict=True):
-                bad = ~column.isfinite() if name == "reward" else column.isinf()  # NaN: not a point of the text's task
-                if bad.any():
-                    row = int(bad.long().argmax())
-                    raise ValueError(
-                        f"got {name} {float(column[row])} for the response {responses[row][:80]!r}, need a number, because a "
-                        "reward that is none spoils its whole batch: load the reward model in float32 or bfloat16, or "
-                        "mend its checkpoint."
-                    )
+            options = {"pad_token_id": self.formatter.tokenizer.pad_token_id}
+            if self.is_dmoerm:
+                found = score_capabilities(self.model, encodings, responses=responses, **options)
+                scores = torch.cat([found.rewards.unsqueeze(1), found.scores], 1)
+            else:
+                scores = map_encodings(self._rewards, encodings, device=self.model.device, share=False, **options)
+                check_rewards(scores[:, 0], responses)
             self._batch, self._scores = batch, scores
         return self._scores
 
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
-        if not self.is_dmoerm:
-            return self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :1].float()
-        output = self.model(input_ids, attention_mask, prompt_lengths=prompt_lengths)
-        points = [output.capability_scores[name].unsqueeze(1).float() for name in self.points]
-        return torch.cat([output.logits.float(), *points], 1)
+    def _rewards(self, input_ids: Tensor, attention_mask: Tensor, _: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :1].float()
 
 
 def gold_rewards(source: str, rows: Sequence[dict], *, max_length: int) -> TextScorer:

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
 from transformers import AutoTokenizer, HfArgumentParser
 
 from ..data.formatting import Formatter
 from ..data.rows import load_rows
 from ..evaluation.explain import explanation
-from ..evaluation.scoring import map_encodings, route_encodings
+from ..evaluation.scoring import points_of, route_encodings, score_capabilities
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..modeling.quantised import quantization
 from ..tasks import TaskTable
@@ -71,7 +70,6 @@ def describe(
     """
     formatter.check_model(model.config)
     tasks = list(model.config.tasks)
-    points = list(dict.fromkeys(point for of_task in model.config.tasks.values() for point in of_task))
     encodings = [formatter.encode(prompt, response) for prompt, response in texts]
     if cut := sum(encoding.cut_turns > 0 for encoding in encodings):
         warnings.warn(
@@ -81,16 +79,19 @@ def describe(
         )
     pad_token_id = formatter.tokenizer.pad_token_id
     probabilities = route_encodings(model, encodings, pad_token_id=pad_token_id)
-    routes = probabilities.argmax(1).tolist()
-
-    def columns(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
-        output = model(input_ids, attention_mask, prompt_lengths=prompt_lengths)
-        return torch.stack([output.logits[:, 0], *(output.capability_scores[point] for point in points)], 1)
-
-    options = {"pad_token_id": pad_token_id, "device": model.device, "groups": routes, "processes": processes}
-    table = map_encodings(columns, encodings, **options).tolist()
+    found = score_capabilities(
+        model,
+        encodings,
+        pad_token_id=pad_token_id,
+        responses=[response for _, response in texts],
+        groups=probabilities.argmax(1).tolist(),
+        processes=processes,
+    )
+    points = points_of(model)
     described = []
-    for route, of_tasks, (reward, *of_points) in zip(routes, probabilities.tolist(), table, strict=True):
+    for reward, route, of_points, of_tasks in zip(
+        *(values.tolist() for values in (*found, probabilities)), strict=True
+    ):
         task, scores = tasks[route], dict(zip(points, of_points, strict=True))
         described.append(
             {

@@ -213,7 +213,7 @@ class RankedRewardTrainer(RewardTrainer):
         """Runs the model: one of `rankings` -> the rewards, its pairs and the groups, as [`ranking_loss`] takes them."""
         inputs = dict(inputs)
         pairs, groups = inputs.pop("pairs"), inputs.pop("groups")
-        return {"": (model(**inputs).logits.squeeze(-1), pairs[:, 1:], groups)}
+        return {"": (model(**inputs, finite=False).logits.squeeze(-1), pairs[:, 1:], groups)}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
