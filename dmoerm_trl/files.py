@@ -1,7 +1,8 @@
 """Files that appear whole or not at all."""
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -47,20 +48,50 @@ def write_text(path: str | os.PathLike, text: str, *, private: bool = False) -> 
         file.write(text)
 
 
+def write_json(path: str | os.PathLike, content: Any, *, private: bool = False) -> None:
+    """
+    Writes JSON by way of [`writing`].
+
+    Raises:
+        ValueError: if a number is NaN or infinite, which JSON does not have.
+    """
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: got a number that is NaN or infinite, need one that JSON has: {error}.") from error
+    write_text(path, text + "\n", private=private)
+
+
+def save_figure(figure: Any, path: str | os.PathLike) -> Path:
+    """Writes a figure of matplotlib's by way of [`writing`], in the format of the path's suffix, and returns the path."""
+    path = Path(path)
+    with writing(path, binary=True) as file:
+        figure.savefig(file, format=path.suffix.removeprefix(".") or "png")
+    return path
+
+
 def partial_path(path: str | os.PathLike) -> Path:
     """Where a file stands while it is written."""
     path = Path(path)
     return path.with_name(f".{path.name}.partial")
 
 
-def check_writable(path: str | os.PathLike) -> None:
+def check_writable(path: str | os.PathLike, *, inputs: Iterable[str | os.PathLike | None] = ()) -> None:
     """
     Checks, before any work is done for it, that a file can be written: makes its folder and opens its partial file.
 
+    Args:
+        inputs: what is read for it, of which it may be none.
+
     Raises:
-        ValueError: if it cannot, or is a folder.
+        ValueError: if it cannot, or is a folder or an input.
     """
     path, partial = Path(path), partial_path(path)
+    for read in inputs:
+        if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
+            raise ValueError(
+                f"{path}: got a file to write that is read too, need another one, because it would be lost: name another place."
+            )
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")

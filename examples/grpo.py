@@ -26,6 +26,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from dmoerm_trl import DMoERMForSequenceClassification, Formatter
 from dmoerm_trl.arguments import Parser
+from dmoerm_trl.modeling.loading import loading
 from dmoerm_trl.rl.monitor import PolicyMonitor
 from dmoerm_trl.rl.prompts import load_prompts
 from dmoerm_trl.rl.reward_functions import TextRewards, gold_rewards, reward_functions
@@ -69,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
             f"got reward_weights={args.reward_weights}, need capability_weights, which name their points."
         )
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.policy, padding_side="left")
+    with loading(arguments.policy, "a causal language model"):
+        tokenizer = AutoTokenizer.from_pretrained(arguments.policy, padding_side="left")
     check_chat_template(tokenizer)
     max_length = arguments.max_prompt_length + 2 * args.max_completion_length  # another tokenizer may take more tokens
     train_rows, eval_rows = load_prompts(
@@ -83,8 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     prompts, eval_prompts = [row["prompt"] for row in train_rows], [row["prompt"] for row in eval_rows]
 
     dtype = "bfloat16" if args.bf16 else "float32"
-    reward_model = DMoERMForSequenceClassification.from_pretrained(arguments.reward_model, dtype=dtype)
-    reward_tokenizer = AutoTokenizer.from_pretrained(arguments.reward_model)
+    with loading(arguments.reward_model, "a DMoERM"):
+        reward_model = DMoERMForSequenceClassification.from_pretrained(arguments.reward_model, dtype=dtype)
+        reward_tokenizer = AutoTokenizer.from_pretrained(arguments.reward_model)
     formatter = Formatter.for_model(reward_model.config, reward_tokenizer, max_length)
     if reward_model.model.router is not None:
         reward_model.model.router.to(args.device)

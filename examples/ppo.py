@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from dmoerm_trl import Formatter, ppo_trainer
 from dmoerm_trl.arguments import Parser
+from dmoerm_trl.modeling.loading import loading
 from dmoerm_trl.rl.ensemble import RewardEnsemble, load_reward_model
 from dmoerm_trl.rl.monitor import PolicyMonitor
 from dmoerm_trl.rl.ppo import ppo_classes
@@ -62,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True  # the weights are fp32, see below
     set_seed(args.seed)  # a value model's new head is drawn
 
-    policy_tokenizer = AutoTokenizer.from_pretrained(arguments.policy)
+    with loading(arguments.policy, "a causal language model"):
+        policy_tokenizer = AutoTokenizer.from_pretrained(arguments.policy)
     check_chat_template(policy_tokenizer)
     reward_model, tokenizer = load_reward_model(arguments.reward_model)
     max_length = arguments.max_prompt_length + 2 * args.response_length  # text tokenised again may take more tokens
@@ -86,8 +88,9 @@ def main(argv: list[str] | None = None) -> None:
         keep_tasks(member, list(routed))
 
     # In fp32: at this learning rate a step is smaller than what bf16 weights can tell apart.
-    policy = AutoModelForCausalLM.from_pretrained(arguments.policy, dtype="float32")
-    reference = AutoModelForCausalLM.from_pretrained(arguments.policy, dtype="float32")
+    with loading(arguments.policy, "a causal language model"):
+        policy = AutoModelForCausalLM.from_pretrained(arguments.policy, dtype="float32")
+        reference = AutoModelForCausalLM.from_pretrained(arguments.policy, dtype="float32")
     if arguments.value_model is None:
         value_model = value_model_of(member, next(iter(routed)))  # of an ensemble the last member's
     else:

@@ -13,14 +13,16 @@ from transformers import AutoTokenizer
 
 from dmoerm_trl import DMoERMForSequenceClassification, Formatter
 from dmoerm_trl.evaluation.scoring import score_one
+from dmoerm_trl.modeling.loading import loading
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="score.py")
     parser.add_argument("model", help="Folder or hub name of a DMoERM.")
     name = parser.parse_args(argv).model
-    model = DMoERMForSequenceClassification.from_pretrained(name)
-    formatter = Formatter.for_model(model.config, AutoTokenizer.from_pretrained(name), max_length=1024)
+    with loading(name, "a DMoERM"):
+        model = DMoERMForSequenceClassification.from_pretrained(name)
+        formatter = Formatter.for_model(model.config, AutoTokenizer.from_pretrained(name), max_length=1024)
     prompt = [{"role": "user", "content": "I am a bit lonely, even football did not help."}]
     for response in ("That sounds hard, tell me more. How about tomorrow.", "Noted for later, stop your whining."):
         output = score_one(model, formatter.encode(prompt, response))

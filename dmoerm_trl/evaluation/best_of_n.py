@@ -16,9 +16,11 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from ..files import write_json, write_text
 from ..rl.rollout import PolicySource
 from ..tasks import slug
 from .best_of_n_curves import BestOfNCurves, best_of_n_curves, default_grid, pooled_moments
+from .explain import cell
 from .response_files import import_responses
 from .response_store import RESPONSES, ResponseStore, worker_pool, write_responses, write_scores
 from .scorers import AGGREGATIONS, ScorerSource, file_digest, weights_digest
@@ -57,11 +59,9 @@ class BestOfN:
     def save(self, folder: str | os.PathLike) -> Path:
         """Writes `best_of_n.md`, `.json` and `.png`, and `winners.md` (table 11); returns the folder."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "best_of_n.md").write_text(str(self), encoding="utf-8")
-        content = {**self.curves.to_dict(), "distinct": self.distinct}
-        (folder / "best_of_n.json").write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-        (folder / "winners.md").write_text(self.winners_markdown(), encoding="utf-8")
+        write_text(folder / "best_of_n.md", str(self))
+        write_json(folder / "best_of_n.json", {**self.curves.to_dict(), "distinct": self.distinct})
+        write_text(folder / "winners.md", self.winners_markdown())
         self.curves.plot(folder / "best_of_n.png")
         return folder
 
@@ -75,10 +75,10 @@ class BestOfN:
         """The chosen texts, a table a prompt, as in the paper's table 11."""
         parts = []
         for number, prompt in enumerate(self.prompts):
-            lines = [f"## {_one_line(prompt)}", "", "| reward model | n | proxy | gold | response |"]
+            lines = [f"## {_shown(prompt)}", "", "| reward model | n | proxy | gold | response |"]
             lines.append("| --- | ---: | ---: | ---: | --- |")
             lines += [
-                f"| {w.reward_model} | {w.n:,} | {w.proxy:+.3f} | {w.gold:+.3f} | {_one_line(w.text)} |"
+                f"| {cell(w.reward_model)} | {w.n:,} | {w.proxy:+.3f} | {w.gold:+.3f} | {_shown(w.text)} |"
                 for w in self.winners
                 if w.prompt == number
             ]
@@ -242,9 +242,9 @@ def _winners(
             yield Winner(prompt, name, n, store.text(prompt, best), float(proxy[best]), float(gold[best]))
 
 
-def _one_line(text: str) -> str:
-    """As a cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
+def _shown(text: str) -> str:
+    """What a model or a user wrote, as a cell of a Markdown table in which no HTML of theirs is read."""
+    return cell(text).replace("<", "&lt;")
 
 
 def _digest(values: Iterable[Any]) -> str:

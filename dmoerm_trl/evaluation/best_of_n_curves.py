@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import save_figure
 from .best_of_n_estimate import best_of_n, win_share
-from .explain import display_width, pad
+from .explain import cell, display_width, pad
 from .kl import best_of_n_kl_bound
 from .overoptimisation import OveroptimisationFit, fit_overoptimisation
 
@@ -145,10 +146,7 @@ class BestOfNCurves:
             raise ImportError("the curves need matplotlib, which is missing: `pip install matplotlib`.") from error
         figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
         self.draw(figure)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        return path
+        return save_figure(figure, path)
 
     def draw(self, figure: Any) -> None:
         """[`plot`] on a figure, or a part of one, of matplotlib's."""
@@ -251,6 +249,7 @@ def _root(kl: Any) -> Any:
 
 def markdown_table(rows: list[list[str]]) -> str:
     """A Markdown table of padded cells, whose first row is the header."""
+    rows = [[cell(text) for text in row] for row in rows]
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     header, *body = (
         "| " + " | ".join(pad(cell, width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows

@@ -4,6 +4,8 @@ import math
 import textwrap
 from pathlib import Path
 
+from ..files import save_figure
+
 _CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Micro Hei", "Microsoft YaHei", "PingFang SC", "SimHei")
 
 
@@ -71,10 +73,7 @@ def plot_accuracy_curves(histories: dict[str, list[dict]], path: str | Path) -> 
         "steps" + textwrap.fill(note, 34 * columns, replace_whitespace=False), fontsize=11, fontfamily=fonts
     )
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
 def _curve(logs: list[dict], key: str) -> list[tuple[int, float]]:

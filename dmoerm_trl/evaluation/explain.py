@@ -3,6 +3,8 @@
 import textwrap
 import unicodedata
 
+from ..messages import printable
+
 _WIDTH = 96  # columns of the terminal that an explanation fills
 _INDENT = 10  # columns of the names at the left
 _LINES = 3  # lines of a prompt or a response before it is cut
@@ -44,6 +46,11 @@ def explanation(
     return "\n".join(lines)
 
 
+def cell(text: str) -> str:
+    """A text as a cell of a Markdown table: on one line, and unable to end the cell or to steer a terminal."""
+    return printable(" ".join(text.split())).replace("|", "\\|")
+
+
 def pad(text: str, width: int) -> str:
     """Fills `text` with spaces to `width` columns of a terminal, where a Chinese character takes two."""
     return text + " " * (width - display_width(text))
@@ -70,6 +77,7 @@ def _field(name: str, text: str, keep_end: bool = False) -> list[str]:
 
 def _bars(title: str, values: dict[str, float], spec: str) -> list[str]:
     """A heading and a bar a value. A full bar is 1, or the largest size if that is above 1; hatched is negative."""
+    values = {cell(name): value for name, value in values.items()}
     names = max(display_width(name) for name in (title, *values))
     scale = max(1.0, *(abs(value) for value in values.values()))
     lines = [title]

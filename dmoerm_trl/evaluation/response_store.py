@@ -144,7 +144,9 @@ class ResponseStore:
             )
         if manifest.get(part) != now:
             self.root.mkdir(parents=True, exist_ok=True)
-            _write_whole(path, lambda file: file.write(json.dumps({**manifest, part: now}, indent=2).encode()))
+            _write_whole(
+                path, lambda file: file.write(json.dumps({**manifest, part: now}, indent=2, allow_nan=False).encode())
+            )
 
 
 def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
@@ -272,18 +274,15 @@ def _bounds(store: ResponseStore) -> range:
 
 def _score(store: ResponseStore, part: str, scorer: Source, row: dict, shard: Shard, places: np.ndarray) -> int:
     texts = store.read(RESPONSES, shard, "response").take(places).to_pylist()
-    scores = _loaded(scorer)(row, texts) if texts else torch.empty(0)
+    try:
+        scores = _loaded(scorer)(row, texts) if texts else torch.empty(0)
+    except ValueError as error:
+        raise ValueError(f"{part}: {error} It was scoring responses to prompt {shard.prompt}.") from error
     if scores.shape != (len(texts),):
         raise ValueError(
             f"{part}: got scores of shape {tuple(scores.shape)} for {len(texts)} responses, need one score a response."
         )
     scores = scores.float()
-    if len(bad := (~scores.isfinite()).nonzero()):
-        place = int(bad[0])
-        raise ValueError(
-            f"{part}: got the score {scores[place].item()} for {texts[place]!r}, a response to prompt {shard.prompt}, need "
-            "finite numbers because NaN and inf have no order: look for NaN in the weights, or set `dtype: float32`."
-        )
     store.write(part, shard, score=scores.numpy())
     return len(texts)
 

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from ..data.formatting import Encoding, Formatter
 from ..modeling.configuration import DMoERMConfig
+from ..modeling.finite import WAY_OUT, check_rewards
+from ..modeling.loading import loading
 from ..rl.rollout import check_chat_template, check_dtype
 from .ensembles import mean_reward, uncertainty_weighted_reward, worst_case_reward
 from .scoring import map_encodings, score_encodings
@@ -53,11 +55,23 @@ class ScorerSource:
         check_dtype(self.dtype)
 
     def load(self) -> Scorer:
+        """
+        The scorer, which raises a `ValueError` for a score that is NaN or infinite.
+        """
         if self.name == LENGTH:
             return lambda row, responses: torch.tensor([float(len(response)) for response in responses])
         if self.is_program:
-            return _function(self.name)
-        return _reward_model(self.name, self.max_length, getattr(torch, self.dtype))
+            score, way_out = _function(self.name), f"mend what {self.name} returns"
+        else:
+            way_out = WAY_OUT
+            score = _reward_model(self.name, self.max_length, getattr(torch, self.dtype))
+
+        def finite_score(row: dict, responses: Sequence[str]) -> Tensor:
+            scores = score(row, responses)
+            check_rewards(scores, responses, what="the score", way_out=way_out)
+            return scores
+
+        return finite_score
 
     @property
     def is_program(self) -> bool:
@@ -67,7 +81,10 @@ class ScorerSource:
     @property
     def is_standardised(self) -> bool:
         """Whether the scores have the scale that training gave them: a DMoERM holds its mean and deviation."""
-        return not self.is_program and isinstance(AutoConfig.from_pretrained(self.name), DMoERMConfig)
+        if self.is_program:
+            return False
+        with loading(self.name, "a reward model"):
+            return isinstance(AutoConfig.from_pretrained(self.name), DMoERMConfig)
 
     def settings(self) -> dict[str, Any]:
         """What the scores depend on."""
@@ -128,14 +145,15 @@ def _function(name: str) -> Scorer:
 
 
 def _reward_model(name: str, max_length: int, dtype: torch.dtype) -> Scorer:
-    model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
+    with loading(name, "a reward model"):
+        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     if model.config.num_labels != 1:
         raise ValueError(
             f"{name}: got num_labels={model.config.num_labels}, need 1 because a reward model gives one reward a text: "
             "this one is a classifier, or was loaded without its head."
         )
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(name)
     if isinstance(model.config, DMoERMConfig):
         formatter = Formatter.for_model(model.config, tokenizer, max_length)
 

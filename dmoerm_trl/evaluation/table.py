@@ -1,14 +1,14 @@
 """The consistency table (the paper's table 3): a row a method, a column a task, then the others and all of them."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.rows import PreferenceRow
+from ..files import write_json, write_text
 from ..tasks import OTHERS, OVERALL
 from .consistency import agreement, pooled
-from .explain import display_width, pad
+from .explain import cell, display_width, pad
 
 CEILING = "ceiling"
 """The row of the gold reward's own consistency with the noisy labels: no reward model can be expected above it."""
@@ -68,10 +68,11 @@ class Table:
             for column in self.columns
         }
         places = {column: sorted(set(values), key=float, reverse=True)[:2] for column, values in printed.items()}
-        contest = [["method", *self.columns]]
-        contest += [[method, *(self._text(method, c, places[c]) for c in self.columns)] for method in methods]
-        apart = [["for comparison", *self.columns]]
-        apart += [[m, *(self._text(m, c, []) for c in self.columns)] for m in self.cells if m not in methods]
+        columns = [cell(column) for column in self.columns]
+        contest = [["method", *columns]]
+        contest += [[cell(method), *(self._text(method, c, places[c]) for c in self.columns)] for method in methods]
+        apart = [["for comparison", *columns]]
+        apart += [[cell(m), *(self._text(m, c, []) for c in self.columns)] for m in self.cells if m not in methods]
         apart += [["pairs", *(str(self.pairs.get(column, "–")) for column in self.columns)]]
 
         widths = [max(display_width(text) for text in column) for column in zip(*contest, *apart, strict=True)]
@@ -88,10 +89,8 @@ class Table:
         (the output of [`Table.to_dict`]), `pairs` (column -> number) and `confidence`. Returns both paths.
         """
         markdown, content = Path(f"{path_prefix}.md"), Path(f"{path_prefix}.json")
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(self.to_markdown(), encoding="utf-8")
-        report = {"consistency": self.to_dict(), "pairs": self.pairs, "confidence": self.confidence}
-        content.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        write_text(markdown, self.to_markdown())
+        write_json(content, {"consistency": self.to_dict(), "pairs": self.pairs, "confidence": self.confidence})
         return markdown, content
 
     def _text(self, method: str, column: str, places: list[str]) -> str:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ..data.formatting import Formatter
 from ..evaluation.scorers import ScorerSource, file_digest, weights_digest
 from ..modeling.forest import passes
+from ..modeling.loading import loading
 from ..rl.reward_functions import TextRewards
 from ..rl.rollout import check_chat_template, check_dtype
 from .judges import Answer, JudgeError, Question
@@ -55,12 +56,14 @@ class ModelJudge:
         check_dtype(dtype)
         self.batch_size, self._max_length, self._tokens_per_batch = batch_size, max_length, tokens_per_batch
         self._template = Template(template, example=example)
-        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        with loading(model, "a causal language model"):
+            self._tokenizer = AutoTokenizer.from_pretrained(model)
         check_chat_template(self._tokenizer)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval().to(device)
+        with loading(model, "a causal language model"):
+            self._model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval().to(device)
         self.identity = {
             "kind": "model",
             "model": model,
@@ -191,7 +194,8 @@ class RewardJudge(_ScoreJudge):
             raise ValueError(f"got model={model!r}, need a reward model: judge by the kind 'function' instead.")
         self.batch_size = batch_size
         self.identity = {"kind": "reward_model", **source.settings()}
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        with loading(model, "a reward model"):
+            tokenizer = AutoTokenizer.from_pretrained(model)
         if source.is_standardised:
             dmoerm = AutoModelForSequenceClassification.from_pretrained(model, dtype=getattr(torch, dtype))
             self._formatter = Formatter.for_model(dmoerm.config, tokenizer, max_length)

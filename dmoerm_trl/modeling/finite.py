@@ -4,8 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+WAY_OUT = "load the reward model in float32 or bfloat16, or mend its checkpoint"
 
-def check_rewards(values: Tensor, of: Sequence[str] | None = None, *, what: str = "reward") -> None:
+
+def check_rewards(
+    values: Tensor, of: Sequence[str] | None = None, *, what: str = "reward", way_out: str = WAY_OUT
+) -> None:
     """
     Checks what is about to be given out as rewards or scores.
 
@@ -13,6 +17,7 @@ def check_rewards(values: Tensor, of: Sequence[str] | None = None, *, what: str 
         values (`Tensor` of shape (N,)): one number a text.
         of (`Sequence[str]`, *optional*): the N responses, which a message quotes; their places if absent.
         what (`str`): what the numbers are.
+        way_out (`str`): what the message says to do.
 
     Raises:
         ValueError: if one of them is NaN or infinite.
@@ -24,5 +29,5 @@ def check_rewards(values: Tensor, of: Sequence[str] | None = None, *, what: str 
     text = f"text {first + 1} of {len(values)}" if of is None else f"the response {of[first][:80]!r}"
     raise ValueError(
         f"got {what} {float(values[first])} for {text}{others}, need a number, because a reward that is none spoils its whole "
-        "batch: load the reward model in float32 or bfloat16, or mend its checkpoint."
+        f"batch: {way_out}."
     )

@@ -17,6 +17,7 @@ from .embedding import embeddings
 from .experts import adapter_name, add_experts
 from .finite import check_rewards
 from .inner import InnerModel
+from .loading import loading
 from .placing import OTHERS, BasesNotRead, Device, bases_of_checkpoint, task_devices
 from .pretrained import DMoERMPreTrainedModel, check_finite
 from .quantised import check_full_precision
@@ -318,7 +319,8 @@ class DMoERMForSequenceClassification(DMoERMPreTrainedModel):
         if isinstance(base, str):
             name, options = base, {"trust_remote_code": trust_remote_code, "dtype": config.pop("dtype", "float32")}
             options["quantization_config"] = config.pop("quantization_config", None)  # refused below
-            base, report = AutoModel.from_pretrained(name, output_loading_info=True, **options)
+            with loading(name, "a base model"):
+                base, report = AutoModel.from_pretrained(name, output_loading_info=True, **options)
             if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):  # not used
                 raise ValueError(
                     f"{name}: got a checkpoint without {len(missing)} weights of {type(base).__name__} (such as "

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..evaluation.best_of_n_curves import legend_above, style_panel
+from ..files import save_figure
 from .monitor import read_monitor
 
 Estimator = Literal["k1", "k2", "k3"]
@@ -38,10 +39,7 @@ def plot_policy_curves(
     draw_policy_curves(
         figure, {method: read_seeds(method, files) for method, files in runs.items()}, estimator=estimator
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return save_figure(figure, path)
 
 
 def draw_policy_curves(

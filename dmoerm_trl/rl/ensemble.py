@@ -9,6 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..evaluation.scorers import AGGREGATIONS
+from ..modeling.configuration import DMoERMConfig
+from ..modeling.loading import loading
 from ..modeling.modeling import DMoERMForSequenceClassification
 
 
@@ -88,7 +90,7 @@ def load_reward_model(
         ValueError: if the mapping is another, or the members' tokenizers differ.
     """
     if isinstance(spec, str):
-        return DMoERMForSequenceClassification.from_pretrained(spec), AutoTokenizer.from_pretrained(spec)
+        return _load(spec)
     if not (
         isinstance(spec, Mapping) and len(spec) == 1 and next(iter(spec)) in AGGREGATIONS and next(iter(spec.values()))
     ):
@@ -96,15 +98,19 @@ def load_reward_model(
             f"got the reward model {spec}, need a folder, a hub name, or one of {list(AGGREGATIONS)} with a list of members."
         )
     ((name, members),) = spec.items()
-    tokenizers = [AutoTokenizer.from_pretrained(member) for member in members]
+    models, tokenizers = zip(*map(_load, members), strict=True)
     for member, tokenizer in zip(members, tokenizers, strict=True):
         if _language(tokenizer) != _language(tokenizers[0]):
             raise ValueError(
                 f"got the members {members[0]} and {member} with tokenizers that differ in vocabulary or chat template, need "
                 "one for all, because all read the same token ids: train the members on one base."
             )
-    models = [DMoERMForSequenceClassification.from_pretrained(member) for member in members]
-    return RewardEnsemble(models, AGGREGATIONS[name]), tokenizers[0]
+    return RewardEnsemble(list(models), AGGREGATIONS[name]), tokenizers[0]
+
+
+def _load(name: str) -> tuple[DMoERMForSequenceClassification, PreTrainedTokenizerBase]:
+    with loading(name, "a DMoERM", DMoERMConfig.model_type):
+        return DMoERMForSequenceClassification.from_pretrained(name), AutoTokenizer.from_pretrained(name)
 
 
 def _language(tokenizer: PreTrainedTokenizerBase) -> tuple:

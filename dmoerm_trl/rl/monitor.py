@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from ..data.formatting import Formatter
 from ..evaluation.kl import KLEstimate, policy_kl
+from ..files import write_text, writing
 from ..training.distributed import is_main
 from .reward_functions import TextScorer
 from .sampling import log_probs, sample
@@ -86,10 +87,7 @@ class PolicyMonitor(TrainerCallback):
         kept = read_monitor(self.path) if state.global_step else []
         kept = [line for line in kept if line["step"] <= state.global_step]
         if is_main():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            partial.replace(self.path)
+            write_text(self.path, "".join(map(_json_line, kept)))
         (measured,) = _from_main(state.global_step in {line["step"] for line in kept})
         if not measured:
             self._measure_at(state.global_step, model)
@@ -104,8 +102,8 @@ class PolicyMonitor(TrainerCallback):
             policy = getattr(model, "policy", model)  # PPO trains policy and value model in one module
             line = {"step": step} | self.measure(policy, self.path.parent / "responses" / f"{step}.jsonl")
             if is_main():
-                with self.path.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(_json_line(line))
 
     @torch.no_grad()
     def measure(self, policy: PreTrainedModel, responses_to: Path | None = None) -> dict[str, float]:
@@ -178,7 +176,7 @@ def repetition(tokens: Sequence[int], n: int = 4) -> float:
 def read_monitor(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a monitor's file, none if there is no file. A last line that a kill left unfinished is passed over."""
     path = Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
@@ -189,11 +187,13 @@ def read_responses(path: str | Path) -> tuple[list[list[dict]], list[str]]:
 
 
 def _write_responses(path: Path, prompts: list, texts: list[str], names: list[str], rewards: list[tuple]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with writing(path) as file:
         for prompt, text, values in zip(prompts, texts, rewards, strict=True):
-            row = {"prompt": prompt, "response": text} | dict(zip(names, values, strict=True))
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(_json_line({"prompt": prompt, "response": text} | dict(zip(names, values, strict=True))))
+
+
+def _json_line(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _from_main(*values: Any) -> list[Any]:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from ..data.formatting import Formatter
+from ..modeling.loading import loading
 from .sampling import sample
 
 Sampler = Callable[[list[dict], int, int], list[str]]
@@ -205,7 +206,8 @@ class PolicySource:
         check_dtype(self.dtype)
 
     def load(self) -> Sampler:
-        tokenizer = AutoTokenizer.from_pretrained(self.name)
+        with loading(self.name, "a causal language model"):
+            tokenizer = AutoTokenizer.from_pretrained(self.name)
         check_chat_template(tokenizer)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -213,7 +215,8 @@ class PolicySource:
         options = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "top_p": self.top_p}
         if self.backend == "vllm":
             return vllm_sampler(self.name, formatter, **options, dtype=self.dtype)
-        policy = AutoModelForCausalLM.from_pretrained(self.name, dtype=getattr(torch, self.dtype))
+        with loading(self.name, "a causal language model"):
+            policy = AutoModelForCausalLM.from_pretrained(self.name, dtype=getattr(torch, self.dtype))
         policy = policy.to("cuda" if torch.cuda.is_available() else "cpu")
         return sampler(policy, formatter, **options, batch_size=self.batch_size)
 

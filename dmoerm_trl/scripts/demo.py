@@ -22,6 +22,7 @@ from ..evaluation.methods import method_scores, router_accuracy
 from ..evaluation.scorers import AGGREGATIONS
 from ..evaluation.scoring import score_encodings
 from ..evaluation.table import CEILING, Table, consistency_table
+from ..files import write_json
 from ..rl.ppo import ppo_classes, ppo_trainer
 from ..rl.rollout import PolicySource, generate
 from ..tasks import OTHERS
@@ -84,7 +85,7 @@ def demo(arguments: DemoArguments, recipe: Recipe) -> dict[str, Any]:
         "seconds": seconds | {f"training: {name}": value for name, value in run.manifest["seconds"].items()},
     }
     path = run.root / "summary.json"
-    path.write_text(json.dumps(summary, indent=2))
+    write_json(path, summary)
     print(f"table: {run.root / 'consistency.md'}\ncurves: {run.root / 'accuracy_curves.png'}")
     print(f"best of n: {run.root / 'best_of_n' / 'best_of_n.png'}")
     print(f"model: {run.root / 'model'}\nsummary: {path}\nseconds: {sum(seconds.values()):.0f}")
@@ -119,9 +120,9 @@ def make_world_and_base(arguments: DemoArguments, recipe: Recipe, world: World) 
     if not (base / "config.json").exists():
         temporary = base.with_name(base.name + ".tmp")
         train_tiny_base(world.texts(arguments.base_texts), temporary, seed=recipe.seed, **arguments.base)
-        (temporary / record.name).write_text(json.dumps(settings))
+        write_json(temporary / record.name, settings)
         temporary.rename(base)
-    elif not record.exists() or json.loads(record.read_text()) != settings:
+    elif not record.exists() or json.loads(record.read_text(encoding="utf-8")) != settings:
         raise ValueError(f"{base}: got a base of another seed or size, {need}: name another place by `base_model`.")
 
 

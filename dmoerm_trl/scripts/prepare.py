@@ -23,6 +23,8 @@ from ..data.prepare.sets import SETS
 from ..data.rows import LoadReport, parse_row, records_of, write_rows
 from ..evaluation.scoring import route_encodings
 from ..files import write_text
+from ..modeling.configuration import DMoERMConfig
+from ..modeling.loading import loading
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..tasks import TaskTable
 
@@ -192,7 +194,8 @@ def _preparation(arguments: PrepareArguments, report: LoadReport) -> Preparation
 
 
 def _token_counter(tokenizer: str) -> Callable[[PreferenceRow], list[int]]:
-    formatter = Formatter(AutoTokenizer.from_pretrained(tokenizer), sys.maxsize)
+    with loading(tokenizer, "a tokenizer", config=False):
+        formatter = Formatter(AutoTokenizer.from_pretrained(tokenizer), sys.maxsize)
     return lambda row: [len(encoding.input_ids) for encoding in formatter.encode_responses(row.prompt, row.responses)]
 
 
@@ -211,14 +214,15 @@ def _written(path: str | Path) -> Iterator[PreferenceRow]:
 
 def _router(source: str, table: TaskTable | None) -> Callable[[Sequence[list[dict]]], list[str]]:
     """Prompts -> the task that the router of a DMoERM sends each to."""
-    model = DMoERMForSequenceClassification.from_pretrained(source)
+    with loading(source, "a DMoERM", DMoERMConfig.model_type):
+        model = DMoERMForSequenceClassification.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     tasks = list(model.config.tasks)
     if table is not None and (unknown := [task for task in tasks if task not in table.tasks]):
         raise ValueError(
             f"`router`: got {source}, whose tasks {unknown} `tasks` does not have, need some of {list(table.tasks)} because "
             "rows get them: give `tasks` the table that it was trained with."
         )
-    tokenizer = AutoTokenizer.from_pretrained(source)
     formatter = Formatter.for_model(model.config, tokenizer, tokenizer.model_max_length)
     if model.model.router is not None:
         model.model.router.to("cuda" if torch.cuda.is_available() else "cpu")

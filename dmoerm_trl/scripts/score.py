@@ -7,18 +7,22 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
+from ..arguments import Parser
 from ..data.formatting import Formatter
 from ..data.rows import load_rows
 from ..evaluation.explain import explanation
 from ..evaluation.scoring import points_of, route_encodings, score_capabilities
+from ..files import check_writable, writing
+from ..modeling.configuration import DMoERMConfig
+from ..modeling.loading import loading
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..modeling.quantised import quantization
 from ..tasks import TaskTable
@@ -105,30 +109,22 @@ def describe(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser((ScoreArguments,), prog="dmoerm score", description=__doc__)
-    (arguments,) = parser.parse_args_into_dataclasses(argv)
+    parser = Parser((ScoreArguments,), prog="dmoerm score", description=__doc__)
+    (arguments,) = parser.parse(argv)
     one = arguments.prompt is not None and arguments.response is not None
-    if one == (arguments.rows is not None):
-        parser.error("got neither or both, need either --prompt and --response, or --rows.")
+    if one == (arguments.rows is not None) or (arguments.prompt is None) != (arguments.response is None):
+        parser.error("got neither or both, need either --prompt and --response, or --rows")
     if arguments.explain and arguments.output is not None:
-        parser.error("got --explain and --output, need one of them, because explanations are printed: leave one out.")
+        parser.error("got --explain and --output, need one of them, because explanations are printed: leave one out")
+    if arguments.output is not None:
+        check_writable(arguments.output, inputs=[arguments.rows, arguments.tasks])
+    tasks = TaskTable.load(arguments.tasks)
     processes = launched_processes()
-    model = DMoERMForSequenceClassification.from_pretrained(
-        arguments.model,
-        dtype=arguments.dtype,
-        device_map=processes.device,
-        resident_tasks=arguments.resident_tasks,
-        quantization_config=quantization(
-            arguments.load_in_4bit,
-            arguments.load_in_8bit,
-            torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32,
-        ),
-    )
-    formatter = Formatter.for_model(model.config, AutoTokenizer.from_pretrained(arguments.model), arguments.max_length)
+    model, formatter = _load(arguments, processes)
     if one:
         texts = [([{"role": "user", "content": arguments.prompt}], arguments.response)]
     else:
-        rows, report = load_rows(arguments.rows, tasks=TaskTable.load(arguments.tasks))
+        rows, report = load_rows(arguments.rows, tasks=tasks)
         if processes.is_main_process:
             print(report, file=sys.stderr)
         if not rows:
@@ -140,16 +136,29 @@ def main(argv: list[str] | None = None) -> None:
     processes.destroy_process_group()
 
 
+def _load(arguments: ScoreArguments, processes: PartialState) -> tuple[DMoERMForSequenceClassification, Formatter]:
+    with loading(arguments.model, "a DMoERM", DMoERMConfig.model_type):
+        model = DMoERMForSequenceClassification.from_pretrained(
+            arguments.model,
+            dtype=arguments.dtype,
+            device_map=processes.device,
+            resident_tasks=arguments.resident_tasks,
+            quantization_config=quantization(
+                arguments.load_in_4bit,
+                arguments.load_in_8bit,
+                torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32,
+            ),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    return model, Formatter.for_model(model.config, tokenizer, arguments.max_length)
+
+
 def _write(arguments: ScoreArguments, texts: list[tuple[list[dict], str]], described: list[dict[str, Any]]) -> None:
-    lines = []
-    for (prompt, response), scores in zip(texts, described, strict=True):
-        if arguments.explain:
+    if arguments.explain:
+        for (prompt, response), scores in zip(texts, described, strict=True):
             print(explanation(prompt[-1]["content"], response, **scores))
-        else:
-            lines.append(json.dumps({"prompt": prompt, "response": response, **scores}, ensure_ascii=False))
-    if arguments.output is not None:
-        partial = Path(arguments.output + ".partial")
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.replace(arguments.output)
-    elif lines:
-        print("\n".join(lines))
+        return
+    with nullcontext(sys.stdout) if arguments.output is None else writing(arguments.output) as file:
+        for (prompt, response), scores in zip(texts, described, strict=True):
+            line = {"prompt": prompt, "response": response, **scores}
+            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")

@@ -24,6 +24,7 @@ from ..modeling.assembly import assemble, export_expert, with_task
 from ..modeling.card import write_model_card
 from ..modeling.configuration import DMoERMConfig
 from ..modeling.experts import check_target_modules
+from ..modeling.loading import loading
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..modeling.quantised import quantization
 from ..modeling.router import Router
@@ -99,9 +100,10 @@ class Pipeline:
 
     @cached_property
     def formatter(self) -> Formatter:
-        tokenizer = AutoTokenizer.from_pretrained(
-            self.recipe.base_model, trust_remote_code=self.recipe.trust_remote_code
-        )
+        with loading(self.recipe.base_model, "a base model"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.recipe.base_model, trust_remote_code=self.recipe.trust_remote_code
+            )
         return Formatter(tokenizer, self.recipe.max_length, self.recipe.score_thinking)
 
     def rows(self, *parts: str, task: str = OVERALL) -> list[PreferenceRow]:
