@@ -112,6 +112,9 @@ WARNINGS = ("'pin_memory' argument is set as true but no accelerator is found",)
 def _speaking(debug: bool) -> Iterator[None]:
     """Within it warnings are a line each, foreign noise is silent, and one progress bar is there at a time."""
     streams = sys.stdout, sys.stderr
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):  # whatever the locale is, as in the files
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     sys.stdout, sys.stderr = (_Plain(stream) if stream.isatty() else stream for stream in streams)
     try:
         with warnings.catch_warnings():

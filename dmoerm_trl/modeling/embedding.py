@@ -90,7 +90,7 @@ def way_of(backbone: PreTrainedModel) -> Way | None:
         ways = _ways.setdefault(backbone, {})
         if kind not in ways:
             ways[kind], reason = _try(backbone, [] if lora is None else list(lora.lora_A)[:1] * 2)
-            if ways[kind] is None:
+            if ways[kind] is None and reason:
                 warnings.warn(
                     f"{type(backbone).__name__} is run once for each expert and text, because packed texts do not fit it: "
                     f"{reason}. The rewards are right, but slower than they could be.",
@@ -101,7 +101,7 @@ def way_of(backbone: PreTrainedModel) -> Way | None:
 
 @torch.no_grad()
 def _try(backbone: PreTrainedModel, adapters: list[str]) -> tuple[Way | None, str]:
-    """The way, or None and the reason."""
+    """The way, or None and the reason; none where its embeddings are no numbers, which is an error of the rewards."""
     config = backbone.config.get_text_config()
     pad = getattr(config, "pad_token_id", None)
     tokens = [token for token in range(config.vocab_size) if token != pad]
@@ -115,6 +115,8 @@ def _try(backbone: PreTrainedModel, adapters: list[str]) -> tuple[Way | None, st
     reasons = []
     with _quiet(backbone), torch.autocast(ids.device.type, enabled=False):
         plain = _one_by_one(backbone, adapters, ids, lengths)
+        if not plain.isfinite().all():
+            return None, ""
         with active_expert(backbone, None):
             first, second = backbone(input_ids=ids).last_hidden_state[:, :MIN_SHARED]
         causal = torch.equal(first, second)  # a wrong answer would be found out below

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -87,6 +88,10 @@ def _problem(name: str, error: Exception) -> str:
     if path.is_dir():
         if not any(any(path.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "tekken.json")):
             return "got a folder without a tokenizer"
+        if "trust_remote_code" in str(error):
+            return "got a model that brings code of its own"
+        if isinstance(error, UnpicklingError):
+            return "got a pickle that holds more than weights"
         return f"got a folder that cannot be read ({reason(error)})"
     causes = list(_causes(error))
     if any(isinstance(cause, HFValidationError) for cause in causes):
@@ -101,6 +106,8 @@ def _problem(name: str, error: Exception) -> str:
 
 
 def _way_out(name: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "where you trust that code, and there is a setting for it, set `trust_remote_code: true`"
     if Path(name).is_dir():
         return "save it again with `save_pretrained`, model and tokenizer in one folder"
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in _causes(error)):

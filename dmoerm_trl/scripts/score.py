@@ -4,6 +4,7 @@ machines the rows are shared: `accelerate launch -m dmoerm_trl.cli score --model
 """
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -118,11 +119,16 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("got --explain and --output, need one of them, because explanations are printed: leave one out")
     if arguments.output is not None:
         check_writable(arguments.output, inputs=[arguments.rows, arguments.tasks])
+    if one:
+        try:  # in a locale that is not UTF-8 the bytes of an option stand in its text
+            prompt, response = (os.fsencode(text).decode() for text in (arguments.prompt, arguments.response))
+        except UnicodeError as error:
+            parser.error(f"got a prompt or a response that is not UTF-8 ({error}), need text")
     tasks = TaskTable.load(arguments.tasks)
     processes = launched_processes()
     model, formatter = _load(arguments, processes)
     if one:
-        texts = [([{"role": "user", "content": arguments.prompt}], arguments.response)]
+        texts = [([{"role": "user", "content": prompt}], response)]
     else:
         rows, report = load_rows(arguments.rows, tasks=tasks)
         if processes.is_main_process:
