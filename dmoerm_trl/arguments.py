@@ -89,9 +89,9 @@ class Parser(HfArgumentParser):
             if key not in self.hints:
                 if pass_over_unknown:
                     continue
+                nearest = _nearest(key, self.hints) or "."
                 raise ValueError(
-                    f"{place}: got the key {key!r}, need one that `{self.prog} --help` lists, and it has no "
-                    f"--{key}{_nearest(key, self.hints)}."
+                    f"{place}: got the key {key!r}, need one that `{self.prog} --help` lists, and it has no --{key}{nearest}"
                 )
             try:
                 values[key] = fit(value, self.hints[key])
@@ -102,7 +102,10 @@ class Parser(HfArgumentParser):
             action.required = action.required and action.dest not in values
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}.\n`{self.prog} --help` lists the options.\n")
+        self.exit(
+            2,
+            f"{self.prog}: error: {message.rstrip('.?')}{'?' if message.endswith('?') else '.'}\n`{self.prog} --help` lists the options.\n",
+        )
 
 
 def fit(value: Any, hint: Any) -> Any:

@@ -8,6 +8,7 @@ import logging
 import os
 import select
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -174,10 +175,13 @@ DELAY = 3
 
 @contextmanager
 def _one_bar() -> Iterator[None]:
-    """Within it a progress bar that runs within another one is shown as text at the end of that one's line."""
+    """
+    Within it a progress bar appears after [`DELAY`] seconds, and one that runs within another is shown as text at the end of
+    that one's line.
+    """
     from tqdm.std import tqdm
 
-    create = tqdm.__init__
+    create, refresh = tqdm.__init__, tqdm.refresh
 
     @functools.wraps(create)
     def create_within(bar: Any, *args: Any, **options: Any) -> None:
@@ -187,11 +191,18 @@ def _one_bar() -> Iterator[None]:
         create(bar, *args, **{"delay": DELAY, **options})
         bar.is_outer = outer is None and not bar.disable
 
-    tqdm.__init__ = create_within
+    @functools.wraps(refresh)
+    def refresh_late(bar: Any, *args: Any, **options: Any) -> Any:
+        if bar.disable or time.time() < bar.start_t + bar.delay:
+            return None
+        bar.delay = 0  # so that it ends its line when it is closed
+        return refresh(bar, *args, **options)
+
+    tqdm.__init__, tqdm.refresh = create_within, refresh_late
     try:
         yield
     finally:
-        tqdm.__init__ = create
+        tqdm.__init__, tqdm.refresh = create, refresh
 
 
 class _EndOfLine:

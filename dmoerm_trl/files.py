@@ -93,7 +93,7 @@ def check_writable(path: str | os.PathLike, *, inputs: Iterable[str | os.PathLik
                 f"{path}: got a file to write that is read too, need another one, because it would be lost: name another place."
             )
     try:
-        if path.is_dir():
+        if not path.name or path.is_dir():
             raise IsADirectoryError("it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)

@@ -10,7 +10,9 @@ SHOWN = 600
 
 
 def raised_here(error: BaseException) -> bool:
-    """Whether an error was raised by this package, so that its message is meant for the user."""
+    """Whether an error was raised by this package on purpose, so that its message is meant for the user."""
+    if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):  # or a fault of ours
+        return False
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
 

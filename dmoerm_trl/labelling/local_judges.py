@@ -197,7 +197,8 @@ class RewardJudge(_ScoreJudge):
         with loading(model, "a reward model"):
             tokenizer = AutoTokenizer.from_pretrained(model)
         if source.is_standardised:
-            dmoerm = AutoModelForSequenceClassification.from_pretrained(model, dtype=getattr(torch, dtype))
+            with loading(model, "a reward model"):
+                dmoerm = AutoModelForSequenceClassification.from_pretrained(model, dtype=getattr(torch, dtype))
             self._formatter = Formatter.for_model(dmoerm.config, tokenizer, max_length)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._rewards = TextRewards(dmoerm.to(device), self._formatter)

@@ -52,7 +52,13 @@ class DemoArguments:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser((DemoArguments, Recipe), prog="dmoerm demo", description=__doc__)
     parser.set_defaults(config=RECIPE)
-    arguments, recipe = parser.parse(argv)
+    try:
+        arguments, recipe = parser.parse(argv)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"got {error.filename!r}, which does not exist, need the demo's recipe: start it in a checkout of the repository, or "
+            "name one by --config."
+        ) from error
     demo(arguments, recipe)
 
 

@@ -45,6 +45,10 @@ class EvalArguments:
             self.judges = json.loads(self.judges) if isinstance(self.judges, str) else self.judges or {}
         except json.JSONDecodeError as error:
             raise ValueError(f"`judges`: got {self.judges!r}, need JSON: {error}.") from error
+        if not isinstance(self.judges, dict) or not all(isinstance(judge, dict) for judge in self.judges.values()):
+            raise ValueError(
+                f"`judges`: got {self.judges!r}, need name -> `kind` and its settings, see recipes/LABELLING.md."
+            )
 
 
 def evaluate(

@@ -22,7 +22,7 @@ from ..data.prepare.reading import open_set
 from ..data.prepare.sets import SETS
 from ..data.rows import LoadReport, parse_row, records_of, write_rows
 from ..evaluation.scoring import route_encodings
-from ..files import write_text
+from ..files import check_writable, write_text
 from ..modeling.configuration import DMoERMConfig
 from ..modeling.loading import loading
 from ..modeling.modeling import DMoERMForSequenceClassification
@@ -107,6 +107,8 @@ class PrepareArguments:
                 setattr(self, name, json.loads(value) if isinstance(value, str) else value or {})
             except json.JSONDecodeError as error:
                 raise ValueError(f"`{name}`: got {value!r}, need JSON: {error}.") from error
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"`{name}`: got {value!r}, need names and values: write a mapping.")
         if isinstance(self.split, str):
             self.split = [self.split]
         if self.dataset not in SETS:
@@ -144,6 +146,9 @@ def prepare(arguments: PrepareArguments) -> dict[str, PartAudit]:
         Split -> what is in its rows.
     """
     output, report = Path(arguments.output), LoadReport(arguments.source)
+    inputs = [arguments.source, arguments.tasks, *(arguments.against or ())]
+    for split in arguments.split:
+        check_writable(arguments.path(split), inputs=inputs)
     preparation = _preparation(arguments, report)
     tokens = None if arguments.tokenizer is None else _token_counter(arguments.tokenizer)
     against = {path: Counter(row.prompt_id for row in _written(path)) for path in arguments.against or ()}

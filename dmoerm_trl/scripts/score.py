@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -40,7 +40,7 @@ class ScoreArguments:
     rows: str | None = field(default=None, metadata={"help": "Preference rows, see recipes/DATA.md."})
     tasks: str = field(default="paper", metadata={"help": "The rows' tasks: 'paper', 'paper-zh', or a YAML file."})
     output: str | None = field(default=None, metadata={"help": "JSONL file for the scores; printed if absent."})
-    dtype: str = field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
         metadata={"help": "Of the bases: the checkpoint's, 'float32' or 'bfloat16'; heads stay in fp32."},
     )
@@ -143,17 +143,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _load(arguments: ScoreArguments, processes: PartialState) -> tuple[DMoERMForSequenceClassification, Formatter]:
+    computing = torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32
+    quantised = quantization(arguments.load_in_4bit, arguments.load_in_8bit, computing)
     with loading(arguments.model, "a DMoERM", DMoERMConfig.model_type):
         model = DMoERMForSequenceClassification.from_pretrained(
             arguments.model,
             dtype=arguments.dtype,
             device_map=processes.device,
             resident_tasks=arguments.resident_tasks,
-            quantization_config=quantization(
-                arguments.load_in_4bit,
-                arguments.load_in_8bit,
-                torch.bfloat16 if arguments.dtype == "bfloat16" else torch.float32,
-            ),
+            quantization_config=quantised,
         )
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     return model, Formatter.for_model(model.config, tokenizer, arguments.max_length)

@@ -17,6 +17,12 @@ class WorldArguments:
     rows_of_others: int = field(default=60, metadata={"help": "Rows that belong to none of the tasks."})
     seed: int = field(default=0, metadata={"help": "Seed of the world."})
 
+    def __post_init__(self):
+        if min(self.rows_per_task, self.rows_of_others) < 0 or not self.rows_per_task + self.rows_of_others:
+            raise ValueError(
+                f"got rows_per_task={self.rows_per_task} and rows_of_others={self.rows_of_others}, need at least 0, and a row."
+            )
+
 
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = Parser((WorldArguments,), prog="dmoerm world", description=__doc__).parse(argv)
