@@ -175,5 +175,5 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-    found = get_close_matches(name, list(names), n=1)
+    found = get_close_matches(name, list(names), n=1, cutoff=0.7)
     return f": did you mean {found[0]}?" if found else ""

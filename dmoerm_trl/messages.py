@@ -1,5 +1,6 @@
 """What others wrote, in messages of ours: errors of libraries, and texts that could steer a terminal."""
 
+import sys
 import traceback
 from pathlib import Path
 
@@ -10,11 +11,12 @@ SHOWN = 600
 
 
 def raised_here(error: BaseException) -> bool:
-    """Whether an error was raised by this package on purpose, so that its message is meant for the user."""
+    """Whether an error was raised on purpose by this package or the program that uses it: its message is for the user."""
     if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):  # or a fault of ours
         return False
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
+    places = PACKAGE, getattr(sys.modules.get("__main__"), "__file__", None) or PACKAGE
+    return bool(frames) and any(Path(frames[-1].filename).is_relative_to(place) for place in places)
 
 
 def reason(error: BaseException) -> str:

@@ -153,6 +153,8 @@ def run_best_of_n(
     sources = {name: ScorerSource(name, max_length, dtype) for name in names}
     parts = {name: f"scores/{slug(name)}" for name in sources}
 
+    for source in sources.values():
+        source.check()
     store = ResponseStore(output_dir, len(rows), n, shard_size)
     if from_file:
         responses = {"file": os.fspath(policy), "gold": gold == GOLD_OF_FILE, "sha256": file_digest([Path(policy)])}

@@ -86,6 +86,17 @@ class ScorerSource:
         with loading(self.name, "a reward model"):
             return isinstance(AutoConfig.from_pretrained(self.name), DMoERMConfig)
 
+    def check(self) -> None:
+        """
+        Looks whether there is such a scorer, before anything is paid for what it shall score.
+
+        Raises:
+            ValueError: if not.
+        """
+        if self.is_program and self.name != LENGTH:
+            _function_of(self.name)
+        self.is_standardised  # noqa: B018  (reads the configuration)
+
     def settings(self) -> dict[str, Any]:
         """What the scores depend on."""
         if self.name == LENGTH:
