@@ -133,14 +133,19 @@ def _speaking(debug: bool) -> Iterator[None]:
                 yield
     finally:
         sys.stdout, sys.stderr = streams
+        _silence()
 
 
 def _says_something(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith(NOISE[record.name])
 
 
-for _name in NOISE:
-    logging.getLogger(_name).addFilter(_says_something)
+def _silence() -> None:
+    for name in NOISE:
+        logging.getLogger(name).addFilter(_says_something)
+
+
+_silence()
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 
@@ -187,13 +192,13 @@ def _one_bar() -> Iterator[None]:
     def create_within(bar: Any, *args: Any, **options: Any) -> None:
         outer = next((other for other in list(tqdm._instances) if getattr(other, "is_outer", False)), None)
         if outer is not None and not options.get("disable"):
-            options |= {"file": _EndOfLine(outer), "bar_format": "{desc}{n_fmt}/{total_fmt}", "position": 0}
+            options |= {"file": _EndOfLine(outer), "bar_format": "{desc} {n_fmt}/{total_fmt}", "position": 0}
         create(bar, *args, **{"delay": DELAY, **options})
         bar.is_outer = outer is None and not bar.disable
 
     @functools.wraps(refresh)
     def refresh_late(bar: Any, *args: Any, **options: Any) -> Any:
-        if bar.disable or time.time() < bar.start_t + bar.delay:
+        if bar.disable or bar.delay > 0 and time.time() < bar.start_t + bar.delay:
             return None
         bar.delay = 0  # so that it ends its line when it is closed
         return refresh(bar, *args, **options)

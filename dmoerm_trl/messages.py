@@ -1,5 +1,6 @@
 """What others wrote, in messages of ours: errors of libraries, and texts that could steer a terminal."""
 
+import json
 import sys
 import traceback
 from pathlib import Path
@@ -22,17 +23,15 @@ def raised_here(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """What a foreign error says, on one line of bounded length."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN].rstrip()} …"
 
 
 def printable(text: str) -> str:
     """
-    A text that cannot steer a terminal: what is not printable in it, but ends of lines and tabs, is written as Python and
-    JSON would escape it.
+    A text that cannot steer a terminal: what is not printable in it, but ends of lines and tabs, is escaped as in JSON.
     """
     return "".join(c if c.isprintable() or c in "\n\r\t" else _escaped(c) for c in text)
 
 
 def _escaped(character: str) -> str:
-    number = ord(character)
-    return f"\\u{number:04x}" if number < 0x10000 else character.encode("unicode_escape").decode()
+    return f"\\u{ord(character):04x}" if character < "\U00010000" else json.dumps(character)[1:-1]

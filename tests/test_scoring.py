@@ -5,11 +5,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import PROMPTS, RESPONSES, bert_config, chat, make_dmoerm, padded
+from transformers import pipeline
 
+from dmoerm_trl.cli import main
 from dmoerm_trl.data.formatting import Encoding, Formatter
 from dmoerm_trl.data.rows import PreferenceRow
-from dmoerm_trl.evaluation.scoring import map_encodings, score_encodings, score_one, score_rows
+from dmoerm_trl.evaluation.scorers import ScorerSource
+from dmoerm_trl.evaluation.scoring import (
+    map_encodings,
+    points_of,
+    score_capabilities,
+    score_encodings,
+    score_one,
+    score_rows,
+)
 from dmoerm_trl.modeling import embedding
+from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
+from dmoerm_trl.rl.reward_functions import TextRewards, gold_rewards
+from dmoerm_trl.scripts.score import describe
 
 RESPONSES_OF_EACH = [text + ending for text in RESPONSES for ending in ("", " Well.", " And so on, and so on.")]
 
@@ -172,3 +185,123 @@ def test_processes_that_divide_the_texts_differently_are_an_error(dmoerm, encodi
     options = {"pad_token_id": tokenizer.pad_token_id, "tokens_per_batch": 200, "processes": processes}
     with pytest.raises(RuntimeError, match="got processes that divide the texts differently"):
         map_encodings(lambda ids, mask, lengths: lengths, encodings, **options)
+
+
+# Rewards that are no numbers.
+
+
+@pytest.fixture
+def overflowing(tokenizer, tmp_path):
+    """A folder whose finite weights overflow in half precision, as those of some public models do."""
+    model = make_dmoerm(tokenizer)
+    for base in model.model.backbones.values():
+        base.norm.weight.data.fill_(60_000.0)
+        for layer in base.layers:
+            layer.post_attention_layernorm.weight.data.mul_(3e3)
+    model.half().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+REFUSED = r"got (the score|reward) nan for .*, need a number, because .*: load the reward model in float32 or bfloat16"
+
+
+@pytest.fixture
+def half(overflowing) -> DMoERMForSequenceClassification:
+    return DMoERMForSequenceClassification.from_pretrained(overflowing)
+
+
+def ways_to_a_reward(folder, model, formatter) -> dict:
+    """Name -> a call that gives one reward or more."""
+    prompt, responses = [{"role": "user", "content": "Hi?"}], ["All is well.", "No."]
+    encodings = [formatter.encode(prompt, response) for response in responses]
+    row = PreferenceRow(prompt, responses, [1, 2], "maths")
+    pad = formatter.tokenizer.pad_token_id
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([encodings[0].input_ids])).logits
+
+    def by_pipeline() -> list:
+        return pipeline("text-classification", model=model, tokenizer=formatter.tokenizer)(
+            chat(formatter.tokenizer, "Hi?", "All is well.")[1]
+        )
+
+    return {
+        "score_encodings": lambda: score_encodings(model, encodings, pad_token_id=pad),
+        "score_rows": lambda: score_rows(model, [row], formatter),
+        "score_one": lambda: score_one(model, encodings[0]),
+        "score_capabilities": lambda: score_capabilities(model, encodings, pad_token_id=pad),
+        "describe": lambda: describe(model, formatter, [(prompt, response) for response in responses]),
+        "TextRewards": lambda: TextRewards(model, formatter)([prompt, prompt], responses),
+        "ScorerSource": lambda: ScorerSource(str(folder), dtype="float16").load()({"prompt": prompt}, responses),
+        "forward": forward,
+        "pipeline": by_pipeline,
+        "dmoerm score": lambda: main(["score", "--model", str(folder), "--prompt", "Hi?", "--response", "No."]),
+        "gold_rewards": lambda: gold_rewards("test_scoring:no_number", [{"prompt": prompt}], max_length=64)(
+            [prompt], ["No."]
+        ),
+    }
+
+
+def no_number(*, response: str, **_: object) -> float:
+    return float("nan")
+
+
+WAYS = ["score_encodings", "score_rows", "score_one", "score_capabilities", "describe", "TextRewards", "ScorerSource",
+        "forward", "pipeline", "dmoerm score"]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_a_reward_refuses_one_that_is_no_number(overflowing, half, tokenizer, way, recwarn, capsys):
+    formatter = Formatter(tokenizer, 256)
+    with pytest.raises(ValueError, match=REFUSED):
+        ways_to_a_reward(overflowing, half, formatter)[way]()
+    assert "NaN" not in capsys.readouterr().out
+    assert not [warning for warning in recwarn if "The rewards are right" in str(warning.message)]
+    whole = DMoERMForSequenceClassification.from_pretrained(overflowing, dtype="float32")
+    if way not in ("ScorerSource", "dmoerm score"):
+        ways_to_a_reward(overflowing, whole, formatter)[way]()
+
+
+def test_the_response_is_named(half, tokenizer):
+    formatter = Formatter(tokenizer, 256)
+    with pytest.raises(ValueError, match="got reward nan for the response 'All is well.' and 1 more, need a number"):
+        ways_to_a_reward(None, half, formatter)["score_rows"]()
+
+
+def test_a_function_that_returns_no_number_is_to_be_mended(half, tokenizer):
+    with pytest.raises(
+        ValueError, match="got the score nan for the response 'No.'.*: mend what test_scoring:no_number"
+    ):
+        ways_to_a_reward(None, half, Formatter(tokenizer, 256))["gold_rewards"]()
+
+
+def test_a_gradient_may_be_taken_of_whatever_comes(half, tokenizer):
+    """A diverged training is the trainer's to see."""
+    ids = torch.tensor([tokenizer(chat(tokenizer, "Hi?", "No.")[1]).input_ids])
+    assert half(ids).logits.isnan().all()
+    with torch.no_grad():
+        assert half(ids, finite=False).logits.isnan().all()
+
+
+def test_a_score_of_a_point_may_be_missing_but_not_broken(dmoerm, tokenizer):
+    formatter = Formatter(tokenizer, 256)
+    encodings = [formatter.encode([{"role": "user", "content": prompt}], "Well.") for prompt in PROMPTS.values()]
+    options = {"pad_token_id": tokenizer.pad_token_id, "responses": ["Well."] * 3}
+    found = score_capabilities(dmoerm, encodings, **options)
+    points = points_of(dmoerm)
+    for route, scores in zip(found.routes.tolist(), found.scores, strict=True):
+        own = list(dmoerm.config.tasks.values())[route]
+        assert [point in own for point in points] == (~scores.isnan()).tolist()
+    inner = dmoerm.model.inner_models["maths"]
+    next(iter(inner.expert_heads.parameters())).data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="got score for 'correctness' nan for the response 'Well.', need a number"):
+        score_capabilities(dmoerm, encodings, **options)
+
+
+def test_a_router_that_gives_no_probability_is_an_error(dmoerm, tokenizer, encodings):
+    for weight in dmoerm.model.router.parameters():
+        weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="got probabilities of the router nan for text 1 of 27"):
+        score_encodings(dmoerm, encodings, pad_token_id=tokenizer.pad_token_id)
