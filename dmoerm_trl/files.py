@@ -86,7 +86,7 @@ def check_writable(path: str | os.PathLike, *, inputs: Iterable[str | os.PathLik
     Raises:
         ValueError: if it cannot, or is a folder or an input.
     """
-    path, partial = Path(path), partial_path(path)
+    path = Path(path)
     for read in inputs:
         if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
             raise ValueError(
@@ -95,6 +95,7 @@ def check_writable(path: str | os.PathLike, *, inputs: Iterable[str | os.PathLik
     try:
         if not path.name or path.is_dir():
             raise IsADirectoryError("it is a folder")
+        partial = partial_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
         os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL))

@@ -1,11 +1,13 @@
 """Files that appear whole or not at all."""
 
+import json
 import os
 import stat
 
 import pytest
+from matplotlib.figure import Figure
 
-from dmoerm_trl.files import check_writable, partial_path, write_text, writing
+from dmoerm_trl.files import check_writable, partial_path, save_figure, write_json, write_text, writing
 
 
 def test_a_file_appears_whole_in_a_folder_that_is_made(tmp_path):
@@ -70,3 +72,30 @@ def test_what_cannot_be_written_is_found_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         check_writable(tmp_path / "file" / "a")
+
+
+def test_json_has_no_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"幽默": [1.5, None]})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"幽默": [1.5, None]}
+    with pytest.raises(ValueError, match=r"a\.json: got a number that is NaN or infinite"):
+        write_json(tmp_path / "a.json", {"mean": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"幽默": [1.5, None]}
+
+
+@pytest.mark.parametrize(("name", "starts"), [("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a", b"\x89PNG")])
+def test_a_figure_is_written_in_the_format_of_its_name(tmp_path, name, starts):
+    save_figure(Figure(), tmp_path / "new" / name)
+    assert (tmp_path / "new" / name).read_bytes().startswith(starts)
+    assert os.listdir(tmp_path / "new") == [name]
+
+
+def test_an_input_is_not_written_over_by_whatever_name(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("precious")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "rows.jsonl")
+    check_writable(tmp_path / "scores.jsonl", inputs=[tmp_path / "rows.jsonl", None, "paper", "some/hub-name"])
+    for path in (tmp_path / "rows.jsonl", tmp_path / "." / "rows.jsonl", tmp_path / "link.jsonl"):
+        with pytest.raises(ValueError, match="got a file to write that is read too, need another one"):
+            check_writable(path, inputs=["paper", tmp_path / "rows.jsonl"])
+    with pytest.raises(ValueError, match="cannot be written"):
+        check_writable("")
+    assert (tmp_path / "rows.jsonl").read_text() == "precious"

@@ -209,6 +209,51 @@ def test_world_writes_rows(tmp_path, capsys):
     assert "ceiling" in capsys.readouterr().out
 
 
+@pytest.fixture
+def scored(dmoerm, tokenizer, tmp_path) -> list[str]:
+    """A command that scores two responses."""
+    dmoerm.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    row = {"prompt": "Hi?", "responses": ["幽默", "\x1b[2J"], "ranks": [1, 2]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    return ["score", "--model", str(tmp_path / "model"), "--rows", str(tmp_path / "rows.jsonl")]
+
+
+def test_scores_go_to_a_new_folder_and_follow_no_link(scored, tmp_path, capsys):
+    assert main(scored) == 0
+    printed = capsys.readouterr().out
+    output = tmp_path / "new" / "scores.jsonl"
+    assert main([*scored, "--output", str(output)]) == 0
+    assert output.read_text(encoding="utf-8") == printed
+    assert [json.loads(line)["response"] for line in printed.splitlines()] == ["幽默", "\x1b[2J"]
+    assert [path.name for path in output.parent.iterdir()] == ["scores.jsonl"]
+
+    (tmp_path / "precious").write_text("mine")
+    for name in ("scores.jsonl.partial", ".scores.jsonl.partial"):
+        (output.parent / name).symlink_to(tmp_path / "precious")
+    output.unlink()
+    assert main([*scored, "--output", str(output)]) == 0
+    assert (tmp_path / "precious").read_text() == "mine" and not output.is_symlink()
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_work(scored, tmp_path, monkeypatch):
+    monkeypatch.setattr("dmoerm_trl.scripts.score.DMoERMForSequenceClassification", None)  # nothing is loaded
+    for output, says in (
+        (tmp_path, "it is a folder"),
+        (tmp_path / "rows.jsonl", "that is read too"),
+        (tmp_path / "rows.jsonl" / "scores.jsonl", "cannot be written"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            main([*scored, "--output", str(output)])
+    assert (tmp_path / "rows.jsonl").read_text().startswith('{"prompt"')
+
+
+def test_an_explanation_cannot_steer_the_terminal(scored, capsys):
+    assert main([*scored, "--explain"]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "[2J" in printed
+
+
 @pytest.mark.slow
 def test_the_example_scores_with_the_demos_model(demo, capsys, monkeypatch):
     run, _ = demo

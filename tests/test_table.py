@@ -168,3 +168,12 @@ def test_explanation_counts_what_it_cuts_and_lets_no_control_character_through()
     assert "response  start [2J" in text and "more characters)" in text.split("response")[1]
     assert "\x1b" not in text
     assert max(map(display_width, text.splitlines())) <= 96
+
+
+def test_a_name_cannot_break_the_table_or_steer_a_terminal():
+    rows = [PreferenceRow([{"role": "user", "content": "Hi?"}], ["a", "b"], [1, 2], "maths")]
+    table = consistency_table({"a|b\x1b[2J\nc": [[1.0, 0.0]]}, rows, ["maths"]).to_markdown()
+    assert "| a\\|b\\u001b[2J c |" in table and "\x1b" not in table
+    scores = {"nan|\x9b": 0.5}
+    shown = explanation("Hi?", "a", 0.1, "ma\x1bths", {"x\x1b]0;y\x07": 1.0}, scores)
+    assert all(line.isprintable() for line in shown.splitlines())
