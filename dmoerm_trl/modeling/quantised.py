@@ -31,7 +31,7 @@ def quantization(
     if not (load_in_4bit or load_in_8bit):
         return None
     if load_in_4bit and load_in_8bit:
-        raise ValueError("got load_in_4bit and load_in_8bit, need one of them: leave the other out.")
+        raise ValueError("load_in_4bit and load_in_8bit are both True, need one of them: leave the other out.")
     _check_installed()
     return BitsAndBytesConfig(
         load_in_4bit=load_in_4bit,

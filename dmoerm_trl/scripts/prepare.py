@@ -146,12 +146,11 @@ def prepare(arguments: PrepareArguments) -> dict[str, PartAudit]:
         Split -> what is in its rows.
     """
     output, report = Path(arguments.output), LoadReport(arguments.source)
-    inputs = [arguments.source, arguments.tasks, *(arguments.against or ())]
-    for split in arguments.split:
-        check_writable(arguments.path(split), inputs=inputs)
     preparation = _preparation(arguments, report)
     tokens = None if arguments.tokenizer is None else _token_counter(arguments.tokenizer)
     against = {path: Counter(row.prompt_id for row in _written(path)) for path in arguments.against or ()}
+    for split in arguments.split:
+        check_writable(arguments.path(split), inputs=[arguments.source, arguments.tasks, *against])
     audits: dict[str, PartAudit] = {}
     for split in arguments.split:
         audits[split] = PartAudit(tokens, language_of if can_tell_languages() else None)
