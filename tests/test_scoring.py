@@ -20,6 +20,7 @@ from dmoerm_trl.evaluation.scoring import (
     score_rows,
 )
 from dmoerm_trl.modeling import embedding
+from dmoerm_trl.modeling.finite import nan_allowed
 from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
 from dmoerm_trl.rl.reward_functions import TextRewards, gold_rewards
 from dmoerm_trl.scripts.score import describe
@@ -281,8 +282,8 @@ def test_a_gradient_may_be_taken_of_whatever_comes(half, tokenizer):
     """A diverged training is the trainer's to see."""
     ids = torch.tensor([tokenizer(chat(tokenizer, "Hi?", "No.")[1]).input_ids])
     assert half(ids).logits.isnan().all()
-    with torch.no_grad():
-        assert half(ids, finite=False).logits.isnan().all()
+    with torch.no_grad(), nan_allowed():
+        assert half(ids).logits.isnan().all()
 
 
 def test_a_score_of_a_point_may_be_missing_but_not_broken(dmoerm, tokenizer):

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..data.formatting import Encoding, Formatter
 from ..data.rows import PreferenceRow
-from ..modeling.finite import check_rewards
+from ..modeling.finite import check_rewards, nan_allowed
 from ..modeling.forest import passes
 from ..modeling.modeling import DMoERMForSequenceClassification, DMoERMModel, DMoERMOutput
 
@@ -144,7 +144,8 @@ def score_encodings(
     routes = route_encodings(model, encodings, pad_token_id=pad_token_id).argmax(1).tolist()
 
     def rewards(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
-        return model(input_ids, attention_mask, prompt_lengths=prompt_lengths, finite=False).logits[:, 0]
+        with nan_allowed():
+            return model(input_ids, attention_mask, prompt_lengths=prompt_lengths).logits[:, 0]
 
     options |= {"pad_token_id": pad_token_id, "device": model.device, "groups": routes}
     found = map_encodings(rewards, encodings, **options)
@@ -190,7 +191,8 @@ def score_capabilities(
     points = points_of(model)
 
     def columns(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
-        output = model(input_ids, attention_mask, prompt_lengths=prompt_lengths, finite=False)
+        with nan_allowed():
+            output = model(input_ids, attention_mask, prompt_lengths=prompt_lengths)
         scores = [output.capability_scores[point] for point in points]
         return torch.stack([column.float() for column in (output.logits[:, 0], output.route, *scores)], 1)
 

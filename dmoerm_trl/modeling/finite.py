@@ -1,8 +1,12 @@
 """Rewards that are numbers, or an error: NaN and infinity have no order, and one of them spoils a batch's mean."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import Tensor
+
+_nan_allowed = ContextVar("nan_allowed", default=False)
 
 WAY_OUT = "load the reward model in float32 or bfloat16, or mend its checkpoint"
 
@@ -31,3 +35,18 @@ def check_rewards(
         f"got {what} {float(values[first])} for {text}{others}, need a number, because a reward that is none spoils its whole "
         f"batch: {way_out}."
     )
+
+
+@contextmanager
+def nan_allowed() -> Iterator[None]:
+    """Within it a model gives out whatever rewards come: to a trainer, which sees that it diverges, or to one who checks them."""
+    token = _nan_allowed.set(True)
+    try:
+        yield
+    finally:
+        _nan_allowed.reset(token)
+
+
+def is_nan_allowed() -> bool:
+    """Whether this is within [`nan_allowed`]."""
+    return _nan_allowed.get()

@@ -15,7 +15,7 @@ from .configuration import DMoERMConfig
 from .dividing import divide, over_processes, whole
 from .embedding import embeddings
 from .experts import adapter_name, add_experts
-from .finite import check_rewards
+from .finite import check_rewards, is_nan_allowed
 from .inner import InnerModel
 from .loading import loading
 from .placing import OTHERS, BasesNotRead, Device, bases_of_checkpoint, task_devices
@@ -230,20 +230,16 @@ class DMoERMForSequenceClassification(DMoERMPreTrainedModel):
         self.score = nn.Identity()  # PPO applies it to `hidden_states[-1]`, which holds the reward already
         self.post_init()
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, finite: bool = True, **kwargs: Any
-    ) -> DMoERMOutput:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> DMoERMOutput:
         """
         Takes what [`DMoERMModel`] takes.
 
-        Args:
-            finite (`bool`): whether a reward that is NaN or infinite is an error, where no gradient is wanted.
-
         Raises:
-            ValueError: for such a reward.
+            ValueError: where no gradient is wanted, for a reward that is NaN or infinite; but not within
+                [`~dmoerm_trl.modeling.finite.nan_allowed`].
         """
         output = self.model(input_ids, attention_mask, **kwargs)
-        if finite and not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or is_nan_allowed()):
             check_rewards(output.logits[:, 0])
         return output
 

@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import RewardConfig, RewardTrainer
 
+from ..modeling.finite import nan_allowed
 from .batches import TokenBatches, collate_ranked, distinct_tokens
 from .distributed import check_checkpoint, check_engine, check_installed, start_deepspeed, whole_after
 
@@ -213,7 +214,9 @@ class RankedRewardTrainer(RewardTrainer):
         """Runs the model: one of `rankings` -> the rewards, its pairs and the groups, as [`ranking_loss`] takes them."""
         inputs = dict(inputs)
         pairs, groups = inputs.pop("pairs"), inputs.pop("groups")
-        return {"": (model(**inputs, finite=False).logits.squeeze(-1), pairs[:, 1:], groups)}
+        with nan_allowed():
+            rewards = model(**inputs).logits
+        return {"": (rewards.squeeze(-1), pairs[:, 1:], groups)}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
