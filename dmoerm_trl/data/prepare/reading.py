@@ -11,6 +11,7 @@ from typing import Any
 from datasets import DatasetDict, load_dataset, load_dataset_builder, load_from_disk
 from datasets.data_files import EmptyDatasetError
 
+from ...messages import reason
 from ..preference_row import RowError, short
 from ..records import KINDS, Record, Records, is_file, kind_of
 
@@ -42,6 +43,8 @@ def open_set(
         ValueError: if it is empty, or does not have the split.
     """
     path = Path(source)
+    if not source.strip():
+        raise ValueError(f"got {source!r}, need a file ending in {', '.join(KINDS)}, a folder or a hub name.")
     if is_file(path) and not path.stat().st_size:
         raise ValueError(f"got {source!r}, an empty file, need one with examples.")
     if is_file(path) and kind_of(path):
@@ -59,9 +62,15 @@ def open_set(
     if path.is_dir():
         return Records.of_files(source, _files_of(source, split, name, data_dir))
     settings = {"data_dir": data_dir, "split": split, "revision": revision, "streaming": streaming}
-    dataset = load_dataset(source, name, **settings)
-    if getattr(getattr(dataset, "info", None), "builder_name", None) == "csv":  # "NA" and the like are words
-        dataset = load_dataset(source, name, **settings, keep_default_na=False, na_values=[""])
+    try:
+        dataset = load_dataset(source, name, **settings)
+        if getattr(getattr(dataset, "info", None), "builder_name", None) == "csv":  # "NA" and the like are words
+            dataset = load_dataset(source, name, **settings, keep_default_na=False, na_values=[""])
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"got {source!r}, no file or folder, and a dataset on the hub that cannot be read ({reason(error)}): mend the name, or "
+            "name a file."
+        ) from error
     return Records.of_dataset(source, dataset)
 
 
@@ -71,6 +80,11 @@ def _files_of(source: str, split: str, name: str | None, data_dir: str | None) -
         files = load_dataset_builder(source, name, data_dir=data_dir).config.data_files
     except EmptyDatasetError as error:
         raise ValueError(f"got {source!r}, a folder without files ending in {', '.join(KINDS)}, need some.") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"got {source!r}, a folder that cannot be read ({reason(error)}), need one with files ending in {', '.join(KINDS)}, and "
+            "no others: name a file."
+        ) from error
     if split not in files:
         raise _no_split(source, split, files)
     if other := [path for path in files[split] if not kind_of(Path(path))]:
