@@ -189,6 +189,7 @@ class DMoERMModel(DMoERMPreTrainedModel):
                 rewards = rewards.index_put((rows,), inner.reward(z))
                 for name, score in zip(points, inner.capability_scores(z).unbind(1), strict=True):
                     scores[name] = scores[name].index_put((rows,), score)
+        rewards = rewards.masked_fill(probabilities.isnan().any(1, keepdim=True), torch.nan)  # it has no route
         everywhere = rewards.unsqueeze(1).expand(-1, input_ids.shape[1], -1)
         return DMoERMOutput(
             logits=rewards,
