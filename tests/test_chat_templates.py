@@ -109,13 +109,8 @@ def test_one_text_has_one_reward_and_one_route_whoever_rendered_it(name, tmp_pat
             if "<think>" in tokenizer.decode(opened[-4:]):
                 response = response.removeprefix("<think>\n")  # the prompt has opened them
             policys = tokenizer(response, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-            pair = {
-                "chosen": turns_for(template, [answer(response)]),
-                "rejected": turns_for(template, [answer("six")]),
-            }
-            args = RewardConfig(
-                str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_length=None, disable_tqdm=True
-            )
+            pair = {"chosen": turns_for(template, [answer(response)]), "rejected": turns_for(template, [answer("six")])}
+            args = RewardConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_length=None, disable_tqdm=True)
             rows = Dataset.from_list([{"prompt": turns_for(template, chat), **pair}])
             trainer = RewardTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
             ids = {

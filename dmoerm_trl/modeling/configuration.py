@@ -98,8 +98,8 @@ class DMoERMConfig(PreTrainedConfig):
         kwargs.setdefault("problem_type", "regression")  # so that `pipeline` returns the reward as it is
         kwargs.setdefault("num_labels", 1)
         super().__init__(**kwargs)
-        self.backbone_config = _as_config(backbone_config)  # last: the line above would reset their attention
-        self.router_config = _as_config(router_config)
+        self.backbone_config = as_config(backbone_config)  # last: the line above would reset their attention
+        self.router_config = as_config(router_config)
         self.check()
 
     def check(self) -> None:
@@ -198,7 +198,8 @@ def adapter_name(task: str, point: str) -> str:
     return f"{slug(task)}__{slug(point)}"
 
 
-def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
+def as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
+    """A backbone's configuration, of what stands in config.json too."""
     if not isinstance(config, dict):
         return config
     config = dict(config)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .checkpoint import check_floating, safetensors_files
+from .checkpoint import check_floating, stored_weights
 from .configuration import DMoERMConfig
 from .embedding import checkpoint_as_now
 from .inner import InnerModel
@@ -55,10 +55,10 @@ class DMoERMPreTrainedModel(PreTrainedModel):
                     "checkpoint that has exactly the weights of its config.json, because a head or an expert drawn at "
                     "random gives wrong rewards: save it again with `save_pretrained`, or correct `tasks` in the config."
                 )
-        check_floating(model.name_or_path, safetensors_files(model.name_or_path, kwargs), model)
+        check_floating(model.name_or_path, stored_weights(model.name_or_path, kwargs), model)
         check_finite(model)
         for module in model.modules():
-            if isinstance(module, InnerModel):
+            if isinstance(module, InnerModel) and not module.reward_std.is_meta:
                 module.check_normalisation()
         return (model, info) if report else model
 
