@@ -1,6 +1,7 @@
 """A DMoERM put together from what the phases leave behind, and taken apart again."""
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,8 +15,12 @@ from transformers import PreTrainedModel
 from ..tasks import slug
 from .experts import adapter_name, lora_config
 from .modeling import DMoERMForSequenceClassification
+from .pretrained import check_finite
 from .quantised import check_full_precision
 from .router import Router
+
+SCALE = ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
+"""The settings of a PEFT adapter that decide what its weights add to the base's."""
 
 
 def with_experts(base: DMoERMForSequenceClassification, points: Sequence[str]) -> DMoERMForSequenceClassification:
@@ -51,7 +56,7 @@ def add_experts_to(
         adapters (`dict`): capability point -> folder of the expert, an ordinary PEFT adapter of `base`.
 
     Raises:
-        ValueError: if a folder does not hold exactly the weights of such an expert.
+        ValueError: if a folder does not hold exactly the weights of such an expert, as finite floating-point numbers.
     """
     (task,) = base.config.tasks
     model = with_experts(base, list(adapters))
@@ -59,11 +64,13 @@ def add_experts_to(
         names = expert_names(model, task, point)
         weights = load_peft_weights(str(folder), device="cpu")
         saved = PeftConfig.from_pretrained(str(folder))
-        settings = {"r": model.config.lora_rank, "lora_alpha": model.config.lora_alpha}
-        odd = [name for name, value in settings.items() if getattr(saved, name) != value]
+        settings = lora_config(model.config, model.model.backbones[model.model.backbone_key(task)])
+        odd = [name for name in SCALE if getattr(saved, name, None) != getattr(settings, name)]
         shapes = {name: model.get_parameter(own).shape for own, name in names.items()}
         odd += sorted(
-            name for name in weights.keys() | shapes if name not in weights or weights[name].shape != shapes.get(name)
+            name
+            for name in weights.keys() | shapes
+            if name not in weights or weights[name].shape != shapes.get(name) or not weights[name].is_floating_point()
         )
         if odd:
             raise ValueError(
@@ -71,6 +78,7 @@ def add_experts_to(
                 f"{odd[0]!r}), need one trained on this base with the same LoRA settings: train phase 2 again."
             )
         model.load_state_dict({own: weights[name] for own, name in names.items()}, strict=False)
+    check_finite(model)
     return model.eval()
 
 
@@ -154,7 +162,7 @@ def expert_names(model: PreTrainedModel, task: str, point: str) -> dict[str, str
     head = f"{inner}expert_heads.{slug(point)}."
     names = {}
     for name in _state(model, task):
-        if f".{adapter}." in name:
+        if re.search(rf"\.lora_[AB]\.{adapter}\.", name):
             names[name] = "base_model.model." + name.replace(f".{adapter}.", ".")
         elif name.startswith(head):
             names[name] = f"base_model.model.{inner}base_head.{name.removeprefix(head)}"
@@ -169,7 +177,11 @@ def _part(model: DMoERMForSequenceClassification, task: str, points: list[str]) 
         part = DMoERMForSequenceClassification(config)
     state, wanted = _state(model, task), part.state_dict()
     if not points:  # the base's weights stand inside PEFT's layers
-        state = {name.replace(".base_layer.", "."): value for name, value in state.items()}
+        inside = f"model.backbones.{model.model.backbone_key(task)}."
+        state = {
+            inside + name.removeprefix(inside).replace("base_layer.", "") if name.startswith(inside) else name: value
+            for name, value in state.items()
+        }
         # the aggregator's normalisation is not the base's
         state |= {name: wanted[name] for name in wanted if name.endswith(("reward_mean", "reward_std"))}
     copies = {name: state[name].detach().cpu().clone() for name in wanted}

@@ -1,5 +1,6 @@
 """The model card that stands beside a saved model."""
 
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -41,7 +42,7 @@ def write_model_card(model: DMoERMForSequenceClassification, folder: str | Path)
     config, inner_models = model.config, model.model.inner_models.values()
     points = any(config.tasks.values())
     rows = [
-        f"| {task} | {', '.join(names) or 'none'} | {float(inner.reward_mean):.4g}, {float(inner.reward_std):.4g} |"
+        f"| {_plain(task)} | {_plain(', '.join(names)) or 'none'} | {float(inner.reward_mean):.4g}, {float(inner.reward_std):.4g} |"
         for (task, names), inner in zip(config.tasks.items(), inner_models, strict=True)
     ]
     text = TEXT.format(
@@ -51,10 +52,10 @@ def write_model_card(model: DMoERMForSequenceClassification, folder: str | Path)
         else "A single reward model, without experts.",
         name=Path(folder).name,
         tasks="\n".join(rows),
-        base=config.backbone_config.model_type,
+        base=_plain(config.backbone_config.model_type),
         rank=config.lora_rank,
         alpha=config.lora_alpha,
-        modules=", ".join(config.lora_target_modules),
+        modules=_plain(", ".join(config.lora_target_modules)),
         activation=config.activation,
         thoughts=_thoughts(config),
     )
@@ -62,6 +63,12 @@ def write_model_card(model: DMoERMForSequenceClassification, folder: str | Path)
         library_name="transformers", pipeline_tag="text-classification", tags=["trl", "dmoerm", "reward-model"]
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(Path(folder) / "README.md")
+
+
+def _plain(text: str) -> str:
+    """A text as Markdown that shows it as it is: one line, no markup, no HTML, no link."""
+    visible = "".join(character if character.isprintable() else " " for character in text)
+    return re.sub(r"([\\`*\[\]<>|&#~!$:@{}])", r"\\\1", " ".join(visible.split()))
 
 
 def _thoughts(config: DMoERMConfig) -> str:

@@ -1,6 +1,9 @@
 """The configuration of a DMoERM: one task and no router is the paper's DMoERM-w/o-Outer, no points is a single RM."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
+from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
@@ -28,7 +31,7 @@ class DMoERMConfig(PreTrainedConfig):
             single reward model: the base and its head. Their order is the router's; config.json has it as pairs.
         router_config (`PreTrainedConfig` or `dict`, *optional*):
             Configuration of the router's backbone. Needed for two tasks or more, absent for one.
-        lora_rank (`int`), lora_alpha (`int`), lora_dropout (`float`), lora_target_modules (`list[str]`):
+        lora_rank (`int`), lora_alpha (`float`), lora_dropout (`float`), lora_target_modules (`list[str]`):
             The LoRA experts; the defaults are the paper's table 5.
         lora_layers (`str` or `int`):
             Which of the backbone's layers have LoRA, counted from the top: `"all"` (the paper), `"top half"`,
@@ -82,37 +85,17 @@ class DMoERMConfig(PreTrainedConfig):
         reads_bos: bool = True,
         **kwargs: Any,
     ):
-        tasks = {task: list(points) for task, points in dict(tasks or {}).items()}
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"got activation={activation!r}, need one of {list(ACTIVATIONS)}.")
-        if not (
-            isinstance(lora_layers, str) and lora_layers in LORA_LAYERS or type(lora_layers) is int and lora_layers > 0
-        ):
-            raise ValueError(
-                f"got lora_layers={lora_layers!r}, need one of {list(LORA_LAYERS)} or a number of layers, at least 1."
-            )
-        if len(tasks) > 1 and router_config is None:
-            raise ValueError(
-                f"got {len(tasks)} tasks and no `router_config`, need a router to choose among {list(tasks)}: train one "
-                "on task labels, or keep a single task (DMoERM-w/o-Outer)."
-            )
-        for names in [list(tasks), *tasks.values()]:
-            slugs = {slug(name) for name in names} - {""}
-            if len(slugs) != len(names):
-                raise ValueError(f"got the names {names}, need names that are distinct words: they name modules.")
-            if taken := sorted(name for name in slugs if hasattr(nn.ModuleDict, name)):
-                raise ValueError(f"got the name {taken[0]!r}, which PyTorch has taken: they name modules. Rename it.")
-        self.tasks = tasks
+        self.tasks = _as_tasks(tasks)
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
-        self.lora_target_modules = list(lora_target_modules)
+        self.lora_target_modules = _as_list(lora_target_modules)
         self.lora_layers = lora_layers
         self.aggregator_hidden_size = aggregator_hidden_size
         self.activation = activation
         self.share_base = share_base
-        self.response_marker = list(response_marker)
-        self.end_of_turn = list(end_of_turn)
+        self.response_marker = _as_list(response_marker)
+        self.end_of_turn = _as_list(end_of_turn)
         if isinstance(response_opening, ResponseOpening):
             response_opening = asdict(response_opening)
         self.response_opening = response_opening
@@ -123,8 +106,72 @@ class DMoERMConfig(PreTrainedConfig):
         kwargs.setdefault("problem_type", "regression")  # so that `pipeline` returns the reward as it is
         kwargs.setdefault("num_labels", 1)
         super().__init__(**kwargs)
-        self.backbone_config = _as_config(backbone_config)  # last: the line above would reset their attention
-        self.router_config = _as_config(router_config)
+        self.backbone_config = as_config(backbone_config)  # last: the line above would reset their attention
+        self.router_config = as_config(router_config)
+        self.check()
+
+    def check(self) -> None:
+        """
+        Checks every setting of the model; one that a hand has edited is checked when the model is built.
+
+        Raises:
+            ValueError: naming the setting, and what it has to be.
+        """
+        whole, ids = "a whole number, at least 1", "a list of token ids"
+        needs = {
+            "lora_rank": (_is_whole(self.lora_rank, 1), whole),
+            "lora_alpha": (
+                _is_number(self.lora_alpha) and self.lora_alpha > 0,
+                "a number above 0, by which LoRA's part is multiplied: at 0 the experts would all be the base",
+            ),
+            "lora_dropout": (
+                _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,
+                "a number from 0 to below 1",
+            ),
+            "lora_target_modules": (_is_list_of_words(self.lora_target_modules), "a list of names of linear modules"),
+            "lora_layers": (
+                isinstance(self.lora_layers, str)
+                and self.lora_layers in LORA_LAYERS
+                or _is_whole(self.lora_layers, 1),
+                f"one of {list(LORA_LAYERS)} or a number of layers, at least 1",
+            ),
+            "aggregator_hidden_size": (
+                self.aggregator_hidden_size is None or _is_whole(self.aggregator_hidden_size, 1),
+                f"{whole}, or None for the size of the base's embeddings",
+            ),
+            "activation": (self.activation in ACTIVATIONS, f"one of {list(ACTIVATIONS)}"),
+            "share_base": (isinstance(self.share_base, bool), "True or False"),
+            "reads_end": (isinstance(self.reads_end, bool), "True or False"),
+            "response_marker": (_is_list_of_ids(self.response_marker), ids),
+            "end_of_turn": (_is_list_of_ids(self.end_of_turn), ids),
+            "pad_token_id": (self.pad_token_id is None or _is_whole(self.pad_token_id, 0), "a token id or None"),
+            "problem_type": (
+                self.problem_type == "regression",
+                "'regression', or a pipeline would put the reward through a sigmoid or a softmax of its own",
+            ),
+        }
+        for name, (right, need) in needs.items():
+            if not right:
+                raise ValueError(f"got {name}={getattr(self, name)!r}, need {need}.")
+        if len(self.tasks) > 1 and self.router_config is None:
+            raise ValueError(
+                f"got {len(self.tasks)} tasks and no `router_config`, need a router to choose among {list(self.tasks)}: "
+                "train one on task labels, or keep a single task (DMoERM-w/o-Outer)."
+            )
+        for names in [list(self.tasks), *self.tasks.values()]:
+            slugs = {slug(name) for name in names} - {""}
+            if len(slugs) != len(names):
+                raise ValueError(f"got the names {names}, need names that are distinct words: they name modules.")
+            if taken := sorted(name for name in slugs if hasattr(nn.ModuleDict(), name)):
+                raise ValueError(f"got the name {taken[0]!r}, which PyTorch has taken: they name modules. Rename it.")
+        adapters: dict[str, tuple[str, str]] = {}
+        for task, point in [(task, point) for task, points in self.tasks.items() for point in points]:
+            first = adapters.setdefault(adapter_name(task, point), (task, point))
+            if self.share_base and first != (task, point):
+                raise ValueError(
+                    f"got the points {first[1]!r} of {first[0]!r} and {point!r} of {task!r}, need names that give two "
+                    f"adapters of the shared base, both would be {adapter_name(task, point)!r}: rename one."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """As of any configuration, but `tasks` as pairs: config.json sorts a dict, and the router counts the tasks."""
@@ -154,8 +201,64 @@ class DMoERMConfig(PreTrainedConfig):
         return self
 
 
-def _as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
+def adapter_name(task: str, point: str) -> str:
+    """Name of the PEFT adapter of a task's capability point."""
+    return f"{slug(task)}__{slug(point)}"
+
+
+def as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig | None:
+    """A backbone's configuration, of what stands in config.json too."""
     if not isinstance(config, dict):
         return config
     config = dict(config)
-    return CONFIG_MAPPING[config.pop("model_type")](**config)
+    if (model_type := config.pop("model_type", None)) not in CONFIG_MAPPING:
+        raise ValueError(
+            f"got the configuration of a backbone with model_type={model_type!r}, need one that this transformers knows: "
+            "install the version that the model was saved with, or mend config.json."
+        )
+    return CONFIG_MAPPING[model_type](**config)
+
+
+def _as_tasks(tasks: dict[str, list[str]] | list[tuple[str, list[str]]] | None) -> dict[str, list[str]]:
+    """
+    Raises:
+        ValueError: if they are not names with lists of names, or a task is there twice.
+    """
+    pairs = list(tasks.items()) if isinstance(tasks, dict) else list(tasks or [])
+    for pair in pairs:
+        if not (
+            isinstance(pair, Sequence)
+            and len(pair) == 2
+            and isinstance(pair[0], str)
+            and isinstance(pair[1], Sequence)
+            and not isinstance(pair[1], str)
+            and all(isinstance(point, str) for point in pair[1])
+        ):
+            raise ValueError(
+                f"got the task {pair!r}, need its name and a list of its capability points' names, all text."
+            )
+    found = {task: list(points) for task, points in pairs}
+    if len(found) != len(pairs):
+        raise ValueError(f"got the tasks {[task for task, _ in pairs]}, need each of them once.")
+    return found
+
+
+def _as_list(values: Any) -> Any:
+    """A sequence as a list; what is none is left for the check."""
+    return list(values) if isinstance(values, Sequence) and not isinstance(values, str) else values
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list_of_words(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(value, str) and value for value in values)
+
+
+def _is_list_of_ids(values: Any) -> bool:
+    return isinstance(values, list) and all(_is_whole(value, 0) for value in values)

@@ -14,6 +14,7 @@ from .experts import active_expert, lora_layers
 from .forest import MIN_SHARED, passes, plant
 from .heads import last_token
 from .one_pass import in_this_pass, last_hidden_states, taking_turns
+from .positions import long_from, longest_text, within_positions
 from .quantised import is_quantised
 from .spans import span_mask
 
@@ -35,25 +36,43 @@ def embeddings(backbone: PreTrainedModel, adapters: Sequence[str], input_ids: Te
 
     Returns:
         `Tensor` of shape (B, max(k, 1), H).
+
+    Raises:
+        ValueError: if a text is longer than the backbone can read, or the backbone does not embed texts.
     """
-    way = way_of(backbone)
-    rows = [list(range(len(lengths)))]
-    if not torch.is_grad_enabled():
+    way, alone = _ways_of(backbone)
+    rows = _read_alike(backbone, lengths.tolist())
+    if alone:
+        rows = [[row] for row in range(len(lengths))]
+    elif not torch.is_grad_enabled():
         texts = [row[:length] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
-        rows = list(
-            passes(texts, PASS_TOKENS.get(input_ids.device.type, 16_384), share=way is not None and way.causal)
-        )
-    if way is None:
-        z = [_one_by_one(backbone, adapters, input_ids[part], lengths[part]) for part in rows]
-    else:
-        z = []
+        tokens, share = PASS_TOKENS.get(input_ids.device.type, 16_384), way is not None and way.causal
+        rows = [
+            [group[index] for index in part]
+            for group in rows
+            for part in passes([texts[row] for row in group], tokens, share=share)
+        ]
+    z = []
+    with within_positions(backbone, int(lengths.max())):
         for part in rows:
-            forest = plant(input_ids[part], lengths[part], share=way.causal)
-            z.append(last_hidden_states(backbone, list(adapters), forest, **way._asdict()))
+            if way is None:
+                z.append(_one_by_one(backbone, adapters, input_ids[part], lengths[part]))
+            else:
+                forest = plant(input_ids[part], lengths[part], share=way.causal)
+                z.append(last_hidden_states(backbone, list(adapters), forest, **way._asdict()))
     if len(z) == 1 and rows[0] == list(range(len(lengths))):
         return z[0]
     order = torch.tensor([row for part in rows for row in part], device=lengths.device)
     return torch.cat(z)[order.argsort()]
+
+
+def _read_alike(backbone: PreTrainedModel, lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of the texts that a backbone may read at once: their lengths do not change how it reads the others."""
+    limit = long_from(backbone)
+    groups: dict[bool, list[int]] = {}
+    for index, length in enumerate(lengths):
+        groups.setdefault(limit is not None and length > limit, []).append(index)
+    return list(groups.values())
 
 
 def _one_by_one(backbone: PreTrainedModel, adapters: Sequence[str], input_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -76,50 +95,61 @@ class Way(NamedTuple):
     first_position: int
 
 
-_ways: WeakKeyDictionary[nn.Module, dict[tuple, Way | None]] = WeakKeyDictionary()
+_ways: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Way | None, bool]]] = WeakKeyDictionary()
 
 
 def way_of(backbone: PreTrainedModel) -> Way | None:
     """
     How packed texts go through a backbone, None where they cannot. It is found out by trying, once for each backbone with
     and without LoRA on each type of device: the embeddings of two short texts, packed, must be those of the texts alone.
+
+    Raises:
+        ValueError: for a backbone that does not embed texts.
     """
+    return _ways_of(backbone)[0]
+
+
+def _ways_of(backbone: PreTrainedModel) -> tuple[Way | None, bool]:
+    """[`way_of`], and whether each text has to be read alone, because padding would change its embedding."""
     lora = next(lora_layers(backbone), None)
     kind = lora is not None, backbone.device.type
     with taking_turns:
         ways = _ways.setdefault(backbone, {})
         if kind not in ways:
-            ways[kind], reason = _try(backbone, [] if lora is None else list(lora.lora_A)[:1] * 2)
-            if ways[kind] is None and reason:
+            *ways[kind], reason = _try(backbone, [] if lora is None else list(lora.lora_A)[:1] * 2)
+            if reason:
                 warnings.warn(
                     f"{type(backbone).__name__} is run once for each expert and text, because packed texts do not fit it: "
                     f"{reason}. The rewards are right, but slower than they could be.",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
-        return ways[kind]
+        way, alone = ways[kind]
+        return way, alone
 
 
 @torch.no_grad()
-def _try(backbone: PreTrainedModel, adapters: list[str]) -> tuple[Way | None, str]:
-    """The way, or None and the reason; none where its embeddings are no numbers, which is an error of the rewards."""
-    config = backbone.config.get_text_config()
-    pad = getattr(config, "pad_token_id", None)
-    tokens = [token for token in range(config.vocab_size) if token != pad]
-    longest = min(2 * MIN_SHARED + 5, getattr(config, "max_position_embeddings", None) or 2**30)
-    ids = torch.tensor([tokens[(5 + place * 7) % len(tokens)] for place in range(longest)], device=backbone.device)
-    ids = torch.stack([ids, ids.flip(0)])
-    ids[1, :MIN_SHARED] = ids[0, :MIN_SHARED]
+def _try(backbone: PreTrainedModel, adapters: list[str]) -> tuple[Way | None, bool, str]:
+    """
+    The way, or None, whether each text is read alone, and the reason; none where the embeddings of the plain way are no numbers,
+    which the rewards will tell.
+    """
+    causal = is_causal(backbone)
+    pad = getattr(backbone.config, "pad_token_id", None)
+    ids = _made_up(backbone, 2 * MIN_SHARED + 5)
+    longest = ids.shape[1]
     lengths = torch.tensor([longest, longest - 3], device=backbone.device)
     exact = backbone.dtype in (torch.float32, torch.float64) and not is_quantised(backbone)
     tolerance = 1e-3 if exact else 0.1
     reasons = []
     with _quiet(backbone), torch.autocast(ids.device.type, enabled=False):
-        plain = _one_by_one(backbone, adapters, ids, lengths)
+        plain, again = (
+            torch.cat([_one_by_one(backbone, adapters, ids[[row]], lengths[[row]]) for row in (0, 1)])
+            for _ in range(2)
+        )
         if not plain.isfinite().all():
-            return None, ""
-        with active_expert(backbone, None):
-            first, second = backbone(input_ids=ids).last_hidden_state[:, :MIN_SHARED]
-        causal = torch.equal(first, second)  # a wrong answer would be found out below
+            return None, False, ""
+        if not _difference(again, plain) < tolerance:
+            raise ValueError(_cannot(backbone, "it draws at random when it reads a text"))
         for first_position in (0,) if pad is None else (0, pad + 1):  # RoBERTa counts from after its pad token's id
             way = Way(causal, first_position)
             try:
@@ -128,9 +158,56 @@ def _try(backbone: PreTrainedModel, adapters: list[str]) -> tuple[Way | None, st
                 reasons.append(str(error))
                 continue
             if (difference := _difference(z, plain)) < tolerance:
-                return way, ""
+                return way, False, ""
             reasons.append(f"its embeddings of packed texts are off by {difference:.1%}")
-    return None, reasons[0]
+        alone = not _difference(_one_by_one(backbone, adapters, ids, lengths), plain) < tolerance
+    return None, alone, reasons[0]
+
+
+@torch.no_grad()
+def is_causal(backbone: PreTrainedModel) -> bool:
+    """
+    Whether a backbone's tokens see only what stands before them. It is found out by trying.
+
+    Raises:
+        ValueError: if it does not make one embedding of each token, of token ids alone.
+    """
+    ids = _made_up(backbone, MIN_SHARED)
+    with taking_turns, _quiet(backbone), active_expert(backbone, None), torch.autocast(ids.device.type, enabled=False):
+        try:
+            hidden = backbone(input_ids=ids).last_hidden_state
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ValueError(_cannot(backbone, f"it fails on token ids alone ({error})")) from error
+    if hidden.shape != (*ids.shape, backbone.config.hidden_size):
+        shape = tuple(hidden.shape)
+        raise ValueError(
+            _cannot(backbone, f"of tokens of shape {tuple(ids.shape)} it makes embeddings of shape {shape}")
+        )
+    first, second = hidden[:, : ids.shape[1] // 2].nan_to_num()
+    return torch.equal(first, second)
+
+
+def _cannot(backbone: PreTrainedModel, reason: str) -> str:
+    size = getattr(backbone.config, "hidden_size", None)
+    return (
+        f"got a {type(backbone).__name__}, need a decoder or an encoder that makes one embedding of its hidden size ({size}) of "
+        f"each token of a text: {reason}. Take another base."
+    )
+
+
+def _made_up(backbone: PreTrainedModel, length: int) -> Tensor:
+    """Two texts whose first half is the same, shape (2, length), or as long as texts may be."""
+    pad = getattr(backbone.config, "pad_token_id", None)
+    tokens = [token for token in range(getattr(backbone.config, "vocab_size", None) or 0) if token != pad]
+    if not tokens:
+        raise ValueError(_cannot(backbone, "it has no tokens"))
+    length = min(length, longest_text(backbone) or length)
+    ids = torch.tensor([tokens[(5 + place * 7) % len(tokens)] for place in range(length)], device=backbone.device)
+    ids = torch.stack([ids, ids.flip(0)])
+    ids[1, : length // 2] = ids[0, : length // 2]
+    return ids
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -10,13 +10,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..tasks import slug
 from .configuration import DMoERMConfig
-
-
-def adapter_name(task: str, point: str) -> str:
-    """Name of the PEFT adapter of a task's capability point."""
-    return f"{slug(task)}__{slug(point)}"
+from .configuration import adapter_name as adapter_name
 
 
 def lora_config(config: DMoERMConfig, backbone: PreTrainedModel) -> LoraConfig:
@@ -53,6 +48,14 @@ def layers_name(backbone: PreTrainedModel) -> str:
         f"got a {type(backbone).__name__} without a list of {count} layers, need one, because the layers are counted "
         'there; LoRA in all layers (lora_layers="all") does without it.'
     )
+
+
+def remove_experts(backbone: PreTrainedModel) -> None:
+    """Leaves the base alone, in place: what [`add_experts`] put in is taken out again."""
+    for name, layer in list(backbone.named_modules()):
+        if isinstance(layer, LoraLayer):
+            backbone.set_submodule(name, layer.get_base_layer())
+    vars(backbone).pop("peft_config", None)
 
 
 def check_target_modules(backbone: nn.Module, target_modules: list[str]) -> None:

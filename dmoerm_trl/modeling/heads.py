@@ -80,6 +80,17 @@ class Aggregator(nn.Module):
             return self.output(nn.functional.prelu(hidden, self.activation.weight.float()))
 
 
+def nan_of_overflow(logits: Tensor, z: Tensor) -> Tensor:
+    """
+    The logits, NaN where an embedding is infinite or NaN: a sigmoid or a softmax would make an ordinary number of infinity.
+
+    Args:
+        logits (`Tensor` of shape (B, n)): what the heads made of the embeddings.
+        z (`Tensor` of shape (B, ..., H)): the embeddings.
+    """
+    return logits.masked_fill(~z.isfinite().flatten(1).all(1, keepdim=True), torch.nan)
+
+
 def activate(logits: Tensor, activation: str) -> Tensor:
     """The sigma of equations 4 and 6: the logistic function for `"sigmoid"`, the identity for `"none"`."""
     return logits.sigmoid() if activation == "sigmoid" else logits

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from ..tasks import slug
 from .configuration import DMoERMConfig
 from .experts import adapter_name
-from .heads import Aggregator, Float32Linear, activate
+from .heads import Aggregator, Float32Linear, activate, nan_of_overflow
+
+SMALLEST_STD = torch.finfo(torch.float32).eps
+"""Below it, about 1e-7, rewards of an fp32 model differ by rounding alone; above its inverse, normalised ones would."""
 
 
 class InnerModel(nn.Module):
@@ -60,10 +63,23 @@ class InnerModel(nn.Module):
             z (`Tensor` of shape (B, max(k, 1), H)): the embeddings.
 
         Returns:
-            `Tensor` of shape (B, 1), fp32.
+            `Tensor` of shape (B, 1), fp32; NaN where an embedding is not finite.
         """
         logits = self.base_head(z[:, 0]) if self.aggregator is None else self.aggregator(z)
-        return (activate(logits, self.activation) - self.reward_mean) / self.reward_std
+        return (activate(nan_of_overflow(logits, z), self.activation) - self.reward_mean) / self.reward_std
+
+    def check_normalisation(self) -> None:
+        """
+        Raises:
+            ValueError: if the rewards are not normalised by numbers that leave them their order.
+        """
+        mean, std = float(self.reward_mean), float(self.reward_std)
+        if not (SMALLEST_STD <= std <= 1 / SMALLEST_STD and abs(mean) <= 1 / SMALLEST_STD):
+            raise ValueError(
+                f"got a normalisation by reward_mean={mean} and reward_std={std}, need a standard deviation from "
+                f"{SMALLEST_STD:.1g} to {1 / SMALLEST_STD:.1g} and a mean of at most that size, because others turn the order "
+                "of the rewards around or round it away: take the numbers from the run's model card, or train phase 3 again."
+            )
 
     def set_normalisation(self, rewards: Tensor, unit_variance: bool = False) -> None:
         """
@@ -74,11 +90,15 @@ class InnerModel(nn.Module):
             unit_variance (`bool`): whether the rewards are divided by their standard deviation too.
 
         Raises:
-            ValueError: if there are none, they are not finite, or all the same and unit variance is asked for.
+            ValueError: if there are none, they are not finite, or unit variance is asked for and they hardly differ.
         """
         rewards = rewards.double() * self.reward_std.double() + self.reward_mean.double()
         std = rewards.std(correction=0) if len(rewards) else rewards.new_zeros(())
-        if not len(rewards) or not rewards.isfinite().all() or (unit_variance and std == 0):
+        if (
+            not len(rewards)
+            or not rewards.isfinite().all()
+            or (unit_variance and not SMALLEST_STD <= std <= 1 / SMALLEST_STD)
+        ):
             raise ValueError(
                 f"got {len(rewards)} reference rewards with a standard deviation of {float(std)}, need finite rewards "
                 "that differ: give a reference set of more than one text, or leave `unit_variance` off."

@@ -17,13 +17,33 @@ from .embedding import embeddings
 from .experts import adapter_name, add_experts
 from .finite import check_rewards, is_nan_allowed
 from .inner import InnerModel
-from .loading import loading
 from .placing import OTHERS, BasesNotRead, Device, bases_of_checkpoint, task_devices
 from .pretrained import DMoERMPreTrainedModel, check_finite
-from .quantised import check_full_precision
+from .quantised import check_full_precision, needs_full_precision
 from .response_opening import ResponseOpening
 from .router import Router
 from .spans import Spans, find_spans, span_mask
+from .starting import load_start, start_of
+
+NOT_READ = {
+    "cross_attn_head_mask",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "decoder_input_ids",
+    "encoder_hidden_states",
+    "head_mask",
+    "image_grid_thw",
+    "images",
+    "input_features",
+    "inputs_embeds",
+    "labels",
+    "output_attentions",
+    "past_key_values",
+    "pixel_values",
+    "pixel_values_videos",
+    "seq_idx",
+}
+"""Arguments of transformers' models by which they would give another output: texts packed in a row, images, a cache, a loss."""
 
 
 @dataclass
@@ -45,6 +65,13 @@ class DMoERMOutput(ModelOutput):
     capability_scores: ModelOutput | None = None  # a plain dict would stop pipelines that batch
     last_hidden_state: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+
+
+def _is_given(value: Any) -> bool:
+    """Whether an argument asks for something: an empty cache and False do not."""
+    if value is None or value is False:
+        return False
+    return not callable(getattr(value, "get_seq_length", None)) or value.get_seq_length() > 0
 
 
 class DMoERMModel(DMoERMPreTrainedModel):
@@ -147,7 +174,7 @@ class DMoERMModel(DMoERMPreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         prompt_lengths: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -155,6 +182,7 @@ class DMoERMModel(DMoERMPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> DMoERMOutput:
         """
         Args:
@@ -166,7 +194,18 @@ class DMoERMModel(DMoERMPreTrainedModel):
                 template the prompt ends where the second begins. They are not given to the bases.
             position_ids, use_cache, output_hidden_states, return_dict: taken because TRL and pipelines pass them. Positions are
                 made anew when the padding is removed.
+            others: further columns of a batch, such as TRL's `margin`, are not read, as in models of transformers.
+
+        Raises:
+            ValueError: for what a model of transformers would read and this one cannot ([`NOT_READ`]), and as [`find_spans`].
         """
+        if given := sorted(name for name in NOT_READ & others.keys() if _is_given(others[name])):
+            raise ValueError(
+                f"got the argument {given[0]!r}, need `input_ids` and their mask alone, because without it the reward would not be "
+                "that of what was meant: give the whole texts' tokens, and leave it out."
+            )
+        if input_ids is None:
+            raise ValueError("got no `input_ids`, need the tokens of the texts.")
         if prompt_lengths is None and token_type_ids is not None and not self.config.response_marker:
             attended = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             prompt_lengths = (attended.bool() & ((token_type_ids == 1).cumsum(1) == 0)).sum(1)
@@ -193,6 +232,7 @@ class DMoERMModel(DMoERMPreTrainedModel):
                 rewards = rewards.index_put((rows,), inner.reward(z))
                 for name, score in zip(points, inner.capability_scores(z).unbind(1), strict=True):
                     scores[name] = scores[name].index_put((rows,), score)
+        rewards = rewards.masked_fill(probabilities.isnan().any(1, keepdim=True), torch.nan)  # it has no route
         everywhere = rewards.unsqueeze(1).expand(-1, input_ids.shape[1], -1)
         return DMoERMOutput(
             logits=rewards,
@@ -230,7 +270,9 @@ class DMoERMForSequenceClassification(DMoERMPreTrainedModel):
         self.score = nn.Identity()  # PPO applies it to `hidden_states[-1]`, which holds the reward already
         self.post_init()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> DMoERMOutput:
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> DMoERMOutput:
         """
         Takes what [`DMoERMModel`] takes.
 
@@ -302,31 +344,33 @@ class DMoERMForSequenceClassification(DMoERMPreTrainedModel):
         cls, base: str | PreTrainedModel, *, task: str, trust_remote_code: bool = False, **config: Any
     ) -> "DMoERMForSequenceClassification":
         """
-        A single reward model, to be trained in phase 1: a pretrained backbone, a new head, no experts yet.
+        A single reward model, to be trained in phase 1: a pretrained backbone and a head, no experts yet. The head of a reward
+        model is kept where it is one linear layer over a decoder's last token; else it is new.
 
         Args:
-            base (`str` or `PreTrainedModel`): anything `AutoModel.from_pretrained` takes, or a loaded backbone.
+            base (`str` or `PreTrainedModel`): folder or hub name of anything that `AutoModel` loads, of a reward model, or of a
+                model of this package with one task; or such a model. Of a multimodal model the part that reads text is used.
             task (`str`): the one task that it serves.
             config: further arguments of [`DMoERMConfig`].
 
         Raises:
-            ValueError: if a weight of the base is not finite, or the base is quantised.
+            ValueError: if the base cannot be trained as a whole: an adapter, several tasks, a quantised one, a weight that is
+                not finite, an architecture that does not read texts alone.
         """
+        if config.pop("quantization_config", None) is not None:
+            raise needs_full_precision("train as a whole")
         if isinstance(base, str):
-            name, options = base, {"trust_remote_code": trust_remote_code, "dtype": config.pop("dtype", "float32")}
-            options["quantization_config"] = config.pop("quantization_config", None)  # refused below
-            with loading(name, "a base model"):
-                base, report = AutoModel.from_pretrained(name, output_loading_info=True, **options)
-            if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):  # not used
-                raise ValueError(
-                    f"{name}: got a checkpoint without {len(missing)} weights of {type(base).__name__} (such as "
-                    f"{missing[0]!r}), need all of them, because the others would be drawn at random."
-                )
-        check_full_precision(base, "train as a whole")
-        check_finite(base)
-        config = DMoERMConfig(backbone_config=base.config, tasks={task: []}, **config)
-        model = cls(config, {"shared" if config.share_base else slug(task): base})
-        model.model.inner_models[slug(task)].float()
+            dtype = config.pop("dtype", "float32")
+            start = load_start(base, trust_remote_code=trust_remote_code, dtype=dtype)
+        else:
+            start = start_of(base)
+        backbone = start.backbone
+        check_finite(backbone)
+        config = DMoERMConfig(backbone_config=backbone.config, tasks={task: []}, **config)
+        model = cls(config, {"shared" if config.share_base else slug(task): backbone})
+        inner = model.model.inner_models[slug(task)].float()
+        if start.head is not None:
+            inner.base_head.load_state_dict(start.head)
         return model
 
 

@@ -50,7 +50,8 @@ class PlacedBases(nn.ModuleDict):
         home: Device = "cpu",
         devices: Mapping[str, torch.device] | None = None,
     ):
-        super().__init__(bases)
+        super().__init__()
+        self._modules.update(bases or {})  # a base may have the name of an attribute, as elsewhere in here
         self._keys, self._load = list(keys), load
         self._limit = len(self._keys) if limit is None else limit
         self.devices = dict(devices or {})
@@ -68,7 +69,7 @@ class PlacedBases(nn.ModuleDict):
             if key not in self:
                 while len(self) >= self._limit:
                     del self[next(iter(self))]
-                self[key] = self._load(key, self.devices.get(key, self._home.device))
+                self._modules[key] = self._load(key, self.devices.get(key, self._home.device))
             self._modules[key] = self._modules.pop(key)  # the base that was used last stands last
             return self._modules[key]
 

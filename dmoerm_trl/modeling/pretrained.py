@@ -5,8 +5,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .checkpoint import check_floating, stored_weights
 from .configuration import DMoERMConfig
 from .embedding import checkpoint_as_now
+from .inner import InnerModel
 from .quantised import keep_differentiable, of_bases_alone
 
 
@@ -21,6 +23,10 @@ class DMoERMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _keep_in_fp32_modules_strict = ["base_head", "expert_heads", "aggregator", "reward_mean", "reward_std"]
 
+    def __init__(self, config: DMoERMConfig, *args: Any, **kwargs: Any):
+        config.check()  # `from_pretrained` may have changed it
+        super().__init__(config, *args, **kwargs)
+
     def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(*args, **kwargs)
         for module in self.modules():
@@ -34,7 +40,7 @@ class DMoERMPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: if the checkpoint lacks a weight (a head, an expert, the router), has one too many, one of another
-                shape, or one that is not finite.
+                shape, one that is stored as integers or is not finite, or a normalisation that is none.
         """
         report = kwargs.pop("output_loading_info", False)
         kwargs = {"use_safetensors": True, **kwargs, "ignore_mismatched_sizes": True}  # the error for these is below
@@ -49,7 +55,11 @@ class DMoERMPreTrainedModel(PreTrainedModel):
                     "checkpoint that has exactly the weights of its config.json, because a head or an expert drawn at "
                     "random gives wrong rewards: save it again with `save_pretrained`, or correct `tasks` in the config."
                 )
+        check_floating(model.name_or_path, stored_weights(model.name_or_path, kwargs), model)
         check_finite(model)
+        for module in model.modules():
+            if isinstance(module, InnerModel) and not module.reward_std.is_meta:
+                module.check_normalisation()
         return (model, info) if report else model
 
 

@@ -82,10 +82,15 @@ def check_full_precision(module: nn.Module, purpose: str) -> None:
         ValueError: for a quantised base, where the weights themselves are wanted.
     """
     if is_quantised(module):
-        raise ValueError(
-            f"got a quantised base to {purpose}, need full precision, because what was rounded away does not come back: load "
-            "the model without `quantization_config`, and quantise where it is used."
-        )
+        raise needs_full_precision(purpose)
+
+
+def needs_full_precision(purpose: str) -> ValueError:
+    """The error of [`check_full_precision`], for what need not be loaded first."""
+    return ValueError(
+        f"got a quantised base to {purpose}, need full precision, because what was rounded away does not come back: load "
+        "the model without `quantization_config`, and quantise where it is used."
+    )
 
 
 def _check_installed() -> None:

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, Trainer, set_seed
+from transformers import Trainer, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..data.formatting import Encoding, Formatter
@@ -29,6 +29,7 @@ from ..modeling.pretrained import DMoERMPreTrainedModel, check_finite
 from ..modeling.quantised import check_full_precision
 from ..modeling.router import Router
 from ..modeling.spans import find_spans
+from ..modeling.starting import load_start
 from ..tasks import slug
 from .distributed import is_main, start_deepspeed
 from .experts import Experts, ExpertsTrainer, history_of, untrained_experts
@@ -118,14 +119,7 @@ def train_router(
             "router is prompts alone: set `per_device_train_batch_size`."
         )
     set_seed(args.seed)
-    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    if num_layers is not None:
-        if not 1 <= num_layers <= config.num_hidden_layers:
-            raise ValueError(f"got num_layers={num_layers}, need 1 to {config.num_hidden_layers}, which {base} has.")
-        config.num_hidden_layers = num_layers
-        if getattr(config, "layer_types", None) is not None:
-            config.layer_types = config.layer_types[:num_layers]
-    backbone = AutoModel.from_pretrained(base, config=config, trust_remote_code=trust_remote_code, dtype="float32")
+    backbone = load_start(base, trust_remote_code=trust_remote_code, num_layers=num_layers).backbone
     check_finite(backbone)
     router = Router(DMoERMConfig(tasks={task: [] for task in tasks}, router_config=backbone.config), backbone)
     for module in router.modules():

@@ -1,0 +1,80 @@
+"""What stands in a checkpoint's safetensors: transformers casts whatever it finds, and drops what a model has no place for."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""The arguments of `from_pretrained` that say where a checkpoint is."""
+
+
+class Stored(NamedTuple):
+    """A weight as it is stored."""
+
+    file: str
+    dtype: str
+    """As safetensors name it, such as `"F32"`, `"BF16"` or `"I8"`."""
+    shape: tuple[int, ...]
+
+
+def stored_weights(name: str, options: Mapping[str, Any] | None = None) -> dict[str, Stored]:
+    """
+    The weights of a checkpoint by their names there, none if it has no safetensors.
+
+    Args:
+        name (`str`): folder or hub name.
+        options (`Mapping`, *optional*): arguments of `from_pretrained`, of which those that say where it is are used.
+    """
+    stored = {}
+    for file in _files(name, {key: value for key, value in (options or {}).items() if key in OF_THE_HUB}):
+        with safe_open(file, "pt") as weights:
+            for key in weights.keys():
+                header = weights.get_slice(key)
+                stored[key] = Stored(file, header.get_dtype(), tuple(header.get_shape()))
+    return stored
+
+
+def _files(name: str, where: Mapping[str, Any]) -> Sequence[str]:
+    def file(file_name: str) -> str | None:
+        return cached_file(name, file_name, _raise_exceptions_for_missing_entries=False, **where)
+
+    if (whole := file(SAFE_WEIGHTS_NAME)) is not None:
+        return [whole]
+    if (index := file(SAFE_WEIGHTS_INDEX_NAME)) is not None:
+        return get_checkpoint_shard_files(name, index, **where)[0]
+    return []
+
+
+def read_weights(stored: Mapping[str, Stored], names: Collection[str]) -> dict[str, Tensor]:
+    """The weights of these names, of those that are `stored`."""
+    found = {}
+    for name in names:
+        with safe_open(stored[name].file, "pt") as weights:
+            found[name] = weights.get_tensor(name)
+    return found
+
+
+def check_floating(name: str, stored: Mapping[str, Stored], model: nn.Module) -> None:
+    """
+    Checks that what a model computes with was stored as floating-point numbers.
+
+    Args:
+        name (`str`): the checkpoint, for the message.
+        stored (`Mapping`): its weights.
+        model (`nn.Module`): what was loaded from it.
+
+    Raises:
+        ValueError: if a floating-point weight of the model was stored as integers.
+    """
+    odd = [key for key, weight in stored.items() if weight.dtype.startswith(("I", "U", "BOOL"))]
+    floating = [key for key, weight in model.state_dict().items() if weight.is_floating_point()] if odd else []
+    for key in odd:
+        if any(key == own or key.endswith(f".{own}") or own.endswith(f".{key}") for own in floating):  # under a prefix
+            raise ValueError(
+                f"{name}: got the weight {key!r} as integers ({stored[key].dtype}), need floating-point numbers, because what "
+                "was rounded away does not come back: save the model again in float32, bfloat16 or float16."
+            )
