@@ -230,7 +230,8 @@ def test_a_killed_run_ends_with_what_an_unbroken_one_has(settings, done, tmp_pat
         time.sleep(0.5)  # the workers see that their parent is gone
         killed = {path: path.stat().st_mtime_ns for path in output_dir.rglob("*.parquet")}
         assert 0 < len(killed) < len(shards(done))
-    (output_dir / "responses" / "00000-00000.parquet.1.tmp").write_bytes(b"half")
+    for half in ("responses/00000-00000.parquet.1.tmp", "manifest.json.1.tmp"):
+        (output_dir / half).write_bytes(b"half")
     result = bon_eval(settings, output_dir)
     assert killed.items() <= {path: path.stat().st_mtime_ns for path in output_dir.rglob("*.parquet")}.items()
     assert not list(output_dir.rglob("*.tmp"))

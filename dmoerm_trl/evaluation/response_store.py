@@ -127,12 +127,14 @@ class ResponseStore:
 
     def claim(self, part: str, settings: dict[str, Any]) -> None:
         """
-        Notes down what a part depends on.
+        Notes down what a part depends on. What a killed process left of that half written is deleted.
 
         Raises:
             ValueError: if there are shards of the part from other settings.
         """
         path = self.root / "manifest.json"
+        for half in self.root.glob(f"{path.name}.*.tmp"):
+            half.unlink()
         manifest = json.loads(path.read_text()) if path.exists() else {}
         settings = {**settings, "prompts": self.prompts, "n": self.n, "shard_size": self.shard_size}
         now = json.loads(json.dumps(settings))

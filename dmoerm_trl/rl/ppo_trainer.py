@@ -207,10 +207,12 @@ class _GoOn(TrainerCallback):
         args.num_total_batches -= state.global_step  # how often the loop runs
         self.restore_random_state()
 
-    def on_train_end(
+    def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        args.num_total_batches = self.steps
+        args.num_total_batches = self.steps  # before they are saved with a checkpoint; the loop has its count by now
+
+    on_train_end = on_step_end  # where no step was left
 
 
 def _in_order(batches: Iterable, seed: int) -> Iterator:
