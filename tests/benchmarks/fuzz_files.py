@@ -233,7 +233,6 @@ def parquet_rows(material: Material, draw: random.Random, at: Path) -> Case:
         "prompts as bytes": lambda: cast("prompt", pa.binary(), [b"\xff\xfe", b"a", b"b"]),
         "prompts as numbers": lambda: cast("prompt", pa.int64(), [1, 2, 3]),
         "no ranks": lambda: table.drop_columns(["ranks"]),
-        "no rows": lambda: table.slice(0, 0),
         "a row of nulls": lambda: pa.concat_tables(
             [table, pa.table({n: pa.array([None], table[n].type) for n in columns})]
         ),

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 from fuzz_case import Case, Material, lines_of
-from fuzz_settings import recipe_of, run_command
+from fuzz_settings import recipe_of
 from kills import command
 
 PROMPT, RESPONSE = "Hello there, how are you today?", "All is well, thank you!"
@@ -92,7 +92,7 @@ def train_until(arguments: list[str]) -> None:
         create(self, [*callbacks, Stop()], *rest, **options)
 
     trainer_callback.CallbackHandler.__init__ = with_stop
-    run_command(["train", *arguments])
+    command("train")(arguments)
 
 
 def change_config(draw: random.Random, model: Path) -> str:

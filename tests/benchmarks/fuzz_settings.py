@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import yaml
 from fuzz_case import Case, Material
-from kills import command, example
+from kills import command, dmoerm, example
 
 NO_PATH = [3, [], "", "missing/folder", True, "a\0b"]
 NO_COUNT = [0, -1, 1.5, "many", [], math.nan, True]
@@ -179,8 +178,8 @@ def wrong_setting(draw: random.Random, program: str, recipe: dict[str, Any]) -> 
     for name in outer:
         parent[name] = parent = dict(parent.get(name) or {})
     parent[last] = value
-    value_named = (str(value),) if isinstance(value, str) and len(value) > 3 else ()
-    return key, value, ((last, *value_named),)
+    shown = str(value).replace("\0", "\\u0000")
+    return key, value, ((last, f"got {value!r}", f"{shown}: got", shown if len(shown) > 3 else last),)
 
 
 def _bomb(content: bytes) -> bytes:
@@ -302,12 +301,10 @@ def recipe_of(material: Material, name: str) -> dict[str, Any]:
         return {"dataset": "hh", "source": str(folder / "hh.jsonl"), "task": "chitchat"}
     models = {"policy": str(folder / "policy"), "prompts": str(folder / "prompts.jsonl")}
     if name == "best_of_n":
-        return {
-            "responses": str(folder / "responses.jsonl"),
-            "n": 10,
-            "reward_models": {"length": "length"},
-            "gold": "length",
-        }
+        lines = [json.dumps({"prompt": "Hello?", "response": "word " * length}) for length in range(1, 11)]
+        (folder / "responses.jsonl").write_text("\n".join(lines))
+        scorers = {"reward_models": {"length": "length"}, "gold": "length"}
+        return {"responses": str(folder / "responses.jsonl"), "n": 10, **scorers}
     return models | {
         "reward_model": str(folder / "reward_model"), "max_prompt_length": 60, "response_length": 4, "total_episodes": 4,
         "per_device_train_batch_size": 2, "num_ppo_epochs": 1, "num_sample_generations": 0, "monitor_prompts": 2,
@@ -325,10 +322,4 @@ def commands(material: Material, draw: random.Random, at: Path) -> Case:
     }
     words = [str(known.get(word, word)) for word in words]
     place = tuple(str(known.get(text, text)) for text in place)
-    return Case(" ".join(words).replace(str(material.folder), "")[:80], run_command, (words,), place)
-
-
-def run_command(words: list[str]) -> None:
-    from dmoerm_trl.cli import main
-
-    sys.exit(main(words))
+    return Case(" ".join(words).replace(str(material.folder), "")[:80], dmoerm, (words,), place)

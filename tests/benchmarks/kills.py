@@ -79,15 +79,16 @@ class Result:
 # ------------------------------------------------------------------------------------------------- subjects
 
 
+def dmoerm(words: list[str]) -> None:
+    """`dmoerm WORDS`."""
+    from dmoerm_trl.cli import main
+
+    sys.argv = ["dmoerm", *words]
+    sys.exit(main())
+
+
 def command(name: str) -> Callable[[list[str]], Any]:
-    """`dmoerm NAME`."""
-
-    def start(arguments: list[str]) -> None:
-        from dmoerm_trl.cli import main
-
-        sys.exit(main([name, *arguments]))
-
-    return start
+    return lambda arguments: dmoerm([name, *arguments])
 
 
 def launched(arguments: list[str]) -> None:
