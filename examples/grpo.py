@@ -13,7 +13,6 @@ from dmoerm_trl.console import run  # first, so that the libraries are quiet
 
 # isort: split
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,7 +26,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from dmoerm_trl import DMoERMForSequenceClassification, Formatter
 from dmoerm_trl.arguments import Parser
 from dmoerm_trl.modeling.loading import loading
-from dmoerm_trl.rl.monitor import PolicyMonitor
+from dmoerm_trl.rl.monitor import PolicyMonitor, every
 from dmoerm_trl.rl.prompts import load_prompts
 from dmoerm_trl.rl.reward_functions import TextRewards, gold_rewards, reward_functions
 from dmoerm_trl.rl.rollout import check_chat_template
@@ -105,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_prompts,
         Formatter(tokenizer, max_length),
         AutoModelForCausalLM.from_pretrained(arguments.policy, dtype=dtype if args.deepspeed_plugin else "float32"),
-        steps=range(0, sys.maxsize, arguments.monitor_every),
+        steps=every(arguments.monitor_every),
         proxy=proxy,
         gold=gold_rewards(arguments.gold, eval_rows, max_length=max_length) if arguments.gold and is_main() else None,
         max_new_tokens=args.max_completion_length,

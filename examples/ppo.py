@@ -11,7 +11,6 @@ from dmoerm_trl.console import run  # first, so that the libraries are quiet
 
 # isort: split
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from dmoerm_trl import Formatter, ppo_trainer
 from dmoerm_trl.arguments import Parser
 from dmoerm_trl.modeling.loading import loading
 from dmoerm_trl.rl.ensemble import RewardEnsemble, load_reward_model
-from dmoerm_trl.rl.monitor import PolicyMonitor
+from dmoerm_trl.rl.monitor import PolicyMonitor, every
 from dmoerm_trl.rl.ppo import ppo_classes
 from dmoerm_trl.rl.prompts import load_prompts
 from dmoerm_trl.rl.reward_functions import TextRewards, gold_rewards
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_prompts,
         formatter,
         reference,
-        steps=range(0, sys.maxsize, arguments.monitor_every),
+        steps=every(arguments.monitor_every),
         proxy=TextRewards(reward_model, formatter),
         gold=gold_rewards(arguments.gold, eval_rows, max_length=max_length) if arguments.gold and is_main() else None,
         max_new_tokens=args.response_length,

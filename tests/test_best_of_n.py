@@ -207,6 +207,14 @@ def test_workers_of_several_processes_are_refused(settings, tmp_path, monkeypatc
         bon_eval({**settings, "workers": 2}, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "spec", [3, None, {"UWO": "single"}, {"UWO": []}, {"UWO": [3]}, {"max": ["single"]}, ["single"]]
+)
+def test_a_reward_model_that_is_none_is_refused(settings, tmp_path, spec):
+    with pytest.raises(ValueError, match="reward model 'odd': got .*need a folder"):
+        bon_eval({**settings, "reward_models": {"odd": spec}}, tmp_path / "run")
+
+
 def test_an_unknown_key_is_refused(settings, tmp_path):
     with pytest.raises(ValueError, match="max_tokens"):
         bon_eval({**settings, "max_tokens": 3}, tmp_path / "run")

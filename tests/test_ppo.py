@@ -341,6 +341,13 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(recipe, tmp_path, caps
         ({"kl_coeff": 0.1}, "kl_coeff"),
         ({"max_steps": 3}, "max_steps=3"),
         ({"max_prompt_length": 5}, "need some: raise max_prompt_length"),
+        ({"max_prompt_length": 0}, "got max_prompt_length=0"),
+        ({"monitor_prompts": -1}, "got .* -1 prompts to measure on.*`monitor_prompts`"),
+        ({"monitor_every": 0}, "got monitor_every=0, need at least 1"),
+        ({"learning_rate": float("inf")}, "got learning_rate=inf, need finite numbers"),
+        ({"gamma": float("nan")}, "got gamma=nan"),
+        ({"learning_rate": -1.0}, "got learning_rate=-1.0, need .* of 0 or more"),
+        ({"temperature": 0.0}, r"got temperature=0.0, need .* above 0"),
     ],
 )
 def test_a_recipe_with_a_mistake_is_an_error_that_names_it(recipe, settings, says):

@@ -210,8 +210,10 @@ def _members(name: str, spec: str | Mapping[str, Sequence[str]]) -> tuple[list[s
     """The scorers of a reward model, and how their scores are made into one."""
     if isinstance(spec, str):
         return [spec], None
-    if len(spec) == 1 and (combine := next(iter(spec))) in AGGREGATIONS and len(spec[combine]) > 0:
-        return list(spec[combine]), combine
+    if isinstance(spec, Mapping) and len(spec) == 1 and (combine := next(iter(spec))) in AGGREGATIONS:
+        members = spec[combine]
+        if isinstance(members, list | tuple) and members and all(isinstance(member, str) for member in members):
+            return list(members), combine
     raise ValueError(
         f"reward model {name!r}: got {spec}, need a folder, a hub name, 'length', 'module:function', or one of "
         f"{list(AGGREGATIONS)} with a list of members."

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,20 @@ from ..training.distributed import is_main
 from .reward_functions import TextScorer
 from .sampling import log_probs, sample
 from .whole import whole
+
+
+def every(steps: int) -> range:
+    """
+    0, `steps`, twice as many, and so on: when a run is measured.
+
+    Raises:
+        ValueError: for less than one.
+    """
+    if steps < 1:
+        raise ValueError(
+            f"got monitor_every={steps}, need at least 1: choose the steps from one measurement to the next."
+        )
+    return range(0, sys.maxsize, steps)
 
 
 class PolicyMonitor(TrainerCallback):
@@ -49,7 +64,7 @@ class PolicyMonitor(TrainerCallback):
         prompts (`Sequence[list[dict]]`): held-out prompts, turns with the last of the user.
         formatter (`Formatter`): with the policy's tokenizer.
         reference (`PreTrainedModel`): the policy before training; it is moved to the policy's device.
-        steps (`Container[int]`): when to measure, such as `range(0, 3001, 100)`.
+        steps (`Container[int]`): when to measure, such as `range(0, 3001, 100)`, or [`every`].
         proxy ([`TextScorer`]): the reward that is optimised.
         gold ([`TextScorer`], *optional*): the reward that stands for the truth.
         max_new_tokens, temperature, top_p: of the sampling; take the run's own.

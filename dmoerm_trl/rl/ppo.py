@@ -1,6 +1,7 @@
 """What PPO needs before it starts: a TRL that has it, and a reward model that reads the policy's token ids."""
 
 import copy
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import fields
@@ -102,12 +103,32 @@ _UNREAD = {
 }
 """Keys of PPOConfig that TRL 1.12's PPOTrainer never reads, or overwrites -> what to set instead."""
 
+_ABOVE_ZERO = (
+    "temperature",
+    "total_episodes",
+    "response_length",
+    "num_ppo_epochs",
+    "num_mini_batches",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
+
 
 def check_arguments(args: Any) -> None:
     """
     Raises:
-        ValueError: if `args` (a fresh `PPOConfig`) sets something that PPOTrainer would silently pass over.
+        ValueError: if `args` (a fresh `PPOConfig`) sets something that PPOTrainer would silently pass over, or a number that no
+            training can have.
     """
+    values = {field.name: getattr(args, field.name) for field in fields(args)}
+    bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    bad += [name for name in _ABOVE_ZERO if values[name] is not None and not values[name] > 0]
+    bad += ["learning_rate"] * (args.learning_rate < 0)
+    if bad:
+        raise ValueError(
+            f"got {', '.join(f'{name}={values[name]!r}' for name in dict.fromkeys(bad))}, need finite numbers, a learning rate of 0 "
+            f"or more, and {', '.join(_ABOVE_ZERO)} above 0: mend the recipe."
+        )
     unread = [
         f"{field.name}={getattr(args, field.name)!r} (set {_UNREAD[field.name]})"
         for field in fields(args)

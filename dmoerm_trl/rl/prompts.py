@@ -34,7 +34,7 @@ def load_prompts(
         eval_prompts (`str`, *optional*): file of the prompts to measure on; without it they are split off from `prompts`.
         reward_prompts (`str`, *optional*): file of the prompts that the reward model was trained on, to check that none
             recurs.
-        held_out (`int`): how many prompts to measure on.
+        held_out (`int`): how many prompts to measure on; `monitor_prompts` of a recipe.
 
     Returns:
         A row with `prompt` for each prompt to optimise on, and for each of at most `held_out` prompts to measure on.
@@ -42,6 +42,11 @@ def load_prompts(
     Raises:
         ValueError: if sets that must not share a prompt do, or one is empty.
     """
+    if max_prompt_length < 1 or held_out < 1:
+        raise ValueError(
+            f"got max_prompt_length={max_prompt_length} and {held_out} prompts to measure on, need at least 1 of each: raise "
+            "`max_prompt_length` or `monitor_prompts`."
+        )
 
     def read(path: str) -> list[dict]:
         unique = list({prompt_id(row): row for row in reversed(read_prompts(path))}.values())[::-1]

@@ -91,14 +91,14 @@ def table(records: list[dict]) -> str:
     return "\n".join(lines) + f"\n\n{ended}"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="file for the result")
     parser.add_argument("--cases", type=int, default=400, help="of all kinds together")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=list(KINDS), help="these kinds")
     parser.add_argument("--number", type=int, help="this case of each kind alone")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     whole = sum(KINDS[kind][1] for kind in options.only)
     numbers: dict[str, Iterable[int]] = {
         kind: [options.number] if options.number is not None else range(round(options.cases * KINDS[kind][1] / whole))

@@ -24,7 +24,7 @@ STAGE = {
     "learning_rate": [*NO_NUMBER, -1.0],
     "max_steps": ["x", 1.5, [], math.nan],
     "eval_steps": [-1, "x", []],
-    "num_train_epochs": ["x", math.nan, []],
+    "num_train_epochs": ["x", []],
     "per_device_train_batch_size": NO_COUNT,
     "per_device_eval_batch_size": NO_COUNT,
     "gradient_accumulation_steps": NO_COUNT,
@@ -40,7 +40,7 @@ STAGE = {
     "use_cpu": NO_FLAG,
     "learning_rat": [1e-3],
     "output_dir": ["elsewhere"],
-    "logging_steps": ["x", -1],
+    "logging_steps": ["x"],
 }
 """Setting of a stage of the training -> wrong values."""
 
@@ -121,8 +121,8 @@ WRONG: dict[str, dict[str, list]] = {
         "backend": NO_CHOICE,
         "dtype": [*NO_CHOICE, "float7"],
         **dict.fromkeys(("max_length", "shard_size", "batch_size", "workers"), NO_COUNT),
-        "grid": [[0], [-1], ["x"], [10**9], [1.5], 3, {}],
-        "show": [[0], [-1], ["x"], [1.5], 3],
+        "grid": [[0], [-1], ["x"], [10**9], [1.5], {}],
+        "show": [[0], [-1], ["x"], [1.5]],
         "show_prompts": [-1, "x", 1.5],
         "seed": NO_SEED,
         "no_such_key": [1],
@@ -179,7 +179,7 @@ def wrong_setting(draw: random.Random, program: str, recipe: dict[str, Any]) -> 
         parent[name] = parent = dict(parent.get(name) or {})
     parent[last] = value
     shown = str(value).replace("\0", "\\u0000")
-    return key, value, ((last, f"got {value!r}", f"{shown}: got", shown if len(shown) > 3 else last),)
+    return key, value, ((last, f"got {value!r}", f"{shown}: got", repr(shown), shown if len(shown) > 3 else last),)
 
 
 def _bomb(content: bytes) -> bytes:

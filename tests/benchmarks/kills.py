@@ -336,12 +336,12 @@ def run(names: list[str], kills: int, seed: int, folder: Path, minutes: float = 
         runs = {name: Runs(name, every[name], folder) for name in names}
         while (left := kills - sum(one.result.ways.total() for one in runs.values())) > 0 and time.monotonic() < end:
             name = min(runs, key=lambda name: runs[name].result.ways.total())
-            runs[name].run(min(left, draw.randint(2, 5)), draw)
+            runs[name].run(min(left, -(-kills // len(names)), draw.randint(2, 5)), draw)
             print(table({name: runs[name].result}).splitlines()[-1], flush=True)
     return {name: one.result for name, one in runs.items()}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="file for the result")
     parser.add_argument("--kills", type=int, default=100, help="of all subjects together")
@@ -349,7 +349,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="these subjects")
     parser.add_argument("--minutes", type=float, default=60.0, help="no run starts after so many")
     parser.add_argument("--work", type=Path, help="folder for the runs, kept; else a temporary one")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     names = options.only or ["train", "workers", "launched", "labelling", "best_of_n", "ppo"]
     with tempfile.TemporaryDirectory() as temporary:
         results = run(names, options.kills, options.seed, options.work or Path(temporary), options.minutes)
