@@ -32,7 +32,7 @@ OWN = (
 )
 """Exceptions that are no crash, wherever they were raised; `PermissionError`, `RuntimeError` and the like are if not by the package."""
 
-FOREIGN = re.compile(rf"error: (?!(?:{'|'.join(OWN)}):)[A-Z]\w*(?:Error|Exception|Invalid):")
+FOREIGN = re.compile(rf"error: (?!(?:{'|'.join(OWN)}):)[A-Z]\w*(?:Error|Exception|Invalid)(?::|$)", re.MULTILINE)
 """In a message that a program makes of a foreign exception."""
 
 WAY_OUT = re.compile(
