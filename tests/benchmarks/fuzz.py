@@ -113,7 +113,11 @@ def main(argv: list[str] | None = None) -> None:
                     "{kind} {number}: {outcome}: {what}: ".format(**record) + repr(record["said"][-400:]), flush=True
                 )
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"seed": options.seed, "cases": records}, indent=1, ensure_ascii=False))
+    for record in records:
+        if record["outcome"] in RIGHT:
+            del record["said"]
+    lines = ",\n".join(json.dumps(record) for record in records)
+    options.json.write_text(f'{{"seed": {options.seed}, "cases": [\n{lines}\n]}}\n', encoding="utf-8")
     print(table(records))
 
 

@@ -179,7 +179,20 @@ def wrong_setting(draw: random.Random, program: str, recipe: dict[str, Any]) -> 
         parent[name] = parent = dict(parent.get(name) or {})
     parent[last] = value
     shown = str(value).replace("\0", "\\u0000")
-    return key, value, ((last, f"got {value!r}", f"{shown}: got", repr(shown), shown if len(shown) > 3 else last),)
+    return (
+        key,
+        value,
+        (
+            (
+                last,
+                last.replace("_", " ").rstrip("s"),
+                f"got {value!r}",
+                f"{shown}: got",
+                repr(shown),
+                shown if len(shown) > 3 else last,
+            ),
+        ),
+    )
 
 
 def _bomb(content: bytes) -> bytes:
