@@ -105,3 +105,14 @@ def test_bad_input(kl, gain, message):
 def test_an_unknown_optimiser_is_named():
     with pytest.raises(ValueError, match=r"got optimiser 'ppo', need one of \['best_of_n', 'rl'\]"):
         fit_overoptimisation(KL, KL, "ppo")
+
+
+def test_a_fit_has_the_same_digits_wherever_its_points_lie_in_memory():
+    kl = torch.rand(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).sort().values
+    gain = kl.sqrt() * (1 - kl)
+    found = set()
+    for number in range(200):
+        held = [torch.empty(1 + (37 * number * size) % 99, dtype=torch.float64) for size in range(number % 9)]
+        found.add(fit_overoptimisation(kl.clone(), gain.clone(), "best_of_n"))
+        del held
+    assert len(found) == 1

@@ -97,10 +97,14 @@ def fit_overoptimisation(kl: torch.Tensor, gain: torch.Tensor, optimiser: str) -
         raise ValueError(
             f"got kl {kl.tolist()}, need at least two distinct ones above 0 because the curve has two unknowns."
         )
-    d = kl[moved].sqrt()
-    design = torch.stack([d, -_BENDS[optimiser](d)], dim=1)  # (points, 2)
-    solution = torch.linalg.lstsq(design, gain[moved]).solution
-    degrees = len(d) - 2
-    residual = (gain[moved] - design @ solution).square().sum() / degrees if degrees > 0 else math.nan
-    errors = (residual * torch.linalg.inv(design.T @ design).diagonal()).sqrt()
-    return OveroptimisationFit(optimiser, *solution.tolist(), *errors.tolist())
+    # by Gram and Schmidt, in plain sums: the last digits of LAPACK's solution depend on where in memory it works
+    gain, first = gain[moved], kl[moved].sqrt()
+    second = -_BENDS[optimiser](first)
+    share = (first * second).sum() / first.square().sum()
+    rest = second - share * first
+    b = (rest * gain).sum() / rest.square().sum()
+    a = (first * gain).sum() / first.square().sum() - share * b
+    degrees = len(first) - 2
+    residual = (gain - a * first - b * second).square().sum() / degrees if degrees > 0 else math.nan
+    inverse = torch.stack([1 / first.square().sum() + share**2 / rest.square().sum(), 1 / rest.square().sum()])
+    return OveroptimisationFit(optimiser, float(a), float(b), *(residual * inverse).sqrt().tolist())
