@@ -32,13 +32,20 @@ class Fork:
 
     Args:
         log (`Path`): file to which its output is added.
+        folder (`Path`, *optional*): where it works.
         memory (`int`, *optional*): bytes that it may take beside what it starts with.
     """
 
-    def __init__(self, function: Callable[..., Any], *arguments: Any, log: Path, memory: int | None = None):
-        self._process = multiprocessing.get_context("fork").Process(
-            target=_call, args=(function, arguments, log, memory)
-        )
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        log: Path,
+        folder: Path | None = None,
+        memory: int | None = None,
+    ):
+        context = multiprocessing.get_context("fork")
+        self._process = context.Process(target=_call, args=(function, arguments, log, folder, memory))
         self._process.start()
         self.pid = self._process.pid
 
@@ -61,8 +68,10 @@ class Fork:
         self._process.join()
 
 
-def _call(function: Callable[..., Any], arguments: tuple, log: Path, memory: int | None) -> None:
+def _call(function: Callable[..., Any], arguments: tuple, log: Path, folder: Path | None, memory: int | None) -> None:
     os.setsid()
+    if folder is not None:
+        os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     if memory is not None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])

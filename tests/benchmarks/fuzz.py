@@ -71,7 +71,7 @@ def run(numbers: dict[str, Iterable[int]], seed: int, folder: Path) -> Iterator[
                     KINDS[kind][0](material, random.Random(f"{kind} {seed} {number}"), at),
                     time.perf_counter(),
                 )
-                result, said = outcome(case, folder / "log")
+                result, said = outcome(case, at)
                 seconds = round(time.perf_counter() - start, 1)
                 record = {"kind": kind, "number": number, "what": case.what, "outcome": result, "seconds": seconds}
                 yield record | {"said": said.replace(str(folder), "")}

@@ -37,8 +37,8 @@ FOREIGN = re.compile(rf"error: (?!(?:{'|'.join(OWN)}):)[A-Z]\w*(?:Error|Exceptio
 
 WAY_OUT = re.compile(
     r"\bneed\b|\bchoose\b|\buse\b|\bgive\b|\badd\b|\binstall\b|\brename\b|\bdelete\b|\bleave\b|\bmend\b|\bwrite\b|\bset\b|"
-    r"\braise\b|\blower\b|\bchange\b|\bselect one of\b|\bunset\b|\bname another\b|expected one argument|the following arguments are required|unrecognized arguments|"
-    r"invalid choice|must be|did you mean|expected one of|please remove|lists the options",
+    r"\braise\b|\blower\b|\bchange\b|\bselect one of\b|\bunset\b|\bname another\b|the following arguments are required|unrecognized arguments|"
+    r"invalid choice|must be|did you mean|\bexpected\b|please remove|lists the options",
     re.IGNORECASE,
 )
 
@@ -65,10 +65,10 @@ class Case:
     late: Callable[[], bool] | None = None
 
 
-def outcome(case: Case, log: Path) -> tuple[str, str]:
-    """Runs a case. Returns the outcome and what was said of it."""
-    log.unlink(missing_ok=True)
-    process = Fork(case.start, *case.arguments, log=log, memory=MEMORY)
+def outcome(case: Case, folder: Path) -> tuple[str, str]:
+    """Runs a case in a folder. Returns the outcome and what was said of it."""
+    log = folder / "said"
+    process = Fork(case.start, *case.arguments, log=log, folder=folder, memory=MEMORY)
     status = process.wait(LIMIT)
     process.kill()
     said = log.read_text(errors="replace").replace("\r", "\n") if log.exists() else ""

@@ -52,7 +52,7 @@ JUDGE = {
 
 WRONG: dict[str, dict[str, list]] = {
     "train": {
-        "output_dir": [3, [], ""],
+        "output_dir": [[], ""],
         **dict.fromkeys(("base_model", "train_data", "tasks", "test_data", "router_model"), NO_PATH),
         "on_error": NO_CHOICE,
         "max_length": [*NO_COUNT, 3],
@@ -83,7 +83,7 @@ WRONG: dict[str, dict[str, list]] = {
         **dict.fromkeys(("router", "phase1", "phase2", "phase3"), [3, "x", ["a"], True]),
     },
     "label": {
-        "output_dir": [3, [], ""],
+        "output_dir": [[], ""],
         **dict.fromkeys(("rows", "tasks"), NO_PATH),
         "judge": [3, "x", [], None, {}],
         **{f"judge.{key}": values for key, values in JUDGE.items()},
@@ -100,7 +100,7 @@ WRONG: dict[str, dict[str, list]] = {
         "no_such_key": [1],
     },
     "best_of_n": {
-        "output_dir": [3, [], ""],
+        "output_dir": [[], ""],
         "responses": NO_PATH,
         "prompts": NO_PATH,
         "n": [*NO_COUNT, 11],
@@ -148,7 +148,7 @@ WRONG: dict[str, dict[str, list]] = {
     "prepare": {
         "dataset": NO_CHOICE,
         "source": [3, [], "", "/missing/set.jsonl", True],
-        "output": [3, [], "", "/dev/null/rows.jsonl"],
+        "output": [[], "", "/dev/null/rows.jsonl"],
         "max_rows": NO_COUNT,
         "columns": [{"chosen": "nowhere"}, 3, "x", ["a"]],
         "where": [{"nowhere": 1}, 3, "x", ["a"]],
@@ -178,21 +178,9 @@ def wrong_setting(draw: random.Random, program: str, recipe: dict[str, Any]) -> 
     for name in outer:
         parent[name] = parent = dict(parent.get(name) or {})
     parent[last] = value
-    shown = str(value).replace("\0", "\\u0000")
-    return (
-        key,
-        value,
-        (
-            (
-                last,
-                last.replace("_", " ").rstrip("s"),
-                f"got {value!r}",
-                f"{shown}: got",
-                repr(shown),
-                shown if len(shown) > 3 else last,
-            ),
-        ),
-    )
+    shown = str(value[0] if isinstance(value, list) and value else value).replace("\0", "\\u0000")
+    by_value = [f"got {value!r}", f"{shown}: got", repr(shown), *[shown] * (len(shown) > 3)]
+    return key, value, ((last, last.replace("_", " ").rstrip("s"), *by_value),)
 
 
 def _bomb(content: bytes) -> bytes:
