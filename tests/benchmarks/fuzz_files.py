@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from fuzz_case import Case, Material, lines_of
 from fuzz_settings import BROKEN_FILES, HARMLESS
-from fuzz_values import TABLE, changed, row_meant, same_rows, table_meant, turns_meant, unread
+from fuzz_values import TABLE, changed, pair_meant, row_meant, same_rows, table_meant, turns_meant, unread
 
 
 def good_rows() -> list[dict]:
@@ -92,28 +92,29 @@ BAD_TEXT: dict[str, Callable[[list[bytes], int], bytes]] = {
 
 
 def rows(material: Material, draw: random.Random, at: Path) -> Case:
-    rows, number = good_rows(), draw.randrange(5)
-    way = draw.choice(["value"] * 7 + ["text"] * 4 + ["csv"] * 2 + ["parquet"])
+    way = draw.choice(["value"] * 6 + ["text"] * 4 + ["csv"] * 2 + ["pair"] * 2 + ["parquet"])
     if way in ("csv", "parquet"):
         return {"csv": csv_rows, "parquet": parquet_rows}[way](material, draw, at)
-    ending = draw.choice([".jsonl", ".jsonl", ".json"]) if way == "value" else ".jsonl"
-    path, what = at / f"mine{ending}", ""
-    if way == "value":
-        rows[number], what, _ = changed(draw, rows[number])
-        ascii_only = draw.random() < 0.5 or "half" in what
-        texts = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
-        path.write_text("\n".join(texts) if ending == ".jsonl" else f"[{', '.join(texts)}]")
-        meant = [row_meant(row) for row in rows]
-        return rows_case(
-            material, path, f"{ending} {what}", meant, number, draw.choice(["raise", "raise", "skip"]), at, rows
-        )
-    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
-    what = draw.choice([*SAME_TEXT, *BAD_TEXT])
-    path.write_bytes((SAME_TEXT | BAD_TEXT)[what](lines, number))
-    meant = [row_meant(row) for row in rows]
-    if what in BAD_TEXT:
-        meant[number] = None
-    return rows_case(material, path, what, meant, number, "raise", at, rows)
+    rows, meaning = good_rows(), row_meant
+    if way == "pair":
+        rows = [
+            {"prompt": f"Say {i}", "chosen": f"Well {i}", "rejected": f"Bad {i}", "task": "maths"} for i in range(5)
+        ]
+        meaning = pair_meant
+    number = draw.randrange(5)
+    if way == "text":
+        path, what = at / "mine.jsonl", draw.choice([*SAME_TEXT, *BAD_TEXT])
+        lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+        path.write_bytes((SAME_TEXT | BAD_TEXT)[what](lines, number))
+        meant = [None if what in BAD_TEXT and row is rows[number] else meaning(row) for row in rows]
+        return rows_case(material, path, what, meant, number, "raise", at, rows)
+    path = at / draw.choice(["mine.jsonl", "mine.jsonl", "mine.json"])
+    rows[number], what, _ = changed(draw, rows[number])
+    ascii_only = draw.random() < 0.5 or "half" in what
+    texts = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
+    path.write_text("\n".join(texts) if path.suffix == ".jsonl" else f"[{', '.join(texts)}]")
+    meant, on_error = [meaning(row) for row in rows], draw.choice(["raise", "raise", "skip"])
+    return rows_case(material, path, f"{path.suffix} {way} {what}", meant, number, on_error, at, rows)
 
 
 def rows_case(

@@ -119,9 +119,18 @@ def row_meant(raw: Any) -> dict | None:
     return row | {"capability_pairs": {}}
 
 
+def pair_meant(raw: Any) -> dict | None:
+    """The same of a row in TRL's format, all of it text."""
+    texts = [raw.get(name) for name in ("prompt", "chosen", "rejected")]
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    return row_meant({"prompt": texts[0], "responses": texts[1:], "ranks": [1, 2], "task": raw.get("task")})
+
+
 def unread(raw: dict) -> set[str]:
     """The fields of a row that nothing reads."""
-    return raw.keys() - {"prompt", "messages", "responses", "ranks", "task", "capability_ranks", "capability_pairs"}
+    known = {"prompt", "messages", "responses", "ranks", "chosen", "rejected"}
+    return raw.keys() - known - {"task", "capability_ranks", "capability_pairs"}
 
 
 def same_rows(found: list[dict], meant: list[dict]) -> bool:
