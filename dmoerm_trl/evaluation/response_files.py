@@ -33,6 +33,8 @@ def read_prompts(path: str | os.PathLike, count: int | None = None, task: str | 
     Raises:
         ValueError: for the first record without a prompt, naming the file and the line; or if there are too few prompts.
     """
+    if count is not None and count < 1:
+        raise ValueError(f"got num_prompts={count}, need at least 1: raise it, or leave it out to take all.")
     rows: dict[str, dict] = {}
     for _, record in _records(path):
         if (task is None or record.get("task") == task) and (count is None or len(rows) < count):

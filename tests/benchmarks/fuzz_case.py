@@ -38,7 +38,7 @@ FOREIGN = re.compile(rf"error: (?!(?:{'|'.join(OWN)}):)[A-Z]\w*(?:Error|Exceptio
 WAY_OUT = re.compile(
     r"\bneed\b|\bchoose\b|\buse\b|\bgive\b|\badd\b|\binstall\b|\brename\b|\bdelete\b|\bleave\b|\bmend\b|\bwrite\b|\bset\b|"
     r"\braise\b|\blower\b|\bchange\b|\bselect one of\b|\bunset\b|\bname another\b|the following arguments are required|unrecognized arguments|"
-    r"invalid choice|must be|did you mean|\bexpected\b|please remove|lists the options",
+    r"invalid choice|must be|did you mean|\bexpected\b|\bonly\b|please remove|lists the options",
     re.IGNORECASE,
 )
 

@@ -118,7 +118,6 @@ WRONG: dict[str, dict[str, list]] = {
         "gold": ["missing/folder", "nowhere:f", "math:nothing", 3, None, "", []],
         "num_prompts": [0, -1, 99, "x", 1.5],
         "task": ["nonsense", 3],
-        "backend": NO_CHOICE,
         "dtype": [*NO_CHOICE, "float7"],
         **dict.fromkeys(("max_length", "shard_size", "batch_size", "workers"), NO_COUNT),
         "grid": [[0], [-1], ["x"], [10**9], [1.5], {}],

@@ -78,10 +78,16 @@ def turns_meant(prompt: Any) -> list[dict] | None:
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         return None
-    turns = [{"role": turn.get("role"), "content": turn.get("content")} for turn in turns]
+    turns = [{"role": turn.get("role"), "content": text_meant(turn.get("content"))} for turn in turns]
     texts = [text for turn in turns for text in turn.values()]
     whole = all(isinstance(text, str) and is_whole(text) for text in texts)
     return turns if whole and turns[-1]["role"] == "user" and turns[-1]["content"].strip() else None
+
+
+def text_meant(content: Any) -> Any:
+    """The text of a turn's content, which may be in parts."""
+    parts = content if isinstance(content, list) and content else [None]
+    return "".join(parts) if all(isinstance(part, str) for part in parts) else content
 
 
 def is_whole(text: str) -> bool:
