@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -68,6 +69,16 @@ def save_figure(figure: Any, path: str | os.PathLike) -> Path:
     with writing(path, binary=True) as file:
         figure.savefig(file, format=path.suffix.removeprefix(".") or "png")
     return path
+
+
+def file_digest(paths: Iterable[Path]) -> str:
+    """SHA-256 of what stands in the files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def partial_path(path: str | os.PathLike) -> Path:

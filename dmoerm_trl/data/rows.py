@@ -132,6 +132,24 @@ def records_of(source: str | os.PathLike, split: str = "train") -> Records:
     return open_set(str(source), split, streaming=False)
 
 
+def places_of(
+    rows: Iterable[PreferenceRow], source: str | os.PathLike, *, tasks: TaskTable, split: str = "train"
+) -> list[str]:
+    """Where some of the rows that [`load_rows`] gave stand in their source: file and line, in the source's order."""
+    wanted = {(row.prompt_id, tuple(row.responses)) for row in rows}
+    places, report = [], LoadReport(str(source))
+    for place, raw in records_of(source, split):
+        try:
+            row = parse_row(raw, tasks, report)
+            check_row(row, tasks)
+        except RowError:
+            continue
+        if (row.prompt_id, tuple(row.responses)) in wanted:
+            wanted.remove((row.prompt_id, tuple(row.responses)))
+            places.append(str(place))
+    return places
+
+
 def _checked(
     records: Records,
     tasks: TaskTable,

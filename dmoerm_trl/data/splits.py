@@ -1,13 +1,16 @@
 """Splits by prompt: phase 1, phase 3, their validation parts, and the test part never share a prompt."""
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from ..tasks import OTHERS
 from .rows import PreferenceRow
 
 PARTS = ("phase1_train", "phase1_validation", "phase3_train", "phase3_validation", "test")
+
+NOWHERE: Mapping[str, str] = MappingProxyType({})
 
 
 def split_rows(
@@ -17,6 +20,7 @@ def split_rows(
     phase1: float = 0.6,
     validation: float = 0.1,
     seed: int = 0,
+    part_of: Mapping[str, str] = NOWHERE,
 ) -> dict[str, list[PreferenceRow]]:
     """
     Splits rows into the parts that the phases train on, validate on, and are tested on.
@@ -35,6 +39,9 @@ def split_rows(
             Share of each phase's prompts that validates it.
         seed (`int`, *optional*, defaults to 0):
             Seed of the split.
+        part_of (`Mapping[str, str]`, *optional*):
+            Prompt id -> the part in which it stays, of an earlier split of some of the rows. The other prompts go where a task
+            has less than its share.
 
     Returns:
         `dict[str, list[PreferenceRow]]`: The parts `phase1_train`, `phase1_validation`, `phase3_train`,
@@ -61,7 +68,7 @@ def split_rows(
 
     shares = {"phase1_validation": validation, "phase3_validation": validation, "test": test}
     needed = [part for part in PARTS if shares.get(part, 1)]
-    part_of = {}
+    part_of = {prompt_id: part for prompt_id, part in part_of.items() if part in needed}
     for task, ids in prompts.items():
         ids.sort(key=lambda prompt_id: hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest())
         counts = _counts(len(ids), test, phase1, validation)
@@ -71,8 +78,12 @@ def split_rows(
                 f"task {task!r}: got {len(ids)} prompts, which leaves none for {', '.join(empty)} ({counts}); need at least "
                 f"{len(needed)}, one in each part, because parts share no prompt: add rows of this task, or leave it out."
             )
-        parts = [part for part in PARTS for _ in range(counts[part])]
-        part_of.update(zip(ids, parts, strict=True))
+        there = Counter(part_of[prompt_id] for prompt_id in ids if prompt_id in part_of)
+        new = [prompt_id for prompt_id in ids if prompt_id not in part_of]
+        missing = {part: max(0, counts[part] - there[part]) for part in PARTS}
+        while sum(missing.values()) > len(new):  # some part has more than its share
+            missing[max(missing, key=missing.get)] -= 1
+        part_of.update(zip(new, [part for part in PARTS for _ in range(missing[part])], strict=True))
 
     split = {part: [] for part in PARTS}
     for prompt_id, row in zip(ids_of_rows, rows, strict=True):
@@ -87,6 +98,7 @@ def split_rows_beside_test(
     phase1: float = 0.6,
     validation: float = 0.1,
     seed: int = 0,
+    part_of: Mapping[str, str] = NOWHERE,
 ) -> tuple[dict[str, list[PreferenceRow]], int]:
     """
     As [`split_rows`], where the test rows are given apart (a file of their own).
@@ -97,7 +109,7 @@ def split_rows_beside_test(
     """
     tested = {row.prompt_id for row in test_rows}
     kept = [row for row in rows if row.prompt_id not in tested]
-    split = split_rows(kept, test=0.0, phase1=phase1, validation=validation, seed=seed)
+    split = split_rows(kept, test=0.0, phase1=phase1, validation=validation, seed=seed, part_of=part_of)
     return split | {"test": list(test_rows)}, len(rows) - len(kept)
 
 

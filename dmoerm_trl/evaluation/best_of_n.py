@@ -16,14 +16,14 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..files import write_json, write_text
+from ..files import file_digest, write_json, write_text
 from ..rl.rollout import PolicySource
 from ..tasks import slug
 from .best_of_n_curves import BestOfNCurves, best_of_n_curves, default_grid, pooled_moments
 from .explain import cell
 from .response_files import import_responses
 from .response_store import RESPONSES, ResponseStore, worker_pool, write_responses, write_scores
-from .scorers import AGGREGATIONS, ScorerSource, file_digest, weights_digest
+from .scorers import AGGREGATIONS, ScorerSource, weights_digest
 
 GOLD_OF_FILE = "file"
 

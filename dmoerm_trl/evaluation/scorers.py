@@ -1,11 +1,10 @@
 """What gives responses a score: a reward model of this package or of any other, the length, or a Python function."""
 
-import hashlib
 import importlib
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from ..data.formatting import Encoding, Formatter
+from ..files import file_digest
 from ..modeling.configuration import DMoERMConfig
 from ..modeling.finite import WAY_OUT, check_rewards
 from ..modeling.loading import loading
@@ -113,16 +113,6 @@ def weights_digest(model: str) -> str | None:
     """Tells whether the weights in a folder are others than before; None for a model on the hub."""
     files = sorted(Path(model).glob("*.safetensors"))
     return file_digest(files) if files else None
-
-
-def file_digest(paths: Iterable[Path]) -> str:
-    """SHA-256 of what stands in the files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _function_of(name: str) -> Callable[..., Any]:

@@ -38,6 +38,22 @@ def longest_text(backbone: PreTrainedModel) -> int | None:
     return min(limits, default=None)
 
 
+def check_positions(backbone: PreTrainedModel, name: str, max_length: int) -> None:
+    """
+    Args:
+        name (`str`): what the backbone is called in the message.
+
+    Raises:
+        ValueError: if texts of `max_length` tokens may have more than the backbone has positions for.
+    """
+    limit = longest_text(backbone)
+    if limit is not None and max_length > limit:
+        raise ValueError(
+            f"got max_length={max_length}, need at most {limit}, because {name} has positions for so many tokens and no others: "
+            f"set `max_length: {limit}`, or choose a base that reads longer texts."
+        )
+
+
 @contextmanager
 def within_positions(backbone: PreTrainedModel, longest: int) -> Iterator[None]:
     """

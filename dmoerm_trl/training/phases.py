@@ -370,7 +370,7 @@ class AggregatorOnEmbeddings(DMoERMPreTrainedModel):
     def get_input_embeddings(self) -> None:
         """None: FSDP asks for it."""
 
-    def forward(self, texts: Tensor) -> SequenceClassifierOutput:
+    def forward(self, texts: Tensor, finite: bool = False) -> SequenceClassifierOutput:
         """`texts` of shape (B,), indices into z -> `logits` of shape (B, 1)."""
         return SequenceClassifierOutput(logits=self.inner.reward(self.z[texts.cpu()].to(texts.device)))
 

@@ -6,42 +6,40 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import suppress
 from functools import cached_property, partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data.formatting import Formatter
-from ..data.rows import PreferenceRow, check_capability_labels, load_rows, merge_same_tokens, write_rows
-from ..data.splits import split_rows, split_rows_beside_test
+from ..data.rows import PreferenceRow, load_rows
+from ..files import write_json
+from ..folders import held
 from ..modeling.assembly import assemble, export_expert, with_task
 from ..modeling.card import write_model_card
 from ..modeling.configuration import DMoERMConfig
 from ..modeling.experts import check_target_modules
 from ..modeling.loading import loading
 from ..modeling.modeling import DMoERMForSequenceClassification
+from ..modeling.positions import check_positions
 from ..modeling.quantised import quantization
 from ..modeling.router import Router
 from ..tasks import OVERALL, slug
 from ..workers import start_worker
 from .distributed import check_joined, is_main, processes, wait_for_all
-from .phases import History, normalise, phase1, phase2, phase3, train_router
+from .growth import Growth
+from .phases import normalise, phase1, phase2, phase3, train_router
 from .recipe import DEFAULTS, Recipe
-from .trainer import PhaseConfig
-
-
-class Stage(NamedTuple):
-    """A step of the training: it writes the folder `output_dir/<name>`, after those that it needs."""
-
-    run: Callable[[Path], History]
-    needs: tuple[str, ...] = ()
-    trainings: tuple[str, ...] | None = None  # folders in it that have a history each; None for the whole
+from .rehearsal import rehearse
+from .run_data import DIGESTS, RunData, parts_of, read_run_data
+from .stages import History, Manifest, Record, Stage, identities, identity, records
 
 
 class Pipeline:
@@ -49,7 +47,7 @@ class Pipeline:
     The stages of a recipe and the folder in which they leave their results:
 
     ```
-    manifest.json               the recipe's settings, the number of processes, the seconds that each finished stage took
+    manifest.json               what each finished stage was made of, and the seconds that it took
     data/                       the rows of each part, test.jsonl among them; report.txt
     router/                     the outer layer
     <task>/phase1/              the task's base
@@ -60,7 +58,10 @@ class Pipeline:
     ```
 
     A stage's folder appears when the stage is done, by a rename; `<task>/experts` is one stage with `joint_experts`, else
-    each expert is. While a stage trains, its checkpoints are in `work/`.
+    each expert is. While a stage trains, its checkpoints are in `work/<stage>/`, in a folder for what it is made of. Nothing else
+    in the folder is touched.
+
+    A finished stage stays if it is made of the same as the recipe says now; see [`~dmoerm_trl.training.growth.Growth`].
 
     Of several processes, started by a launcher, all train each stage together; the main one alone writes.
     """
@@ -76,35 +77,88 @@ class Pipeline:
         points = dict(table.tasks)
         if recipe.without_outer:
             points[OVERALL] = table.overall
-        stages = {"data": Stage(self._data), "router": Stage(self._router, ("data",))}
+        read = self._of("base_model", "trust_remote_code", "max_length", "score_thinking", "pad_token", "seed")
+        router = self._of("router_model", "router_layers", "router_balance", step="router")
+        lora = [name for name in recipe.model_settings if name.startswith("lora_")]
+        experts_of = self._of(*lora, "activation", "load_in_8bit", "load_in_4bit", "joint_experts", step="phase2")
+        aggregator = self._of("aggregator_hidden_size", "unit_variance", step="phase3")
+        stages = {
+            "data": Stage(self._data, settings=self._data_settings),
+            "router": Stage(
+                self._router, ("data",), settings=read | router | {"tasks": list(table.tasks)}, rows=("router",)
+            ),
+        }
         bases = {task: OVERALL if recipe.share_base else task for task in points}
         for base in dict.fromkeys(bases.values()):
-            stages[f"{slug(base)}/phase1"] = Stage(partial(self._phase1, base), ("data",))
+            own = {"task_base_models": recipe.task_base_models.get(base)}
+            settings = read | own | self._of("share_base", "activation", step="phase1")
+            name = f"{slug(base)}/phase1"
+            stages[name] = Stage(partial(self._phase1, base), ("data",), settings=settings, rows=(name,))
         for task, task_points in points.items():
             base, together = f"{slug(bases[task])}/phase1", f"{slug(task)}/experts"
             experts = tuple(f"{together}/{slug(point)}" for point in task_points)
+            settings = read | experts_of
             if recipe.joint_experts:
-                stages[together] = Stage(partial(self._experts, task, base, task_points), (base,), experts)
-                experts = (together,)
+                stages[together] = Stage(
+                    partial(self._experts, task, base, task_points), (base,), experts, settings, (together,)
+                )
+                needs = (together,)
             else:
+                needs = experts
                 for name, point in zip(experts, task_points, strict=True):
-                    stages[name] = Stage(partial(self._expert, task, base, point), (base,))
-            stages[f"{slug(task)}/phase3"] = Stage(partial(self._phase3, task, base), (base, *experts))
+                    rows = (together, slug(point))
+                    stages[name] = Stage(partial(self._expert, task, base, point), (base,), None, settings, rows)
+            settings = read | aggregator | {"tasks": list(task_points)}
+            name = f"{slug(task)}/phase3"
+            stages[name] = Stage(partial(self._phase3, task, base), (base, *needs), settings=settings, rows=(name,))
         for member in range(recipe.ensemble_size):
-            stages[f"ensemble/{member}"] = Stage(partial(self._member, member), ("data",))
+            settings = read | self._of("activation", step="baselines")
+            stages[f"ensemble/{member}"] = Stage(
+                partial(self._member, member), ("data",), settings=settings, rows=("ensemble",)
+            )
         inner = tuple(f"{slug(task)}/phase3" for task in table.tasks)
         stages["model"] = Stage(self._assemble, ("router", *inner))
         return stages
+
+    def _of(self, *names: str, step: str | None = None) -> dict[str, Any]:
+        """Settings of the recipe, and those of a stage's training."""
+        settings = {name: getattr(self.recipe, name) for name in names}
+        return settings if step is None else settings | self.recipe.step_settings(step, processes())
+
+    @cached_property
+    def _data_settings(self) -> dict[str, Any]:
+        """What the rows of the parts depend on; of data in files what stands in them, not where they are."""
+        settings = self.recipe.fingerprint()
+        names = ("tasks", "on_error", "max_length", "test_share", "phase1_share", "validation_share", "seed")
+        names += ("base_model", "score_thinking", "pad_token", "share_base", "without_outer")
+        sources = {name: settings.get(f"sha256 of {name}", settings[name]) for name in ("train_data", "test_data")}
+        return sources | {name: settings[name] for name in names}
 
     # What a run is made of
 
     @cached_property
     def formatter(self) -> Formatter:
-        with loading(self.recipe.base_model, "a base model"):
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.recipe.base_model, trust_remote_code=self.recipe.trust_remote_code
-            )
-        return Formatter(tokenizer, self.recipe.max_length, self.recipe.score_thinking)
+        recipe = self.recipe
+        tokenizer = self._tokenizer(recipe.base_model)
+        if recipe.pad_token is not None:
+            if recipe.pad_token not in tokenizer.get_vocab():
+                raise ValueError(
+                    f"`pad_token` of the recipe: got {recipe.pad_token!r}, which the tokenizer of {recipe.base_model} does not have, "
+                    "need one of its tokens: name another, or leave it out."
+                )
+            tokenizer.pad_token = recipe.pad_token
+        elif tokenizer.pad_token_id is None:
+            if tokenizer.eos_token is None:
+                raise ValueError(
+                    f"got the tokenizer of {recipe.base_model}, which has no pad token and no eos, need a token that fills batches: "
+                    "name one of its tokens by `pad_token`."
+                )
+            tokenizer.pad_token = tokenizer.eos_token  # it is masked: any token will do
+        return Formatter(tokenizer, recipe.max_length, recipe.score_thinking)
+
+    def _tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        with loading(name, "a base model"):
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=self.recipe.trust_remote_code)
 
     def rows(self, *parts: str, task: str = OVERALL) -> list[PreferenceRow]:
         """The rows of some parts of the data, of one task or of all."""
@@ -119,7 +173,7 @@ class Pipeline:
 
     def history(self, training: str) -> History:
         """The log history of one of [`Pipeline.trainings`]."""
-        return json.loads((self.root / training / "history.json").read_text())
+        return json.loads((self.root / training / "history.json").read_text(encoding="utf-8"))
 
     @property
     def trainings(self) -> list[str]:
@@ -129,62 +183,25 @@ class Pipeline:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        path = self.root / "manifest.json"
-        if path.exists():
-            return json.loads(path.read_text())
-        return {"recipe": self.recipe.fingerprint(), "processes": processes(), "seconds": {}}
+        """What stands in `manifest.json`; see [`~dmoerm_trl.training.stages.Manifest`]."""
+        return Manifest(self.root).content
 
     # The stages
 
     def _data(self, folder: Path) -> History:
-        if not is_main():
-            return []
-        recipe = self.recipe
-        rows, report = load_rows(recipe.train_data, tasks=self.tasks, on_error=recipe.on_error)
-        if not rows:
-            raise ValueError(f"{recipe.train_data}: got no rows, need some to train on: name another file.")
-        lines = [str(report)]
-        shares = {"phase1": recipe.phase1_share, "validation": recipe.validation_share, "seed": recipe.seed}
-        if recipe.test_data is None:
-            parts = split_rows(rows, test=recipe.test_share, **shares)
-        else:
-            test_rows, report = load_rows(recipe.test_data, tasks=self.tasks, on_error=recipe.on_error)
-            parts, removed = split_rows_beside_test(rows, test_rows, **shares)
-            lines += [str(report), f"{removed} training rows removed because their prompt is in the test rows"]
-        said = {}
-        for name, part in parts.items():
-            encodings, cuts = self.formatter.encode_rows(part)
-            parts[name], same = merge_same_tokens(part, encodings)
-            tokens = f"; {same} labelled pairs left out: the same tokens" if same else ""
-            said[name] = f"{cuts}{tokens}"
-        training = parts["phase1_train"] + parts["phase3_train"]
-        for what, part in (("training rows", training), ("rows that validate phase 2", parts["phase1_validation"])):
-            try:
-                check_capability_labels(part, self.tasks, overall=recipe.without_outer)
-            except ValueError as error:
-                raise ValueError(f"{recipe.train_data}: in the {len(part)} {what}: {error}") from error
-        self._check_preferences(parts)
-        for name, part in parts.items():
-            unranked = sum(not row.pairs_of() for row in part)
-            for_experts = f", {unranked} of them without an overall preference" if unranked else ""
-            lines += [f"{name}: {len(part)} rows{for_experts}; {said[name]}"]
-            write_rows(part, folder / f"{name}.jsonl")
-        (folder / "report.txt").write_text("\n".join(lines) + "\n")
+        if is_main():
+            self.run_data.save(folder, self.tasks)
         return []
 
-    def _check_preferences(self, parts: dict[str, list[PreferenceRow]]) -> None:
-        """Rows may have capability labels alone, but phases 1 and 3 and the test need others."""
-        for name, part in parts.items():
-            together = name == "test" or (name.startswith("phase1") and self.recipe.share_base)
-            for task in [OVERALL] if together else self.tasks.tasks:
-                rows = [row for row in part if task in (OVERALL, row.task)]
-                if rows and not any(row.pairs_of() for row in rows):
-                    source = self.recipe.test_data if name == "test" else None
-                    raise ValueError(
-                        f"{source or self.recipe.train_data}: got {len(rows)} rows of the task {task!r} in the part {name}, none "
-                        "with two distinct `ranks`, need one because a base and an aggregator learn from the overall preference "
-                        "and are tested by it: rank responses to more of the task's prompts."
-                    )
+    @cached_property
+    def run_data(self) -> RunData:
+        """The rows as the recipe says now, read anew."""
+        part_of = {}
+        if (source := self._source) is not None and source.has("data"):
+            before, now = source.record("data")["settings"], self._data_settings
+            if all(before[key] == now[key] for key in ("test_share", "phase1_share", "validation_share", "seed")):
+                part_of = parts_of(source.root / "data")
+        return read_run_data(self.recipe, self.tasks, self.formatter, part_of)
 
     def _router(self, folder: Path) -> History:
         router, history = train_router(
@@ -213,7 +230,7 @@ class Pipeline:
 
     def _full_fine_tuning(self, task, train_rows, eval_rows, folder, args, unit_variance) -> History:
         model, history = phase1(
-            self.recipe.base_model,
+            self.recipe.task_base_models.get(task, self.recipe.base_model),
             task,
             train_rows,
             eval_rows,
@@ -228,11 +245,18 @@ class Pipeline:
         return history
 
     def _experts(self, task: str, base: str, points: Sequence[str], folder: Path) -> History:
+        name = f"{slug(task)}/experts"
+        kept = [point for point in points if self._source_has(name, slug(point))]
+        for point in kept:
+            if is_main():
+                shutil.copytree(self._source.root / name / slug(point), folder / slug(point))
+        if not (points := [point for point in points if point not in kept]):
+            return []
         model, histories = self._phase2(task, base, points, folder)
         for point, history in histories.items():
             if is_main():
                 export_expert(model, task, point, folder / slug(point))
-                (folder / slug(point) / "history.json").write_text(json.dumps(history))
+                write_json(folder / slug(point) / "history.json", history)
         return []
 
     def _expert(self, task: str, base: str, point: str, folder: Path) -> History:
@@ -247,7 +271,7 @@ class Pipeline:
         if config := quantization(self.recipe.load_in_4bit, self.recipe.load_in_8bit, compute_dtype):
             options = {"quantization_config": config, "device_map": args.device}
         return phase2(
-            with_task(self.load(base, **options), task),
+            self._base(base, task, **options),
             points,
             self.rows("phase1_train", "phase3_train", task=task),
             self.rows("phase1_validation", task=task),
@@ -255,10 +279,17 @@ class Pipeline:
             args,
         )
 
+    def _base(self, stage: str, task: str, **options: Any) -> DMoERMForSequenceClassification:
+        """What phase 1 left, for a task's experts as the recipe has them now: it does not depend on theirs."""
+        model = with_task(self.load(stage, **options), task)
+        for name, value in self.recipe.model_settings.items():
+            setattr(model.config, name, value)
+        return model
+
     def _phase3(self, task: str, base: str, folder: Path) -> History:
         points = self.tasks.overall if task == OVERALL else self.tasks.tasks[task]
         model, history = phase3(
-            with_task(self.load(base), task),
+            self._base(base, task),
             {point: self.root / slug(task) / "experts" / slug(point) for point in points},
             self.rows("phase3_train", task=task),
             self.rows("phase3_validation", task=task),
@@ -288,78 +319,244 @@ class Pipeline:
             self.formatter.tokenizer.save_pretrained(folder)
             write_model_card(model, folder)
 
-    # Running them
+    # What is found before any training
 
     def check(self) -> None:
         """
-        Finds what can be found wrong before any training: rows, labels, tokenizer, LoRA targets, the base's weights.
+        Finds what can be found wrong before any training: the folder and what is finished in it, the settings of all stages as
+        their trainers read them, tokenizers, LoRA targets, the bases' weights and positions, rows and labels.
 
         Raises:
             ValueError: naming what is wrong and the way out.
         """
-        self._check_recipe()
+        finished = Manifest(self.root)
+        for name in self.stages:
+            if self._done(name):
+                finished.check_files(name)
+        self._check_recipe(finished)
+        if self.finished:
+            return
+        self._check_places()
+        self._check_models()
+        steps = {self._step(name) for name in self.stages if not self._done(name)} - {None}
+        rehearse(self.recipe, self.formatter, steps)
+        if is_main() and not (self._done("data") and self._data_stays(finished)):
+            self.run_data  # noqa: B018  (reads and checks the rows)
+
+    def _data_stays(self, finished: Manifest) -> bool:
+        return finished.record("data")["settings"] == json.loads(json.dumps(self._data_settings))
+
+    def _check_recipe(self, finished: Manifest) -> None:
+        """What is finished refuses a recipe by which it would be another."""
+        there = [name for name in self.stages if name != "data" and finished.has(name)]
+        if not there:
+            return
+        changed, digests = [], self._digests
+        if not finished.has("data") or not self._data_stays(finished):
+            before = finished.record("data")["settings"] if finished.has("data") else {}
+            changed = [
+                key for key, value in self._data_settings.items() if before.get(key) != json.loads(json.dumps(value))
+            ]
+            try:
+                digests = self.run_data.digests(self.tasks)
+            except ValueError:
+                digests = self._digests_of(finished)  # the settings alone are compared
+                if not (growth := self._growth(finished, digests, changed)).keys:
+                    raise
+        growth = self._growth(finished, digests, changed)
+        if not growth.again and not growth.gone:
+            return
+        step = any(key.startswith(("prompts a step", "batches a step")) for key in growth.keys)
+        raise ValueError(
+            f"{self.root}: got finished stages of a recipe that differs in {growth.keys}, need the same to go on: choose another "
+            f"`output_dir`; with `--extend {self.root}` its run takes over what stays"
+            + (
+                "; with another number of processes, change `gradient_accumulation_steps` so that a step has as much as before"
+                if step
+                else ""
+            )
+            + f".\n{growth}"
+        )
+
+    def _growth(self, finished: Manifest, digests: dict[str, Any], changed: Sequence[str]) -> Growth:
+        return Growth.of(self.stages, records(self.stages, digests), finished, changed)
+
+    def _digests_of(self, finished: Manifest) -> dict[str, Any]:
+        """Those of the finished stages' rows."""
+        digests: dict[str, Any] = {}
+        for name, stage in self.stages.items():
+            if stage.rows and finished.has(name):
+                first, *point = stage.rows
+                rows = finished.record(name)["rows"]
+                digests[first] = {**digests.get(first, {}), point[0]: rows} if point else rows
+        return digests
+
+    def _check_places(self) -> None:
+        """
+        Raises:
+            ValueError: if something stands where a stage's result is to be, or the checkpoints' disk is another one.
+        """
+        for name in self.stages:
+            path = self.root / name
+            if name == "data" and self._done(name) or self._done(name):
+                continue
+            above = [
+                one for one in path.parents if one != self.root and one.is_relative_to(self.root) and one.exists()
+            ]
+            is_free = not os.path.lexists(path) or path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+            if not is_free or not all(one.is_dir() for one in above):
+                raise ValueError(
+                    f"{path}: got something that no stage of a run has left, in the place of the stage {name!r}, need it free, because "
+                    "nothing of yours is overwritten: move it away, or choose another `output_dir`."
+                )
+        work = self.root / "work"
+        if work.is_dir() and work.stat().st_dev != self.root.stat().st_dev:
+            raise ValueError(
+                f"{work}: got a folder on another disk than {self.root}, need one disk, because a finished stage is moved from one to "
+                "the other: put all of `output_dir` there."
+            )
+
+    def _check_models(self) -> None:
         recipe = self.recipe
         folders = {"data", "router", "ensemble", "model", "work", "judges", OVERALL}
         if taken := [task for task in self.tasks.tasks if slug(task) in folders]:
             raise ValueError(f"{recipe.tasks}: got the task {taken[0]!r}, whose folder is another's: rename it.")
-        models = [
-            DMoERMForSequenceClassification.from_base(name, task=OVERALL, trust_remote_code=recipe.trust_remote_code)
-            for name in (recipe.base_model, recipe.router_model)
-            if name is not None
-        ]
-        check_target_modules(models[0].model.backbones[OVERALL], recipe.lora_target_modules)
-        configs = {
-            "backbone_config": models[0].config.backbone_config,
-            "router_config": models[-1].config.backbone_config,
-        }
+        if unknown := [task for task in recipe.task_base_models if task not in self.tasks.tasks]:
+            raise ValueError(
+                f"`task_base_models` of the recipe: got the tasks {unknown}, need some of {list(self.tasks.tasks)}."
+            )
+        names = {"`base_model`": recipe.base_model}
+        names |= {f"`task_base_models` ({task})": name for task, name in recipe.task_base_models.items()}
+        names |= {"`router_model`": recipe.router_model} if recipe.router_model is not None else {}
+        configs: dict[str, Any] = {}
+        for key, name in names.items():
+            options = {"trust_remote_code": recipe.trust_remote_code}
+            model = DMoERMForSequenceClassification.from_base(name, task=OVERALL, **options)
+            check_positions(model.model.backbones[OVERALL], f"{key} {name}", recipe.max_length)
+            if key == "`base_model`":
+                check_target_modules(model.model.backbones[OVERALL], recipe.lora_target_modules)
+            configs[key] = model.config.backbone_config
+        base, router = configs["`base_model`"], configs.get("`router_model`", configs["`base_model`"])
         for table in (self.tasks.tasks, {OVERALL: self.tasks.overall}):
-            DMoERMConfig(tasks=table, **configs, **recipe.model_settings).layers_with_lora  # noqa: B018  (checks it)
-        tokens = self.formatter.tokenizer.get_vocab()  # the tokenizer may lack a pad token
-        if recipe.router_model is not None:
-            tokenizer = AutoTokenizer.from_pretrained(recipe.router_model, trust_remote_code=recipe.trust_remote_code)
-            if tokenizer.get_vocab() != tokens:
+            config = DMoERMConfig(tasks=table, backbone_config=base, router_config=router, **recipe.model_settings)
+            config.layers_with_lora  # noqa: B018  (checks it)
+        if recipe.router_layers is not None and recipe.router_layers > router.num_hidden_layers:
+            raise ValueError(
+                f"`router_layers` of the recipe: got {recipe.router_layers}, need at most {router.num_hidden_layers}, which "
+                f"{names.get('`router_model`', recipe.base_model)} has."
+            )
+        tokens = self.formatter.tokenizer.get_vocab()
+        for key, name in names.items():
+            if key != "`base_model`" and self._tokenizer(name).get_vocab() != tokens:
                 raise ValueError(
-                    f"`router_model` of the recipe: got {recipe.router_model}, whose tokenizer has other tokens than that of "
-                    f"{recipe.base_model}, need the same, because texts are tokenised once: choose a router of the base's family."
+                    f"{key} of the recipe: got {name}, whose tokenizer has other tokens than that of {recipe.base_model}, need the "
+                    "same, because texts are tokenised once: choose a model of the base's family."
+                )
+            if key.startswith("`task_base_models`") and _shape(configs[key]) != _shape(base):
+                odd = sorted(k for k, v in _shape(configs[key]).items() if _shape(base).get(k) != v)
+                raise ValueError(
+                    f"{key} of the recipe: got {name}, which differs from {recipe.base_model} in {odd}, need a model of the same shape "
+                    "with other weights, because a DMoERM has one configuration of its bases: choose such a one."
                 )
 
-    def _check_recipe(self) -> None:
-        before = _result_of(self.manifest["recipe"], self.manifest.get("processes", processes()))
-        now = _result_of(self.recipe.fingerprint(), processes())
-        if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+    def _step(self, name: str) -> str | None:
+        """The key of the recipe under which a stage's training has its settings."""
+        return next((step for step in DEFAULTS if step in self.stages[name].settings), None)
+
+    # What is taken over
+
+    @cached_property
+    def _source(self) -> Manifest | None:
+        """The run that this one extends."""
+        folder = self.recipe.extend or Manifest(self.root).content.get("extends")
+        if folder is None:
+            return None
+        source = Manifest(Path(folder))
+        if not source.path.exists() or source.root.resolve() == self.root.resolve():
             raise ValueError(
-                f"{self.root}: got a run whose recipe differs in {changed}, need the same recipe to go on: choose another "
-                "`output_dir`, or delete this one; with another number of processes, change `gradient_accumulation_steps` so "
-                "that a step has as much as before."
+                f"`extend` of the recipe: got {folder}, need the folder of another run, with its manifest.json, because finished "
+                "stages are taken over from there: name one, or leave it out."
             )
+        return source
+
+    def _source_has(self, name: str, point: str | None = None) -> bool:
+        """Whether the other run has a stage, or one of a stage's experts, made of the same."""
+        source = self._source
+        if source is None or not source.has(name):
+            return False
+        training = name if point is None else f"{name}/{point}"
+        now, before = (identities(name, record) for record in (self._record(name), source.record(name)))
+        return training in now and now[training] == before.get(training)
+
+    def _take_over(self) -> list[str]:
+        """Copies the stages that the other run has; experts are taken over one by one, when their stage's turn comes."""
+        taken = [name for name in self.stages if not self._done(name) and name != "data" and self._source_has(name)]
+        for name in taken:
+            self._source.check_files(name)
+            self._begin(name)
+            folder = self._work_folder(name) / "result"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(self._source.root / name, folder)
+            self._put(name, folder)
+            self._note(name, 0.0)
+        return taken
+
+    # Running them
 
     @property
     def finished(self) -> bool:
         return all(self._done(name) for name in self.stages)
 
     def run(self) -> None:
-        """Runs every stage that is not done, in an order in which each finds what it needs."""
+        """
+        Runs every stage that is not done, in an order in which each finds what it needs, in a folder that no other run writes
+        meanwhile. The folder is a run's from its first finished stage on; until then the recipe may change at will.
+        """
         check_joined(self.recipe.workers)
-        if self.finished:
-            self._check_recipe()
-        else:
+        with held(self.root):
             self.check()
-        done = {name for name in self.stages if self._done(name)}
-        wait_for_all()  # before one of them changes what the others look for
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._write_manifest(self.manifest)
+            finished = Manifest(self.root)
+            done = {name for name in self.stages if self._done(name)}
+            if "data" in done and not self._data_stays(finished):
+                done.remove("data")
+            wait_for_all()  # before one of them changes what the others look for
+            if is_main():
+                self._claim(finished, anew="data" not in done)
+            self._run_rest(done)
+
+    def _claim(self, finished: Manifest, anew: bool) -> None:
+        if anew and finished.has("data"):  # no training depends on what changed in it
+            for path in finished["files"].get("data", {}):
+                (self.root / "data" / path).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.root / "data").rmdir()
+            self.__dict__.pop("run_data", None) if self._done("data") else None
+        finished.content["recipe"] = json.loads(json.dumps(self.recipe.fingerprint()))
+        if self._source is not None:
+            finished.content["extends"] = str(self._source.root)
+        finished.save()
+
+    def _run_rest(self, done: set[str]) -> None:
         bar = {"desc": "training", "unit": " stages", "disable": not is_main()}
         with tqdm(total=len(self.stages), initial=len(done), **bar) as progress:
-            if not self._done("data"):
+            if "data" not in done:
+                self._begin("data")
                 self._finished("data", self.run_stage("data"), done, progress)
+            if self._source is not None:
+                if is_main():
+                    self._take_over()
+                wait_for_all()
+                done.update(name for name in self.stages if self._done(name))
+                progress.update(len(done) - progress.n)
             if self.recipe.workers > 1:
                 self._run_in_workers(done, progress)
             for name in self.stages:
                 if name not in done:
                     progress.set_postfix_str(name)
+                    self._begin(name)
                     self._finished(name, self.run_stage(name), done, progress)
         if is_main():
-            shutil.rmtree(self.root / "work", ignore_errors=True)
+            self._tidy()
 
     def _run_in_workers(self, done: set[str], progress: tqdm) -> None:
         context = multiprocessing.get_context("spawn")
@@ -372,6 +569,7 @@ class Pipeline:
                     for name, stage in self.stages.items():
                         ready = name not in done and name not in running.values() and done.issuperset(stage.needs)
                         if ready and len(running) < self.recipe.workers:
+                            self._begin(name)
                             running[pool.submit(_run_stage, self.recipe, name)] = name
                     progress.set_postfix_str(", ".join(sorted(running.values())))
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -383,7 +581,8 @@ class Pipeline:
     def run_stage(self, name: str) -> float:
         """Runs one stage, whose needs must be there, and returns the seconds that it took."""
         start = time.perf_counter()
-        folder = self.root / "work" / name / "result"
+        work = self._work_folder(name)
+        folder = work / "result"
         if is_main():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -391,55 +590,88 @@ class Pipeline:
         history = self.stages[name].run(folder)
         wait_for_all()  # another may still read from the checkpoints, which go now
         if is_main():
-            (folder / "history.json").write_text(json.dumps(history))
-            (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-            folder.rename(self.root / name)
-            shutil.rmtree(self.root / "work" / name, ignore_errors=True)
+            write_json(folder / "history.json", history)
+            self._put(name, folder)
         wait_for_all()
         return time.perf_counter() - start
 
+    def _put(self, name: str, folder: Path) -> None:
+        """A finished stage's folder appears at once, and what it was made in goes."""
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(self.root / name)
+        work = self._work_folder(name)
+        shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):
+            work.parent.rmdir()
+
     def _done(self, name: str) -> bool:
-        return (self.root / name / "history.json").exists()
+        trainings = self.stages[name].trainings or ()
+        return all((self.root / one / "history.json").is_file() for one in (name, *trainings))
+
+    @property
+    def _digests(self) -> dict[str, Any]:
+        """Those of the rows in `data/`."""
+        path = self.root / "data" / DIGESTS
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _record(self, name: str) -> Record:
+        """What a stage is made of."""
+        return records(self.stages, self._digests)[name]
+
+    def _work_folder(self, name: str) -> Path:
+        """Where a stage is made: the checkpoints of other settings are elsewhere."""
+        return self.root / "work" / name / identity(self._record(name))
 
     def _work(self, result: Path) -> Path:
         return result.parent / "checkpoints"
 
+    def _begin(self, name: str) -> None:
+        """Notes what a stage is made of; it counts from when the stage's folder is there."""
+        if not is_main():
+            return
+        manifest = Manifest(self.root)
+        manifest["stages"][name] = self._record(name)
+        begun = manifest["begun"].setdefault(name, [])
+        if (folder := self._work_folder(name).name) not in begun:
+            begun.append(folder)
+        manifest.save()
+
     def _finished(self, name: str, seconds: float, done: set[str], progress: tqdm) -> None:
         done.add(name)
         progress.update()
-        manifest = self.manifest
+        if is_main():
+            self._note(name, seconds)
+
+    def _note(self, name: str, seconds: float) -> None:
+        manifest = Manifest(self.root)
         manifest["seconds"][name] = manifest["seconds"].get(name, 0) + seconds
-        self._write_manifest(manifest)
+        manifest.note_files(name)
+        manifest.save()
 
-    def _write_manifest(self, manifest: dict[str, Any]) -> None:
-        if not is_main() or (self.root / "manifest.json").exists() and manifest == self.manifest:
-            return
-        temporary = self.root / "manifest.json.tmp"
-        temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False))
-        temporary.replace(self.root / "manifest.json")
-
-
-def _result_of(recipe: dict[str, Any], processes: int) -> dict[str, Any]:
-    """A recipe's fingerprint, in which a stage's step has its size, however it is divided over processes."""
-    settings = dict(recipe)
-    for stage, defaults in DEFAULTS.items():
-        own = {name: getattr(PhaseConfig, name) for name in DIVISION} | defaults | recipe[stage]
-        prompts, batches, _ = (own.pop(name) for name in DIVISION)
-        settings[stage] = {name: own[name] for name in own.keys() & recipe[stage].keys()}
-        if own.get("train_tokens_per_batch") is None:
-            settings[f"prompts a step of {stage}"] = prompts * batches * processes
-        else:
-            settings[f"batches a step of {stage}"] = batches * processes
-    return settings
+    def _tidy(self) -> None:
+        """Deletes what stages were begun in, and folders that are then empty."""
+        manifest = Manifest(self.root)
+        for name, folders in manifest["begun"].items():
+            for folder in folders:
+                shutil.rmtree(self.root / "work" / name / folder, ignore_errors=True)
+            for path in (self.root / "work" / name, *(self.root / "work" / name).parents):
+                if path == self.root:
+                    break
+                with suppress(OSError):
+                    path.rmdir()
+        manifest["begun"].clear()
+        manifest.save()
 
 
-DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed")
-"""Settings of a stage with which the result is the same if the prompts of a step are as many."""
+def _shape(config: Any) -> dict[str, Any]:
+    """A configuration without what is no part of the model."""
+    other = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+    return {name: value for name, value in config.to_dict().items() if name not in other}
 
 
 def _start_worker(parent: int, stop: Event) -> None:
     start_worker(parent, threads=1, stop=stop)
-    sys.stdout = open(os.devnull, "w")  # the trainers print their logs
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # the trainers print their logs
 
 
 _pipelines: dict[str, Pipeline] = {}

@@ -1,11 +1,13 @@
 """What `dmoerm train --config recipe.yaml` reads."""
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from ..arguments import fit
+from ..files import file_digest
 from ..modeling.quantised import quantization
 from ..tasks import OVERALL, TaskTable
 from .trainer import PhaseConfig
@@ -23,11 +25,19 @@ class Recipe:
     base_model: str = field(metadata={"help": "Pretrained model, anything `AutoModel` loads: a hub name or a folder."})
     train_data: str = field(metadata={"help": "Preference rows: a file, a folder or a hub name; recipes/DATA.md."})
 
+    extend: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of another run, of which every stage with the same settings and rows is taken over; it is not changed."
+        },
+    )
+
     # Data
     test_data: str | None = field(default=None, metadata={"help": "Test rows; without it a share of `train_data`."})
     tasks: str = field(default="paper", metadata={"help": "'paper', 'paper-zh' (table 12), or a YAML file."})
     on_error: str = field(
-        default="raise", metadata={"help": "What to do with a bad row: 'raise', or 'skip' and count."}
+        default="raise",
+        metadata={"help": "What to do with a row that is bad or does not fit: 'raise', or 'skip' and count."},
     )
     max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and response; older turns are cut."})
     score_thinking: bool = field(
@@ -44,6 +54,13 @@ class Recipe:
 
     # Model
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the base model."})
+    task_base_models: dict[str, Any] | str | None = field(
+        default_factory=dict,
+        metadata={"help": "Other bases for some tasks: task -> a model of the same shape and tokens as `base_model`."},
+    )
+    pad_token: str | None = field(
+        default=None, metadata={"help": "Token that fills batches; the tokenizer's own if absent, or else its eos."}
+    )
     share_base: bool = field(default=False, metadata={"help": "One base for all tasks, to save memory."})
     lora_rank: int = field(default=32, metadata={"help": "Rank of the experts (table 5)."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the experts (table 5)."})
@@ -96,24 +113,36 @@ class Recipe:
     report_to: str = field(default="none", metadata={"help": "Where metrics are reported, such as 'tensorboard'."})
 
     def __post_init__(self):
-        if self.ensemble_size < 0 or self.workers < 1:
-            raise ValueError(
-                f"got ensemble_size={self.ensemble_size} and workers={self.workers}, need at least 0 and 1."
-            )
-        if str(self.lora_layers).isdecimal():  # a number on the command line is text
+        for name, hint in get_type_hints(Recipe).items():
+            try:
+                setattr(self, name, fit(getattr(self, name), hint))
+            except ValueError as error:
+                raise ValueError(f"`{name}` of the recipe: got {getattr(self, name)!r}, need {error}.") from error
+        for name, (right, need) in RANGES.items():
+            if getattr(self, name) is not None and not right(getattr(self, name)):
+                raise ValueError(f"`{name}` of the recipe: got {name}={getattr(self, name)!r}, need {need}.")
+        if self.lora_layers.isdecimal():  # a number on the command line is text
             self.lora_layers = int(self.lora_layers)
-        for stage in DEFAULTS:
+        for stage in (*DEFAULTS, "task_base_models"):
             settings = getattr(self, stage)
             try:  # on the command line they are JSON
                 settings = json.loads(settings) if isinstance(settings, str) else settings or {}
             except json.JSONDecodeError as error:
                 raise ValueError(f"`{stage}` of the recipe: got {settings!r}, need JSON: {error}.") from error
+            if not isinstance(settings, dict):
+                raise ValueError(f"`{stage}` of the recipe: got {settings!r}, need `key: value` pairs.")
             setattr(self, stage, settings)
+        for stage in DEFAULTS:
             self.phase(stage, output_dir=self.output_dir)
         if quantization(self.load_in_4bit, self.load_in_8bit) and self.phase2.get("deepspeed"):  # not after phase 1
             raise ValueError(
                 f"`phase2` of the recipe: got deepspeed={self.phase2['deepspeed']!r} and a quantised base, need one of them, "
                 "because ZeRO cannot divide such a base: leave `deepspeed` out, so that each GPU has all of it."
+            )
+        if self.task_base_models and self.share_base:
+            raise ValueError(
+                f"`task_base_models` of the recipe: got {self.task_base_models} and share_base=True, need one of them, because "
+                "tasks that share a base have one: leave `share_base` out."
             )
 
     @property
@@ -135,7 +164,7 @@ class Recipe:
             output_dir (`str`): folder of its checkpoints.
 
         Raises:
-            ValueError: if the recipe sets a key that training arguments do not have, or a number is none.
+            ValueError: if the recipe sets a key that training arguments do not have, or a value that they cannot have.
         """
         fields = PhaseConfig.__dataclass_fields__
         if unknown := set(getattr(self, stage)) - set(fields) | set(getattr(self, stage)) & set(TOP_LEVEL):
@@ -146,29 +175,96 @@ class Recipe:
             )
         settings = {**DEFAULTS[stage], **getattr(self, stage), **more}
         for name, value in settings.items():
-            if isinstance(value, str) and isinstance(fields[name].default, float):  # YAML reads 1e-7 as text
-                try:
-                    settings[name] = float(value)
-                except ValueError as error:
-                    raise ValueError(f"`{stage}` of the recipe: got {name}={value!r}, need a number.") from error
-        return PhaseConfig(
-            output_dir=output_dir, seed=self.seed if seed is None else seed, report_to=self.report_to, **settings
-        )
+            try:
+                settings[name] = fit(value, _phase_hints()[name])
+            except ValueError as error:
+                raise ValueError(f"`{stage}` of the recipe: got {name}={value!r}, need {error}.") from error
+        seed = self.seed if seed is None else seed
+        try:
+            return PhaseConfig(output_dir=output_dir, seed=seed, report_to=self.report_to, **settings)
+        except (ValueError, TypeError, ArithmeticError, AttributeError, KeyError, ImportError) as error:
+            raise ValueError(f"`{stage}` of the recipe: {error}") from error
+
+    def step_settings(self, stage: str, processes: int) -> dict[str, Any]:
+        """A stage's settings on which its result depends; its step has its size, however it is divided over processes."""
+        given = {**DEFAULTS[stage], **getattr(self, stage)}
+        own = {name: getattr(PhaseConfig, name) for name in DIVISION} | given
+        prompts, batches, _ = (own.pop(name) for name in DIVISION)
+        kept = {name: own[name] for name in own.keys() & given.keys() - NOT_OF_THE_RESULT}
+        size = batches * processes
+        if own.get("train_tokens_per_batch") is None:
+            return {stage: kept, f"prompts a step of {stage}": prompts * size}
+        return {stage: kept, f"batches a step of {stage}": size}
 
     def fingerprint(self) -> dict[str, Any]:
         """All settings on which the result depends; of the tasks and of data in files, what stands in them."""
         settings = {
-            key: value for key, value in asdict(self).items() if key not in ("output_dir", "workers", "report_to")
+            key: value
+            for key, value in asdict(self).items()
+            if key not in ("output_dir", "workers", "report_to", "extend")
         }
         table = self.task_table
         settings["tasks"] = {task: list(points) for task, points in {**table.tasks, OVERALL: table.overall}.items()}
         for name in ("train_data", "test_data"):
             if settings[name] is not None and Path(settings[name]).is_file():
-                settings[f"sha256 of {name}"] = hashlib.sha256(Path(settings[name]).read_bytes()).hexdigest()
+                settings[f"sha256 of {name}"] = file_digest([Path(settings[name])])
         return settings
 
 
-TOP_LEVEL = ("output_dir", "report_to", "seed", "max_length", "load_in_8bit", "load_in_4bit")
+@cache
+def _phase_hints() -> dict[str, Any]:
+    return get_type_hints(PhaseConfig)
+
+
+def _share(value: float) -> bool:
+    return 0 <= value < 1
+
+
+RANGES = {
+    "on_error": (("raise", "skip").__contains__, "'raise' or 'skip'"),
+    "max_length": (lambda value: value >= 1, "at least 1 token"),
+    "test_share": (_share, "a share of the prompts, from 0 to below 1"),
+    "phase1_share": (lambda value: 0 < value < 1, "a share of the prompts, between 0 and 1"),
+    "validation_share": (lambda value: 0 < value < 1, "a share of the prompts, between 0 and 1"),
+    "router_layers": (lambda value: value >= 1, "at least 1 layer"),
+    "router_balance": (lambda value: 0 <= value <= 1, "0 (each row weighs the same) to 1 (each task does)"),
+    "ensemble_size": (lambda value: value >= 0, "at least 0"),
+    "seed": (lambda value: 0 <= value < 2**31, "a number from 0 to 2**31 - 1"),
+    "workers": (lambda value: value >= 1, "at least 1"),
+    "lora_rank": (lambda value: value >= 1, "at least 1"),
+    "lora_alpha": (lambda value: value > 0, "more than 0"),
+    "lora_dropout": (_share, "a share, from 0 to below 1"),
+    "lora_target_modules": (bool, "at least one name of a linear module"),
+    "aggregator_hidden_size": (lambda value: value >= 1, "at least 1"),
+}
+"""Key -> whether a value can be, and what is needed."""
+
+TOP_LEVEL = (
+    "output_dir",
+    "report_to",
+    "seed",
+    "max_length",
+    "load_in_8bit",
+    "load_in_4bit",
+    "pad_token",
+    "trust_remote_code",
+)
+
+DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed")
+"""Settings of a stage with which the result is the same if the prompts of a step are as many."""
+
+NOT_OF_THE_RESULT = {
+    *("disable_tqdm", "log_level", "log_level_replica", "logging_steps", "logging_first_step", "logging_strategy"),
+    *("run_name", "project", "save_total_limit", "skip_memory_metrics"),
+    *(
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "dataloader_persistent_workers",
+        "dataloader_prefetch_factor",
+    ),
+    *("ddp_timeout", "ddp_backend", "eval_tokens_per_batch", "per_device_eval_batch_size"),
+}
+"""Settings of a stage that may change after it."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "router": {"learning_rate": 5e-5, "per_device_train_batch_size": 16},

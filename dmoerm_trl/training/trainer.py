@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,9 +75,7 @@ class PhaseConfig(RewardConfig):
     )
 
     def __post_init__(self):
-        for name in ("train_tokens_per_batch", "eval_tokens_per_batch"):
-            if (budget := getattr(self, name)) is not None and budget < 1:
-                raise ValueError(f"got {name}={budget}, need a number of tokens, at least 1.")
+        self._check()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
         self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps
@@ -88,10 +87,49 @@ class PhaseConfig(RewardConfig):
         self._n_gpu = min(self.n_gpu, 1)  # several are for several processes: `DataParallel` cannot hold these models
         unset_hf_deepspeed_config()  # else under ZeRO-3 models would be loaded in shards, which no phase could read
 
+    def _check(self) -> None:
+        """What the parent lets pass and a trainer would fail at, or do without a word."""
+        for names, (right, need) in RANGES.items():
+            for name in names:
+                if (value := getattr(self, name)) is not None and not right(value):
+                    raise ValueError(f"got {name}={value!r}, need {need}.")
+        if self.eval_strategy not in ("steps", "epoch"):
+            raise ValueError(
+                f"got eval_strategy={self.eval_strategy!r}, need 'steps' or 'epoch', because the best model is known by its "
+                "evaluations."
+            )
+
     @property
     def callbacks(self) -> list[TrainerCallback]:
         """What a trainer needs to heed `patience`."""
         return [EarlyStoppingCallback(self.patience)] if self.patience else []
+
+
+RANGES: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
+    ("train_tokens_per_batch", "eval_tokens_per_batch"): (lambda value: value >= 1, "a number of tokens, at least 1"),
+    (
+        *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_steps"),
+        *("save_total_limit", "eval_accumulation_steps", "torch_empty_cache_steps", "dataset_num_proc"),
+    ): (lambda value: value >= 1, "at least 1"),
+    ("patience", "dataloader_num_workers"): (lambda value: value >= 0, "0 or more"),
+    ("max_steps",): (lambda value: value == -1 or value >= 1, "at least 1, or -1 for as many as the epochs have"),
+    ("num_train_epochs", "logging_steps"): (lambda value: 0 < value < math.inf, "a number above 0"),
+    (
+        *("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "eval_delay"),
+        *("center_rewards_coefficient", "neftune_noise_alpha"),
+    ): (lambda value: 0 <= value < math.inf, "a finite number, 0 or more"),
+    ("adam_beta1", "adam_beta2"): (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+    ("label_smoothing_factor",): (lambda value: value == 0, "0, because equation 7 has no such factor"),
+    ("save_only_model", "ignore_data_skip"): (
+        lambda value: not value,
+        "False, because a run that was killed would not go on as it was",
+    ),
+    ("auto_find_batch_size",): (
+        lambda value: not value,
+        "False, because the size of a step would change during training",
+    ),
+}
+"""Settings -> whether a value can be, and what is needed."""
 
 
 def ranking_loss(rewards: Tensor, pairs: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -1,0 +1,151 @@
+"""A step of each training on a tiny model, so that what a trainer cannot take is found before any training."""
+
+import contextlib
+import io
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import Qwen2Config, Qwen2Model
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import logging
+
+from ..data.formatting import Formatter
+from ..data.preference_row import PreferenceRow
+from ..modeling.assembly import export_expert, with_experts
+from ..modeling.modeling import DMoERMForSequenceClassification
+from .distributed import is_main, processes, wait_for_all
+from .phases import phase1, phase2, phase3, train_router
+from .recipe import Recipe
+
+ONE_STEP = {
+    **{"max_steps": 1, "eval_steps": 1, "eval_delay": 0, "logging_steps": 1, "disable_tqdm": True},
+    **{"full_determinism": False, "torch_compile": False, "push_to_hub": False, "dataloader_drop_last": False},
+    **{
+        "deepspeed": None,
+        "fsdp": None,
+        "fsdp_config": None,
+        "resume_from_checkpoint": None,
+        "optim_target_modules": None,
+    },
+}
+"""What is set for a step alone: its length, what outlives it, and what depends on the model's size or on other processes."""
+
+TASK, POINT = "task", "point"
+
+
+def rehearse(recipe: Recipe, formatter: Formatter, steps: Collection[str]) -> None:
+    """
+    Trains for a step, evaluates and saves, with the settings that a recipe gives its stages, and with its tokenizer.
+
+    Args:
+        steps (`Collection[str]`): some of `"router"`, `"phase1"`, `"phase2"`, `"phase3"` and `"baselines"`.
+
+    Raises:
+        ValueError: naming the stage whose settings its trainer cannot take.
+    """
+    _check_reports(recipe)
+    recipe, formatter = replace(recipe, report_to="none"), copy(formatter)
+    formatter.max_length = 10**6
+    with _folder(Path(recipe.output_dir)) as folder, _quiet():
+        if is_main():
+            _tiny_base(formatter, folder / "base")
+        wait_for_all()
+        for step in sorted(steps):
+            try:
+                _train(step, recipe, formatter, folder)
+            except OSError:
+                raise
+            except Exception as error:
+                raise ValueError(
+                    f"`{step}` of the recipe: got settings with which its trainer fails ({type(error).__name__}: {error}), need "
+                    "others: change them, or leave them out."
+                ) from error
+
+
+def _train(step: str, recipe: Recipe, formatter: Formatter, folder: Path) -> None:
+    args = recipe.phase(step, str(folder / step), **ONE_STEP)
+    rows = [
+        PreferenceRow(
+            [{"role": "user", "content": content}], ["three", "four"], [1, 2], task, capability_ranks={POINT: [1, 2]}
+        )
+        for content, task in (("one", TASK), ("two", "other"))
+    ]
+    base = str(folder / "base")
+    if step == "router":
+        train_router(base, [TASK, "other"], rows, rows, formatter, args, balance=recipe.router_balance)
+    elif step in ("phase1", "baselines"):
+        phase1(base, TASK, rows, rows, formatter, args)
+    elif step == "phase2":
+        phase2(_model(base, formatter), [POINT], rows, rows, formatter, args)
+    else:
+        adapter = folder / "adapter"
+        if is_main():
+            export_expert(with_experts(_model(base, formatter), [POINT]), TASK, POINT, adapter)
+        wait_for_all()
+        phase3(_model(base, formatter), {POINT: adapter}, rows, rows, formatter, args)
+
+
+def _model(base: str, formatter: Formatter) -> DMoERMForSequenceClassification:
+    return DMoERMForSequenceClassification.from_base(
+        base, task=TASK, lora_rank=1, lora_alpha=1, **formatter.model_settings
+    )
+
+
+def _tiny_base(formatter: Formatter, folder: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        config = Qwen2Config(
+            vocab_size=len(formatter.tokenizer),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+        Qwen2Model(config).save_pretrained(folder)
+    formatter.tokenizer.save_pretrained(folder)
+
+
+def _check_reports(recipe: Recipe) -> None:
+    args: Any = recipe.phase("phase1", recipe.output_dir)
+    try:
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ValueError(f"`report_to` of the recipe: got {recipe.report_to!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _folder(place: Path) -> Iterator[Path]:
+    """A folder for the rehearsal: that of one process is in the system's place for such, that of several one that all see."""
+    if processes() == 1:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    names = [tempfile.mkdtemp(prefix=".rehearsal-", dir=place) if is_main() else ""]
+    broadcast_object_list(names)
+    yield Path(names[0])
+    wait_for_all()
+    if is_main():
+        shutil.rmtree(names[0])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the logs of the steps, which are no training's."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

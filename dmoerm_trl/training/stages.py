@@ -1,0 +1,175 @@
+"""The finished stages of a run, and what each was made of: what may stay when a recipe changes, and what is to be trained again."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from ..files import file_digest, write_json
+
+History = list[dict[str, Any]]
+Record = dict[str, Any]
+"""
+What a stage was made of: `settings`, those of the recipe on which it depends; `rows`, a digest of the rows that it reads, of a
+stage of experts one of each point's; `needs`, the [`identities`] of the trainings that it builds on.
+"""
+
+
+class Stage(NamedTuple):
+    """A step of the training: it writes the folder `output_dir/<name>`, after those that it needs."""
+
+    run: Callable[[Path], History]
+    needs: tuple[str, ...] = ()
+    trainings: tuple[str, ...] | None = None  # folders in it that have a history each; None for the whole
+    settings: Mapping[str, Any] = MappingProxyType(
+        {}
+    )  # those of the recipe on which it depends, beside those of its needs
+    rows: tuple[str, ...] = ()  # where the digest of what it reads stands in `RunData.digests`
+
+
+def records(stages: Mapping[str, Stage], digests: Mapping[str, Any]) -> dict[str, Record]:
+    """
+    What each stage is made of now.
+
+    Args:
+        digests (`Mapping`): those of the rows; of a stage whose digest is not there they are None.
+    """
+    found: dict[str, Record] = {}
+    for name, stage in stages.items():
+        rows: Any = digests if stage.rows else None
+        for key in stage.rows:
+            rows = None if rows is None else rows.get(key)
+        needs = [identities(need, found[need]) for need in stage.needs if need != "data"]
+        record = {
+            "settings": dict(stage.settings),
+            "rows": rows,
+            "needs": {k: v for need in needs for k, v in need.items()},
+        }
+        found[name] = json.loads(json.dumps(record))  # as it is read back
+    return found
+
+
+def identities(name: str, record: Record) -> dict[str, str]:
+    """Each training of a stage -> what tells whether it is made of the same, with all that it builds on."""
+    if isinstance(record["rows"], dict):
+        return {f"{name}/{point}": identity({**record, "rows": rows}) for point, rows in record["rows"].items()}
+    return {name: identity(record)}
+
+
+def identity(record: Record) -> str:
+    """Tells records apart."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(before: Record, now: Record, data: Iterable[str]) -> list[str]:
+    """
+    The keys of the recipe in which two records differ, but for what they build on.
+
+    Args:
+        data (`Iterable[str]`): the keys that the rows depend on and in which they differ.
+    """
+    own, other = before["settings"], now["settings"]
+    keys = {key for key in own.keys() | other.keys() if own.get(key) != other.get(key)}
+    rows, others = before["rows"], now["rows"]
+    if isinstance(rows, dict) and isinstance(others, dict):
+        keys.update(["tasks"] if rows.keys() != others.keys() else [])
+        rows, others = ([of[point] for point in rows.keys() & others.keys()] for of in (rows, others))
+    if rows != others:
+        keys.update(data)
+    return sorted(keys)
+
+
+class Manifest:
+    """
+    What a run's folder says of its stages, in `manifest.json`:
+
+    - `recipe`: the settings of the last start.
+    - `stages`: stage -> its record.
+    - `files`: stage -> the sizes of its files, of the data their digests.
+    - `begun`: stage -> the folders in `work/` in which it was begun.
+    - `seconds`: stage -> what it took.
+    - `extends`, `taken_over`: the folder of the run that this one extends, and the stages that it has from there.
+
+    Args:
+        root (`Path`): the run's folder.
+
+    Raises:
+        ValueError: if the file is broken.
+    """
+
+    def __init__(self, root: Path):
+        self.root, self.path = root, root / "manifest.json"
+        self.content: dict[str, Any] = {}
+        if self.path.exists():
+            try:
+                self.content = json.loads(self.path.read_text(encoding="utf-8"))
+                if not all(isinstance(self.content[key], dict) for key in ("recipe", "seconds", "stages", "files")):
+                    raise TypeError("it is another file")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path}: got a file that is no run's manifest ({error!r}), need one because it tells what the stages in "
+                    "the folder were made of: put it back, or name another `output_dir`."
+                ) from error
+        for key in ("recipe", "stages", "files", "begun", "seconds", "taken_over"):
+            self.content.setdefault(key, {})
+
+    def __getitem__(self, key: str) -> Any:
+        return self.content[key]
+
+    def save(self) -> None:
+        """Writes the file, if it would be another one."""
+        if not self.path.exists() or json.loads(self.path.read_text(encoding="utf-8")) != self.content:
+            write_json(self.path, self.content)
+
+    def has(self, name: str) -> bool:
+        """Whether a stage, or one of its trainings, is finished."""
+        return (self.root / name / "history.json").is_file()
+
+    def record(self, name: str) -> Record:
+        """
+        Raises:
+            ValueError: if the folder has a stage of which the manifest does not know.
+        """
+        try:
+            return self["stages"][name]
+        except KeyError:
+            raise ValueError(
+                f"{self.root / name}: got a finished stage that {self.path.name} does not know, need it to, because what it was "
+                "made of is not to be told: put the manifest back, delete the stage's folder to train it again, or name another "
+                "`output_dir`."
+            ) from None
+
+    def note_files(self, name: str) -> None:
+        """Notes what a finished stage left."""
+        self["files"][name] = {
+            path: _state(self.root / name / path, name == "data") for path in _files(self.root / name)
+        }
+
+    def check_files(self, name: str) -> None:
+        """
+        Raises:
+            ValueError: if a file of a finished stage is missing, cut off, or of the data and edited.
+        """
+        for path, before in self["files"].get(name, {}).items():
+            file = self.root / name / path
+            now = _state(file, name == "data") if file.is_file() else "nothing"
+            if now != before:
+                what = "rows that were edited" if name == "data" and file.is_file() else f"{now} bytes"
+                need = "those" if name == "data" else f"the {before}"
+                raise ValueError(
+                    f"{file}: got {what}, need {need} that the run wrote, because later stages are made of them: put the file back, "
+                    f"or delete {self.root / name}, which the next start makes again."
+                )
+
+
+def _files(folder: Path) -> list[str]:
+    """All files, but for model cards, which people edit."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md")
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def _state(path: Path, exact: bool) -> int | str:
+    """The digest of a file, or its size: weights that are whole are as they were."""
+    return file_digest([path]) if exact else path.stat().st_size
