@@ -252,10 +252,10 @@ def test_a_changed_recipe_is_an_error_that_names_the_changed_keys(run, recipe, t
     with pytest.raises(ValueError, match=r"differs in \['phase1', 'seed'\].*choose another `output_dir`") as error:
         Pipeline(changed).run()
     assert str(run.root) in str(error.value)
-    shutil.copy(run.root / "manifest.json", tmp_path / "manifest.json")  # as of a run with nothing done yet
+    shutil.copytree(run.root, tmp_path / "copy")
     with pytest.raises(ValueError, match=r"differs in \['lora_rank'\]"):
-        Pipeline(replace(recipe, output_dir=str(tmp_path), lora_rank=8)).run()
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+        Pipeline(replace(recipe, output_dir=str(tmp_path / "copy"), lora_rank=8)).run()
+    assert weights(tmp_path / "copy") == weights(run.root)
 
 
 def test_a_changed_task_table_is_a_changed_recipe(run, recipe, tmp_path):
@@ -327,7 +327,8 @@ def test_workers_die_with_their_parent_and_give_the_weights_of_one_process(run, 
 def test_an_error_in_a_worker_stops_the_others(recipe, tmp_path):
     endless = {**recipe.phase1, "max_steps": 10**6, "eval_steps": 10**5}
     recipe = replace(recipe, output_dir=str(tmp_path), workers=2, phase1=endless, baselines=endless)
-    (tmp_path / "router").write_text("a file where the router's folder is to be")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "router").write_text("a file where the router's folder is to be")
     with pytest.raises(NotADirectoryError):
         Pipeline(recipe).run()
     assert not multiprocessing.active_children()
@@ -456,8 +457,7 @@ def refused(recipe: Recipe, match: str) -> str:
     with pytest.raises((ValueError, FileNotFoundError), match=match) as error:
         Pipeline(recipe).run()
     root = Path(recipe.output_dir)
-    assert {path.name for path in root.iterdir()} <= {"manifest.json", "work"} if root.exists() else True
-    assert not list(root.rglob("*.safetensors"))
+    assert not list(root.iterdir()) if root.exists() else True
     return str(error.value)
 
 
@@ -547,16 +547,47 @@ def base_like(material: Path, folder: Path) -> Path:
 
 
 def test_a_balance_of_the_routers_loss_out_of_range_is_refused(material, tmp_path):
-    with pytest.raises(ValueError, match="got balance=2.0, need 0 .* to 1"):
+    with pytest.raises(ValueError, match="got router_balance=2.0, need 0 .* to 1"):
         Pipeline(make_recipe(material, tmp_path / "run", router_balance=2.0)).run()
 
 
-def test_a_tokenizer_without_a_pad_token_is_refused(material, tmp_path):
+@pytest.mark.parametrize("pad_token, expected", [(None, "<|im_end|>"), ("<|endoftext|>", "<|endoftext|>")])
+def test_a_tokenizer_without_a_pad_token_pads_with_its_eos_or_what_the_recipe_names(
+    pad_token, expected, material, tmp_path
+):
     base = base_like(material, tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(base)
-    refused(make_recipe(material, tmp_path / "run", base_model=str(base)), "no pad token.*tokenizer.pad_token = ")
+    run = Pipeline(make_recipe(material, tmp_path / "run", base_model=str(base), pad_token=pad_token))
+    assert run.formatter.tokenizer.pad_token == expected
+
+
+def test_what_pads_makes_no_difference(material, run, tmp_path):
+    base = base_like(material, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(base)
+    other = Pipeline(make_recipe(material, tmp_path / "run", base_model=str(base)))
+    for stage in ("data", "maths/phase1"):
+        other.run_stage(stage)
+    assert other.formatter.tokenizer.pad_token_id != run.formatter.tokenizer.pad_token_id
+    assert weights(other.root / "maths/phase1") == weights(run.root / "maths/phase1")
+
+
+def test_a_pad_token_that_the_tokenizer_does_not_have_is_refused(material, tmp_path):
+    refused(
+        make_recipe(material, tmp_path / "run", pad_token="<nothing>"), "`pad_token` of the recipe: got '<nothing>'"
+    )
+
+
+def test_without_pad_token_and_eos_the_recipe_has_to_name_one(material, tmp_path):
+    base = base_like(material, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(base)
+    refused(make_recipe(material, tmp_path / "run", base_model=str(base)), "no pad token and no eos.*by `pad_token`")
+    assert Pipeline(make_recipe(material, tmp_path / "b", base_model=str(base), pad_token="<|endoftext|>")).formatter
 
 
 def test_a_router_with_other_tokens_is_refused(material, tmp_path):

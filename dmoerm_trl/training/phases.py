@@ -371,7 +371,7 @@ class AggregatorOnEmbeddings(DMoERMPreTrainedModel):
         """None: FSDP asks for it."""
 
     def forward(self, texts: Tensor, finite: bool = False) -> SequenceClassifierOutput:
-        """`texts` of shape (B,), indices into z -> `logits` of shape (B, 1)."""
+        """`texts` of shape (B,), indices into z -> `logits` of shape (B, 1), not looked at whether they are `finite`."""
         return SequenceClassifierOutput(logits=self.inner.reward(self.z[texts.cpu()].to(texts.device)))
 
 

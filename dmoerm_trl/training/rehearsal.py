@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -51,13 +52,16 @@ def rehearse(recipe: Recipe, formatter: Formatter, steps: Collection[str]) -> No
         ValueError: naming the stage whose settings its trainer cannot take.
     """
     _check_reports(recipe)
+    asked = {step: _settings(step, recipe, formatter) for step in sorted(steps)}
+    if not (ahead := [step for step, settings in asked.items() if settings not in _passed]):
+        return
     recipe, formatter = replace(recipe, report_to="none"), copy(formatter)
     formatter.max_length = 10**6
     with _folder(Path(recipe.output_dir)) as folder, _quiet():
         if is_main():
             _tiny_base(formatter, folder / "base")
         wait_for_all()
-        for step in sorted(steps):
+        for step in ahead:
             try:
                 _train(step, recipe, formatter, folder)
             except OSError:
@@ -67,6 +71,20 @@ def rehearse(recipe: Recipe, formatter: Formatter, steps: Collection[str]) -> No
                     f"`{step}` of the recipe: got settings with which its trainer fails ({type(error).__name__}: {error}), need "
                     "others: change them, or leave them out."
                 ) from error
+            _passed.add(asked[step])
+
+
+_passed: set[str] = set()  # by this process
+
+
+def _settings(step: str, recipe: Recipe, formatter: Formatter) -> str:
+    """All that a rehearsal depends on."""
+    own = {
+        **getattr(recipe, step),
+        "seed": recipe.seed,
+        "balance": recipe.router_balance if step == "router" else None,
+    }
+    return json.dumps([step, formatter.tokenizer.name_or_path, own], sort_keys=True, default=str)
 
 
 def _train(step: str, recipe: Recipe, formatter: Formatter, folder: Path) -> None:
