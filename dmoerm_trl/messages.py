@@ -1,6 +1,7 @@
 """What others wrote, in messages of ours: errors of libraries, and texts that could steer a terminal."""
 
 import json
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -35,3 +36,14 @@ def printable(text: str) -> str:
 
 def _escaped(character: str) -> str:
     return f"\\u{ord(character):04x}" if character < "\U00010000" else json.dumps(character)[1:-1]
+
+
+def one_line(text: str) -> str:
+    """A text on one line that cannot steer a terminal."""
+    return printable(" ".join(text.split()))
+
+
+def markdown(text: str) -> str:
+    """A text on one line of Markdown or in a cell of a table there, shown as it stands: no HTML, image or end of the cell."""
+    escaped = re.sub(r"([\\`*\[|])", r"\\\1", one_line(text))
+    return escaped.replace("<", "&lt;").replace(">", "&gt;")

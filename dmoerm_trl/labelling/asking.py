@@ -10,9 +10,12 @@ from typing import NamedTuple, TypeVar
 
 from tqdm.auto import tqdm
 
+from ..data.preference_row import short
+from ..messages import one_line
 from .answers import AnswerStore
 from .budget import Budget
-from .judges import Answer, Judge, JudgeError, Question
+from .judges import Answer, Judge, JudgeError, Question, RefusesAll
+from .report import Tally
 
 LINGER = 0.01
 """Seconds to wait for more questions where there are too few for a batch; while more come, as long again."""
@@ -45,7 +48,7 @@ class Asking:
         judge ([`~dmoerm_trl.labelling.judges.Judge`]): who is asked.
         answers ([`~dmoerm_trl.labelling.answers.AnswerStore`]): what it answered before, and answers now.
         budget ([`~dmoerm_trl.labelling.budget.Budget`]): where it ends. It stops asking.
-        on_answer (`Callable[[], None]`, *optional*): called after every new answer.
+        on_answer (`Callable[[], None]`, *optional*): called when new answers are stored, once for each.
 
     Attributes:
         stopped (`str`, *optional*): why asking has stopped.
@@ -64,6 +67,7 @@ class Asking:
         self._settled = asyncio.Event()
 
     async def __aenter__(self) -> "Asking":
+        self.answers.reserve()
         self.judge.answered = self.answers.has_choices
         self._workers = [asyncio.create_task(self._work()) for _ in range(self.judge.concurrency)]
         return self
@@ -96,8 +100,26 @@ class Asking:
     def stop(self, reason: str) -> None:
         """Asks no more: what waits is given up, what is under way is waited for. The first reason stays."""
         if self.stopped is None:
-            self.stopped = reason
+            self.stopped = one_line(reason).rstrip(".")
         self._settled.set()
+
+    def stop_if_worthless(self, seen: Tally) -> None:
+        """
+        Stops if the answers that were seen are surely worth nothing, and says what the judge said and what was wanted. What
+        could not be read is asked again by the next run, because the fault may be the server's.
+        """
+        if self.stopped is not None or not (fault := seen.early_fault()):
+            return
+        unreadable = seen.is_unreadable()
+        said = [f"{short(one_line(text))} ({times} times)" for text, times in self.answers.said(unreadable=unreadable)]
+        wanted, again = getattr(self.judge, "wanted", "a choice"), ""
+        if unreadable:
+            self.answers.give_up()
+            again = "the same command asks again what could not be read; "
+        self.stop(
+            f"{fault}. It said {', '.join(said)}; wanted: {wanted}. Mend the judge, its server or its template, or take another "
+            f"one: {again}`stop_early: false` goes on with it"
+        )
 
     def fail(self, error: Exception) -> None:
         """As [`stop`]; the error is raised when all has come to rest."""
@@ -120,8 +142,10 @@ class Asking:
             try:
                 await self._ask(batch)
             except JudgeError as error:
-                self.stop(str(error).rstrip("."))
-            except Exception as error:  # a fault of the judge's code, or a full disk
+                if isinstance(error, RefusesAll):
+                    self.answers.give_up()
+                self.stop(str(error))
+            except Exception as error:  # a fault of the judge's code, or of the disk
                 self.fail(error)
             for waiting in batch:
                 if not waiting.answer.done():
@@ -143,6 +167,9 @@ class Asking:
                 self.budget.spend(1, answer.prompt_tokens, answer.completion_tokens)
                 waiting.answer.set_result(answer)
                 del self._known[waiting.key]
+            if self.answers.full is not None:
+                self.stop(self.answers.full)
+            for _ in batch:
                 self.on_answer()
         finally:
             self.under_way -= len(batch)
@@ -186,24 +213,27 @@ async def together(calls: Iterable[Awaitable[Result]]) -> list[Result]:
 
 @contextmanager
 def interrupts(asking: Asking) -> Iterator[None]:
-    """The first Ctrl-C, or SIGTERM, stops asking and waits for the answers under way; the second does not wait."""
-    loop, signals = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+    """
+    The first Ctrl-C, or SIGTERM, stops asking and waits for the answers under way; the second ends the process at once,
+    whatever it does: the answers that came are stored.
+    """
+    loop, before = asyncio.get_running_loop(), {}
 
-    def interrupted() -> None:
-        for number in signals:
-            loop.remove_signal_handler(number)
+    def interrupted(*_: object) -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
+        loop.call_soon_threadsafe(stop)
+
+    def stop() -> None:
         if asking.under_way:
             tqdm.write(f"waiting for {asking.under_way} answers under way; Ctrl-C again leaves them", file=sys.stderr)
         asking.stop("interrupted")
 
-    with suppress(
-        NotImplementedError, ValueError, RuntimeError
-    ):  # no handlers on Windows, nor outside the main thread
-        for number in signals:
-            loop.add_signal_handler(number, interrupted)
+    with suppress(ValueError):  # outside the main thread there are no handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, interrupted)
     try:
         yield
     finally:
-        with suppress(NotImplementedError, ValueError, RuntimeError):
-            for number in signals:
-                loop.remove_signal_handler(number)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -3,6 +3,7 @@ What asking may cost: a question is not asked unless its dearest answer fits. Wh
 is passed only by as much as the estimates of the questions under way are too low.
 """
 
+import math
 from dataclasses import dataclass
 
 
@@ -18,7 +19,7 @@ class Prices:
     completion: float
 
     def __post_init__(self):
-        if min(self.prompt, self.completion) < 0:
+        if not all(0 <= price < math.inf for price in (self.prompt, self.completion)):
             raise ValueError(
                 f"got the prices {self.prompt} and {self.completion}, need 0 or more for a million tokens."
             )
@@ -51,7 +52,7 @@ class Budget:
         self.limits = {"max_calls": max_calls, "max_tokens": max_tokens, "max_cost": max_cost}
         self.limits = {name: limit for name, limit in self.limits.items() if limit is not None}
         for name, limit in self.limits.items():
-            if limit < 0:
+            if not limit >= 0:  # NaN is not
                 raise ValueError(f"`{name}`: got {limit}, need 0 or more.")
         if max_cost is not None and prices is None:
             raise ValueError(

@@ -3,8 +3,8 @@
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 from tqdm.auto import tqdm
@@ -15,7 +15,7 @@ from .asking import Asking, Stopped, interrupts, together
 from .budget import Budget
 from .judges import Judge, JudgeError, Question
 from .plan import agreed, distinct_responses
-from .report import Tally
+from .report import Tally, failed_requests
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,16 @@ class Verdicts:
     answers: int
     """Answers from which they come, of all rounds; those of earlier calls too."""
     unreadable: int
-    """Those of them that could not be read, or preferred neither response."""
+    """Those of them that could not be read, or were none."""
     fault: str | None = None
     """What makes the answers worthless, if something surely does."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Kind -> requests of this call that failed and were made again."""
 
     def __str__(self) -> str:
         counts = f"{self.pairs} pairs, {self.undecided} of them undecided; {self.answers} answers, {self.unreadable} unreadable"
-        return counts if self.fault is None else f"{counts}. Warning: {self.fault}"
+        parts = [counts, *([failed_requests(self.failures)] if self.failures else [])]
+        return ". ".join([*parts, *([f"Warning: {self.fault}"] if self.fault else [])])
 
 
 def generative_verdicts(
@@ -100,12 +103,12 @@ async def _judge_rows(
         for round in range(max_rounds):
             forth = Question(row.prompt, first, second, None, row.task, round)
             back = replace(forth, first=second, second=first)
-            given = tuple(answer.choice for answer in await together(map(asking.answer, (forth, back))))
+            given = tuple(answer.verdict for answer in await together(map(asking.answer, (forth, back))))
             choices.update(given)
             if round == 0:
                 seen.add(pair, given)
-                if stop_early and (fault := seen.early_fault()):
-                    asking.stop(f"{fault}: mend its template or take another one; `stop_early: false` goes on with it")
+                if stop_early:
+                    asking.stop_if_worthless(seen)
             winner = agreed(pair, *given)
             if winner is not None:
                 return winner
@@ -118,17 +121,21 @@ async def _judge_rows(
 
     with AnswerStore(path, judge.identity) as answers, tqdm(total=len(rows), desc="judging", unit=" rows") as bar:
         budget.spend(*answers.spent)
-        try:
-            async with Asking(judge, answers, budget) as asking:
-                with interrupts(asking):
+        if stop_early:
+            answers.forget_given_up()
+        asking = Asking(judge, answers, budget)
+        with interrupts(asking):
+            try:
+                async with asking:
                     winners = await together(map(judge_row, rows))
-        except Stopped:
-            raise JudgeError(f"{asking.stopped}. {bar.n} of {len(rows)} rows are judged.") from None
-        finally:
-            await judge.close()
+            except Stopped:
+                raise JudgeError(f"{asking.stopped}. {bar.n} of {len(rows)} rows are judged.") from None
+            finally:
+                await judge.close()
     decided = [winner for of_row in winners for winner in of_row]
     scores = [_wins(row, of_row) for row, of_row in zip(rows, winners, strict=True)]
-    return Verdicts(scores, len(decided), decided.count(None), choices.total(), choices[None], seen.fault())
+    failures = dict(getattr(judge, "failures", {}))
+    return Verdicts(scores, len(decided), decided.count(None), choices.total(), choices[None], seen.fault(), failures)
 
 
 def _wins(row: PreferenceRow, winners: list[int | None]) -> list[float]:

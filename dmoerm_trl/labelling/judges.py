@@ -49,9 +49,24 @@ class Answer(NamedTuple):
     """Tokens of the question as the server billed them or the model read them; an estimate where a server does not say."""
     completion_tokens: int = 0
 
+    @property
+    def verdict(self) -> Literal[0, 1, 2] | None:
+        """The choice, or 0 for a [`Tie`]."""
+        return self.choice
+
+
+class Tie(Answer):
+    """The answer of a judge that gives both responses the same score: it can be read, and prefers neither."""
+
+    verdict = 0
+
 
 class JudgeError(RuntimeError):
     """Asking on is pointless: a wrong key, an unknown model, a server that is gone. Its text holds no secret."""
+
+
+class RefusesAll(JudgeError):
+    """The judge refuses every question by now, so those that it refused before may be answered when it is mended."""
 
 
 class Judge(Protocol):
@@ -66,6 +81,8 @@ class Judge(Protocol):
         samples (`bool`): whether another `round` of a question may be answered otherwise.
         answered (`bool`): whether it is known to have answered a question. Who asks sets it by what earlier runs stored, so that
             a judge can tell what goes wrong with one question from what does with all.
+        wanted (`str`, *optional*): what an answer needs to have so that it can be read, for messages.
+        failures (`Mapping[str, int]`, *optional*): kind -> requests that failed and were made again.
     """
 
     identity: dict[str, Any]
@@ -99,15 +116,17 @@ def judge_from_config(config: Mapping[str, Any]) -> Judge:
     Raises:
         ValueError: for an unknown kind, an unknown or a missing setting, or one that is out of range.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"`judge` of the recipe: got a {type(config).__name__}, need `kind` and its settings.")
     settings = dict(config)
     kind = settings.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"`judge` of the recipe: got kind={kind!r}, need one of {list(_KINDS)}.")
     judge = resolve_name(f"{__package__}.{_KINDS[kind]}")
     known = inspect.signature(judge).parameters
     if unknown := settings.keys() - known:
         raise ValueError(
-            f"`judge` of the recipe: got the unknown keys {sorted(unknown)}, need some of {list(known)} because these are "
+            f"`judge` of the recipe: got the unknown keys {sorted(map(str, unknown))}, need some of {list(known)} because these are "
             f"the settings of the kind {kind!r}: rename or remove them."
         )
     if missing := [
@@ -115,6 +134,24 @@ def judge_from_config(config: Mapping[str, Any]) -> Judge:
     ]:
         raise ValueError(f"`judge` of the recipe: got no {missing}, need them for the kind {kind!r}: add them.")
     return judge(**settings)
+
+
+def check_setting(name: str, value: Any, good: bool, need: str) -> None:
+    """
+    Checks a setting of a judge.
+
+    Raises:
+        ValueError: if it is not good; it shows the value.
+    """
+    if not good:
+        raise ValueError(f"`judge` of the recipe: got {name}={value!r}, need {need}: change it.")
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Checks that a setting of a judge is a whole number of at least `least`, and of at most `most`."""
+    good = type(value) is int and value >= least and (most is None or value <= most)
+    need = f"a whole number, {least} or more" if most is None else f"a whole number from {least} to {most}"
+    check_setting(name, value, good, need)
 
 
 _KINDS = {

@@ -90,6 +90,8 @@ class Labeller:
     ):
         self.rows, self.plan, self.judge, self.answers = rows, plan, judge, answers
         self.budget, self.stop_early = budget or Budget(), stop_early
+        if stop_early:
+            answers.forget_given_up()
         self.budget.spend(*answers.spent)
 
     # What is to be asked
@@ -163,16 +165,17 @@ class Labeller:
 
     def _stored(self, row: PreferenceRow, pair: Pair, point: str) -> Choices | None:
         answers = [self.answers.get(self.answers.key(question)) for question in both_orders(row, pair, point)]
-        return None if None in answers else tuple(answer.choice for answer in answers)
+        return None if None in answers else tuple(answer.verdict for answer in answers)
 
     # Asking
 
-    def ask(self, calls: int | None = None) -> str | None:
+    def ask(self, calls: int | None = None, on_answer: Callable[[], None] | None = None) -> str | None:
         """
         Asks what is not answered, until it is, or the budget is spent, or the judge is gone or worth nothing, or Ctrl-C.
 
         Args:
             calls (`int`, *optional*): how many calls it will take, for the progress bar; counted if absent.
+            on_answer (`Callable[[], None]`, *optional*): called after every new answer.
 
         Returns:
             Why it stopped, or `None`. All answers that came are stored, whether it stopped or raises.
@@ -180,10 +183,11 @@ class Labeller:
         calls = self.estimate(tokens=False).calls if calls is None else calls
         # Without smoothing, the time that remains is told at this run's mean speed: retries and pauses are part of it.
         with tqdm(total=calls, desc="asking", unit=" answers", smoothing=0, disable=not calls) as bar:
-            return asyncio.run(self._ask(bar))
+            return asyncio.run(self._ask(bar, on_answer or (lambda: None)))
 
-    async def _ask(self, bar: tqdm) -> str | None:
+    async def _ask(self, bar: tqdm, on_answer: Callable[[], None]) -> str | None:
         def answered() -> None:
+            on_answer()
             bar.update()
             if self.budget.prices is not None:
                 bar.set_postfix_str(f"cost {self.budget.cost:,.2f}", refresh=False)
@@ -192,12 +196,12 @@ class Labeller:
 
         def look_at(pair: Pair, choices: Choices) -> None:
             seen.add(pair, choices)
-            if self.stop_early and (fault := seen.early_fault()):
-                asking.stop(f"{fault}: mend its template or take another one; `stop_early: false` goes on with it")
+            if self.stop_early:
+                asking.stop_if_worthless(seen)
 
         async def ask_pair(row: PreferenceRow, pair: Pair, point: str) -> None:
             answers = await together(map(asking.answer, both_orders(row, pair, point)))
-            look_at(pair, tuple(answer.choice for answer in answers))
+            look_at(pair, tuple(answer.verdict for answer in answers))
 
         async def ask_point(row: PreferenceRow, point: str, taken: int) -> None:
             steps = list(self._replay(row, point, taken))
@@ -220,22 +224,29 @@ class Labeller:
             finally:
                 window.release()
 
+        async def ask_rows() -> None:
+            rows = set()
+            try:
+                for row, points in self._planned(self.rows()):
+                    await window.acquire()
+                    if asking.stopped is not None:
+                        break
+                    task = asyncio.create_task(ask_row(row, points))
+                    rows.add(task)
+                    task.add_done_callback(rows.discard)
+                    await asyncio.sleep(0)  # rows whose answers are all stored wait for nothing
+            except Exception as error:  # of a file that has changed
+                asking.fail(error)
+            await asyncio.gather(*rows)
+
         window = asyncio.Semaphore(max(2, self.judge.concurrency * self.judge.batch_size))
-        try:
-            async with Asking(self.judge, self.answers, self.budget, answered) as asking:
-                with interrupts(asking):
-                    rows = set()
-                    for row, points in self._planned(self.rows()):
-                        await window.acquire()
-                        if asking.stopped is not None:
-                            break
-                        task = asyncio.create_task(ask_row(row, points))
-                        rows.add(task)
-                        task.add_done_callback(rows.discard)
-                        await asyncio.sleep(0)  # rows whose answers are all stored wait for nothing
-                    await asyncio.gather(*rows)
-        finally:
-            await self.judge.close()
+        asking = Asking(self.judge, self.answers, self.budget, answered)
+        with interrupts(asking):
+            try:
+                async with asking:
+                    await ask_rows()
+            finally:
+                await self.judge.close()
         return asking.stopped
 
     # Labels

@@ -4,7 +4,9 @@ import asyncio
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from numbers import Real
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
@@ -13,12 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ..data.formatting import Formatter
+from ..data.preference_row import short
 from ..evaluation.scorers import ScorerSource, file_digest, weights_digest
 from ..modeling.forest import passes
 from ..modeling.loading import loading
 from ..rl.reward_functions import TextRewards
 from ..rl.rollout import check_chat_template, check_dtype
-from .judges import Answer, JudgeError, Question
+from .judges import Answer, JudgeError, Question, Tie, check_whole
 from .template import Template
 
 
@@ -28,7 +31,7 @@ class ModelJudge:
 
     Both likelihoods come from one forward pass over the question: nothing is sampled, every answer can be read, and a
     response that holds text of the kind "Answer: 1" meets no parser. A model that has to reason first is better asked
-    through a server. Answers of equal likelihood are no choice.
+    through a server. Answers of equal likelihood are a tie.
 
     Args:
         model (`str`): folder or hub name.
@@ -37,10 +40,15 @@ class ModelJudge:
         tokens_per_batch (`int`): tokens of a forward pass, padding left out of account; questions of like length share one.
         batch_size (`int`): questions to give to one call of `ask`.
         dtype (`str`): in which the model computes.
+
+    Raises:
+        ValueError: if a setting is out of range, or the chat template shows no difference between the answers.
     """
 
     concurrency = 1
     samples = False
+    failures: Mapping[str, int] = {}
+    wanted = "a question that fits max_length"
 
     def __init__(
         self,
@@ -54,6 +62,9 @@ class ModelJudge:
         dtype: str = "float32",
     ):
         check_dtype(dtype)
+        check_whole("max_length", max_length, 1)
+        check_whole("tokens_per_batch", tokens_per_batch, 1)
+        check_whole("batch_size", batch_size, 1)
         self.batch_size, self._max_length, self._tokens_per_batch = batch_size, max_length, tokens_per_batch
         self._template = Template(template, example=example)
         with loading(model, "a causal language model"):
@@ -94,9 +105,13 @@ class ModelJudge:
             indices = [fitting[place] for place in batch]
             likelihoods = self._log_likelihoods([encoded[index] for index in indices])
             for index, (one, two) in zip(indices, likelihoods, strict=True):
-                choice = None if one == two else 1 if one > two else 2
+                if math.isnan(one) or math.isnan(two):
+                    raise JudgeError(
+                        f"{self.identity['model']}: got likelihoods that are NaN, need numbers because the likelier answer is taken: "
+                        "set `dtype: float32` or `dtype: bfloat16`."
+                    )
                 text = f"log p(1) = {one:.4f}, log p(2) = {two:.4f}"
-                answers[index] = Answer(choice, text, lengths[index], 1)
+                answers[index] = _preferred(one, two, text, lengths[index], 1)
         return answers
 
     @torch.no_grad()
@@ -125,8 +140,18 @@ class ModelJudge:
             )
             for answer in ("1", "2")
         )
-        part = next(place for place, (left, right) in enumerate(zip(one, two, strict=False)) if left != right)
+        part = next((place for place, (left, right) in enumerate(zip(one, two, strict=False)) if left != right), None)
+        if part is None:
+            raise ValueError(
+                f"{self._tokenizer.name_or_path}: got a chat template that shows no difference between the answers 1 and 2, need "
+                "one that shows what the assistant says: give the tokenizer another template."
+            )
         return _Encoded(one[:part], (one[part], two[part]))
+
+
+def _preferred(first: float, second: float, *record: Any) -> Answer:
+    """The answer that prefers the higher score."""
+    return Tie(None, *record) if first == second else Answer(1 if first > second else 2, *record)
 
 
 class _Encoded(NamedTuple):
@@ -146,10 +171,11 @@ class _Text(NamedTuple):
 
 
 class _ScoreJudge(ABC):
-    """Prefers the response with the higher score; equal scores, or one that is None, are no choice."""
+    """Prefers the response with the higher score; equal scores are a tie, and one that is None is no choice."""
 
     concurrency = 1
     samples = False
+    failures: Mapping[str, int] = {}
 
     async def ask(self, questions: Sequence[Question]) -> list[Answer]:
         return await asyncio.to_thread(self._answer, questions)
@@ -166,8 +192,9 @@ class _ScoreJudge(ABC):
         scores = dict(zip(texts, self._score(list(texts.values())), strict=True))
         answers = []
         for first, second in ((scores[repr(first)], scores[repr(second)]) for first, second in pairs):
-            undecided = first is None or second is None or first == second
-            answers.append(Answer(None if undecided else 1 if first > second else 2, f"scores {first} and {second}"))
+            text = f"scores {first} and {second}"
+            has_scores = first is not None and second is not None
+            answers.append(_preferred(first, second, text) if has_scores else Answer(None, text))
         return answers
 
     @abstractmethod
@@ -188,7 +215,11 @@ class RewardJudge(_ScoreJudge):
         dtype (`str`): in which the model computes.
     """
 
+    wanted = "two responses that fit max_length, at a point of the task to which the router sends the prompt"
+
     def __init__(self, model: str, *, max_length: int = 2048, batch_size: int = 64, dtype: str = "float32"):
+        check_whole("max_length", max_length, 1)
+        check_whole("batch_size", batch_size, 1)
         source = ScorerSource(model, max_length, dtype)
         if source.is_program:
             raise ValueError(f"got model={model!r}, need a reward model: judge by the kind 'function' instead.")
@@ -261,12 +292,18 @@ class FunctionJudge(_ScoreJudge):
             turns. It returns a number, higher is better at the point, or None where it has no opinion. It is called in one
             thread at a time, and its result must depend on its arguments alone.
         batch_size (`int`): questions to give to one call of `ask`.
+
+    Raises:
+        ValueError: if there is no such function, or it cannot be called so.
     """
 
+    wanted = "a number for each response"
+
     def __init__(self, function: str, *, batch_size: int = 256):
+        check_whole("batch_size", batch_size, 1)
         try:
-            self._function = resolve_name(function)
-        except (ImportError, AttributeError, ValueError) as error:
+            self._function = resolve_name(str(function))
+        except Exception as error:  # its module is a program: it may raise anything
             raise ValueError(
                 f"got function={function!r}, need an importable module:function: {error}. Put its folder on PYTHONPATH."
             ) from error
@@ -288,11 +325,21 @@ class FunctionJudge(_ScoreJudge):
         self.identity = {"kind": "function", "function": function, "sha256 of its file": file_digest([source])}
 
     def _score(self, texts: list[_Text]) -> list[float | None]:
-        scores: list[Any] = [self._function(**text._asdict()) for text in texts]
-        for text, score in zip(texts, scores, strict=True):
-            if score is not None and not (isinstance(score, (int, float)) and math.isfinite(score)):
-                raise JudgeError(
-                    f"{self._name}: got {score!r} for the response {text.response[:80]!r} at {text.point!r}, need a finite "
-                    "number, or None where the function has no opinion: mend it."
-                )
-        return [None if score is None else float(score) for score in scores]
+        return [self._score_one(text) for text in texts]
+
+    def _score_one(self, text: _Text) -> float | None:
+        response = f"the response {text.response[:80]!r} at {text.point!r}"
+        try:
+            score = self._function(**text._asdict())
+        except Exception as error:  # as above
+            said = f"{type(error).__name__}: {error}"
+            raise JudgeError(f"{self._name}: got {said} for {response}, need a number or None: mend it.") from error
+        if score is None:
+            return None
+        with suppress(OverflowError):
+            if isinstance(score, Real) and math.isfinite(score):
+                return float(score)
+        raise JudgeError(
+            f"{self._name}: got {short(score)} for {response}, need a finite number, or None where the function has no opinion: "
+            "mend it."
+        )

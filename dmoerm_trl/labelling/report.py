@@ -2,12 +2,14 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.win_rate import wilson_interval
+from ..files import write_text
+from ..messages import markdown
 from .answers import Spent
 from .plan import Pair, agreed
 
@@ -32,22 +34,25 @@ class Tally:
     agreed: int = 0
     """Pairs in which both answers prefer the same response: the labels that are kept."""
     unreadable: int = 0
-    """Pairs in which an answer could not be read, or the judge preferred none."""
+    """Pairs in which an answer could not be read, or the judge had none."""
     answers_first: int = 0
-    """Answers that name the first position, of the `2 * (pairs - unreadable)` of pairs whose answers can both be read."""
+    """Answers that name the first position, of the `readable_answers`."""
     ranked: int = 0
     """Agreed pairs that the row's `ranks` order too."""
     as_ranked: int = 0
     """Those of them that the ranks order in the same way."""
+    ties: int = 0
+    """Pairs in which an answer gives both responses the same score; only judges that score can."""
 
     @property
     def disagreed(self) -> int:
         """Pairs in which the answers prefer different responses: dropped, as section 4.3 has it."""
-        return self.pairs - self.agreed - self.unreadable
+        return self.pairs - self.agreed - self.unreadable - self.ties
 
     @property
     def readable_answers(self) -> int:
-        return 2 * (self.pairs - self.unreadable)
+        """The answers of the pairs that have two, and no tie."""
+        return 2 * (self.pairs - self.unreadable - self.ties)
 
     def add(self, pair: Pair, choices: tuple[int | None, int | None], ranked: Collection[Pair] = ()) -> int | None:
         """
@@ -55,7 +60,7 @@ class Tally:
 
         Args:
             pair: the indices of two responses.
-            choices: the answers, first in the pair's order, then with the positions swapped.
+            choices: the verdicts of the answers, first in the pair's order, then with the positions swapped.
             ranked: the pairs (better, worse) of the row's ranks.
 
         Returns:
@@ -66,6 +71,8 @@ class Tally:
         self.agreed += better is not None
         if None in choices:
             self.unreadable += 1
+        elif 0 in choices:
+            self.ties += 1
         else:
             self.answers_first += choices.count(1)
         if better is not None:
@@ -83,15 +90,20 @@ class Tally:
         """The [`fault`] if there are answers enough to stop at it."""
         return self.fault() if 2 * self.pairs >= EARLY else None
 
+    def is_unreadable(self) -> bool:
+        """Whether the judge is hopeless because its answers cannot be read."""
+        return _is_hopeless(self.unreadable, self.pairs)
+
     def fault(self) -> str | None:
         """What makes the answers worthless, with its numbers, if something surely does."""
         readable, second = self.readable_answers, self.readable_answers - self.answers_first
         for share, count, says, of in (
             (self.unreadable, self.pairs, "has an answer that cannot be read, or prefers neither response,", "pairs"),
+            (self.ties, self.pairs, "gives both responses the same score", "pairs"),
             (self.answers_first, readable, "names the first response, whatever it is,", "answers"),
             (second, readable, "names the second response, whatever it is,", "answers"),
         ):
-            if count and wilson_interval(share / count, count)[0] > HOPELESS:
+            if _is_hopeless(share, count):
                 return f"the judge {says} in {share} of {count} {of} ({share / count:.0%})"
         return None
 
@@ -109,6 +121,8 @@ class Report:
     cost: float | None = None
     stopped: str | None = None
     """Why questions are not answered."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Kind -> requests of this run that failed and were made again."""
 
     @property
     def total(self) -> Tally:
@@ -131,11 +145,12 @@ class Report:
         return warnings
 
     def to_markdown(self) -> str:
-        header = ["task", "point", "pairs", "agreed", "disagreed", "unreadable", "first position", "as ranked"]
+        kinds = ["agreed", "disagreed", *(["ties"] if self.total.ties else []), "unreadable"]
+        header = ["task", "point", "pairs", *kinds, "first position", "as ranked"]
         lines = ["| " + " | ".join(header) + " |", "| --- | --- |" + " ---: |" * (len(header) - 2)]
         for (task, point), tally in [*self.points.items(), (("all", ""), self.total)]:
-            cells = [task, point, str(tally.pairs)]
-            cells += [_share(count, tally.pairs) for count in (tally.agreed, tally.disagreed, tally.unreadable)]
+            cells = [markdown(task), markdown(point), str(tally.pairs)]
+            cells += [_share(getattr(tally, kind), tally.pairs) for kind in kinds]
             cells += [_share(tally.answers_first, tally.readable_answers), _share(tally.as_ranked, tally.ranked)]
             lines.append("| " + " | ".join(cells) + " |")
         took = f"{self.spent.calls:,} answers, {self.spent.prompt_tokens:,} + {self.spent.completion_tokens:,} tokens"
@@ -146,14 +161,16 @@ class Report:
                 "",
                 f"{self.rows:,} rows written, {self.incomplete:,} left out because questions of theirs are not answered.",
                 f"The judge's answers so far: {took}{cost}.",
+                *([f"{markdown(failed_requests(self.failures))}."] if self.failures else []),
                 "",
-                *([f"Asking stopped: {self.stopped}.", ""] if self.stopped else []),
-                *(f"**Warning.** {warning}\n" for warning in self.warnings()),
+                *([f"Asking stopped: {markdown(self.stopped)}.", ""] if self.stopped else []),
+                *(f"**Warning.** {markdown(warning)}\n" for warning in self.warnings()),
                 *lines,
                 "",
                 "Each pair is asked about twice, with the positions swapped, and its label is kept where the answers agree.",
                 "First position: answers that name it, of the pairs whose answers can both be read; 50% is no bias. As ranked:",
                 "labels that order the pair as `ranks` does, of those that `ranks` orders. Unreadable: one answer or both.",
+                *(["Ties: equal scores for both responses."] if self.total.ties else []),
                 "Pairs of rows that are left out count as soon as both answers are there.",
                 "",
             ]
@@ -161,7 +178,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         def entry(tally: Tally) -> dict[str, Any]:
-            return asdict(tally) | {"disagreed": tally.disagreed, "readable_answers": tally.readable_answers}
+            counts = asdict(tally) | {"disagreed": tally.disagreed, "readable_answers": tally.readable_answers}
+            return {name: count for name, count in counts.items() if name != "ties" or self.total.ties}
 
         return {
             "rows": self.rows,
@@ -170,13 +188,25 @@ class Report:
             "points": [{"task": task, "point": point, **entry(tally)} for (task, point), tally in self.points.items()],
             "all": entry(self.total),
             "spent": self.spent._asdict() | {"cost": self.cost},
+            "failed_requests": dict(self.failures),
             "warnings": self.warnings(),
         }
 
     def save(self, folder: Path) -> None:
-        """Writes `report.md` and `report.json`."""
-        (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
-        (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False), encoding="utf-8")
+        """Writes `report.md` and `report.json`, for their owner alone: they may quote answers."""
+        write_text(folder / "report.md", self.to_markdown(), private=True)
+        content = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        write_text(folder / "report.json", content, private=True)
+
+
+def failed_requests(failures: Mapping[str, int]) -> str:
+    """What became of requests that failed, in words."""
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(failures.items()))
+    return f"Requests of this run that failed and were made again: {kinds}"
+
+
+def _is_hopeless(share: int, count: int) -> bool:
+    return bool(count) and wilson_interval(share / count, count)[0] > HOPELESS
 
 
 def _share(count: int, total: int) -> str:

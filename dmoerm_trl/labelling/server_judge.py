@@ -1,23 +1,30 @@
 """A judge behind a server that speaks the OpenAI protocol: a hosted one, or vLLM, llama.cpp, Ollama and their like."""
 
 import asyncio
+import json
 import math
-import os
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-from .judges import Answer, JudgeError, Question
-from .reading import read_choice
+from ..messages import one_line
+from .completions import BrokenReply, Client, Reply, read_text, read_tokens
+from .judges import Answer, JudgeError, Question, RefusesAll, check_setting, check_whole
+from .reading import WANTED, WANTED_STRUCTURED, read_choice
+from .redaction import Redaction, looks_secret
+from .server_settings import digests, read_address, read_extra_body, read_key, secrets_of
 from .template import Template
 
 BYTES_PER_TOKEN = 3
 """Of UTF-8, for estimates without the model's tokenizer: few, so that most estimates are too high rather than too low."""
+
+SHOWN = 300
+"""Characters of what a server says that a message shows."""
 
 _TRY_AGAIN = {408, 409, 425, 429}  # and all from 500 on
 _NO_MONEY = {"insufficient_quota", "billing_hard_limit_reached"}
@@ -39,11 +46,14 @@ class ServerJudge:
     """
     Asks a language model by the chat completions of the OpenAI protocol; needs `pip install "dmoerm-trl[label]"`.
 
-    What may pass (5xx, time-outs, dropped connections, broken replies) is tried again, after a time that doubles with each
-    retry and is drawn between its half and its whole, or after the server's Retry-After. A 429 holds back all requests, for a
+    What may pass (5xx, time-outs, dropped connections, broken or endless replies) is counted in `failures` and tried again,
+    after a time that doubles with each retry and is drawn between its half and its whole, or after the server's Retry-After. A 429 holds back all requests, for a
     time that doubles until the next answer comes. A question that is too long for the model, or that the server's filter
     refuses, is answered without a choice; so is any that it refuses with status 400, 413 or 422 while it answers others, up
-    to 500 in a row.
+    to 500 in a row. A redirect is not followed: the key is for this server.
+
+    A message shows the server's host and what it said on one line, without the key, what looks like a secret in the path of
+    `base_url` or in `extra_body`, and control characters.
 
     Args:
         base_url (`str`): such as `https://api.openai.com/v1` or `http://localhost:8000/v1`. It is not part of the judge's
@@ -58,11 +68,12 @@ class ServerJudge:
         max_tokens (`int`): of an answer. One that is cut off there is unreadable: models that reason first need more.
         extra_body (`Mapping`, *optional*): more fields of the request, such as
             `{"chat_template_kwargs": {"enable_thinking": false}}`; null leaves a field out, as in
-            `{"max_tokens": null, "max_completion_tokens": 16}`; one of these two has to be there.
+            `{"max_tokens": null, "max_completion_tokens": 16}`; one of these two has to be there. The identity has digests in
+            the place of its texts, which may be secrets.
         concurrency (`int`): requests under way at once.
         requests_per_minute (`float`, *optional*), tokens_per_minute (`float`, *optional*): limits to keep to, evenly; tokens
             are those of [`estimate_tokens`].
-        timeout (`float`): seconds to wait for a reply.
+        timeout (`float`): seconds for a whole reply, from the request to its last byte.
         retries (`int`): of one question, after which the server counts as gone; of 429s, in a row without any answer.
         first_wait (`float`), longest_wait (`float`): seconds before the first retry, and the most before any: a
             server whose Retry-After says more counts as gone.
@@ -96,51 +107,63 @@ class ServerJudge:
         first_wait: float = 1.0,
         longest_wait: float = 300.0,
     ):
-        _check_address(base_url)
-        _check("temperature", temperature, _is_number(temperature) and temperature >= 0, "a number, 0 or more")
-        for name, value, least in (
-            ("max_tokens", max_tokens, 1),
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-        ):
-            _check(name, value, type(value) is int and value >= least, f"a whole number, {least} or more")
+        address = read_address(base_url)
+        check_setting(
+            "model", model, isinstance(model, str) and model.isprintable() and bool(model), "the name of a model"
+        )
+        check_setting("structured", structured, isinstance(structured, bool), "true or false")
+        check_setting("temperature", temperature, _is_number(temperature) and temperature >= 0, "a number, 0 or more")
+        check_setting("seed", seed, seed is None or type(seed) is int, "a whole number, or none")
+        check_whole("max_tokens", max_tokens, 1)
+        check_whole("concurrency", concurrency, 1, 1000)
+        check_whole("retries", retries, 0)
         for name, value in (("timeout", timeout), ("first_wait", first_wait), ("longest_wait", longest_wait)):
-            _check(name, value, _is_number(value) and value > 0, "a number of seconds above 0")
+            check_setting(name, value, _is_number(value) and value > 0, "a number of seconds above 0")
         for name, value in (("requests_per_minute", requests_per_minute), ("tokens_per_minute", tokens_per_minute)):
-            _check(name, value, value is None or (_is_number(value) and value > 0), "a number above 0, or none")
-        self.base_url, self.model, self.concurrency = base_url, model, concurrency
+            good = value is None or (_is_number(value) and value > 0)
+            check_setting(name, value, good, "a number above 0, or none")
+        extra = read_extra_body(extra_body)
+        self.host, self.model, self.concurrency = f"{address.scheme}://{address.netloc}", model, concurrency
         self._api_key_env, self._structured = api_key_env, structured
         self._retries, self._first_wait, self._longest_wait = retries, first_wait, longest_wait
         self._template = Template(template, example=example, structured=structured)
-        self._body: dict[str, Any] = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+        own: dict[str, Any] = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
         if structured:
             schema = {"name": "choice", "strict": True, "schema": _SCHEMA}
-            self._body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        self._body |= extra_body or {}
-        self._body = {name: value for name, value in self._body.items() if value is not None}
-        self._longest_answer = longest = self._body.get("max_completion_tokens", self._body.get("max_tokens"))
-        limited = type(longest) is int and longest >= 1
-        _check(
-            "extra_body",
-            extra_body,
-            limited,
-            "a whole number as max_tokens or max_completion_tokens, for the estimates",
-        )
+            own["response_format"] = {"type": "json_schema", "json_schema": schema}
+        self._body = {name: value for name, value in (own | extra).items() if value is not None}
+        self._longest_answer = self._body.get("max_completion_tokens", self._body.get("max_tokens"))
+        if type(self._longest_answer) is not int or self._longest_answer < 1:
+            raise ValueError(
+                f"`judge` of the recipe: got extra_body={{{', '.join(map(repr, extra))}}}, need a whole number as max_tokens or "
+                "max_completion_tokens, for the estimates: change it."
+            )
         self.samples = self._body.get("temperature") != 0
         self._seed = seed if self.samples else None
-        self.identity = {"kind": "server", "template": self._template.digest, "seed": self._seed, **self._body}
-        self._key = _read_key(api_key_env)
-        self._client, self._options = _client(base_url, self._key, timeout)
+        shown = own | {name: digests(value) for name, value in extra.items()}
+        shown = {name: value for name, value in shown.items() if value is not None}
+        self.identity = {"kind": "server", "template": self._template.digest, "seed": self._seed, **shown}
+        key = read_key(api_key_env)
+        self._redact = Redaction([key or "", *filter(looks_secret, address.path.split("/")), *secrets_of(extra)])
+        self._client = Client(base_url, key, timeout)
         self._slots = asyncio.Semaphore(concurrency)
         self._requests, self._tokens = _Pace(requests_per_minute), _Pace(tokens_per_minute)
         self._go_on_at = self._counted_until = 0.0  # on the event loop's clock
         self._pauses = 0  # in a row, since the last answer
         self.answered = False
         self._refused = 0  # questions in a row, since the last answer
+        self._cut = 0  # answers that were longer than max_tokens
+        self.failures: Counter[str] = Counter()
         self._under_way, self._one_ended = 0, asyncio.Event()
 
     def __repr__(self) -> str:
-        return f"ServerJudge(base_url={self.base_url!r}, model={self.model!r})"
+        return f"ServerJudge(host={self.host!r}, model={self.model!r})"
+
+    @property
+    def wanted(self) -> str:
+        cut = f"; {self._cut} answers were cut off there" if self._cut else ""
+        form = WANTED_STRUCTURED if self._structured else WANTED
+        return f"{form}, within max_tokens={self._longest_answer}{cut}"
 
     async def ask(self, questions: Sequence[Question]) -> list[Answer]:
         tasks = [asyncio.ensure_future(self._answer(question)) for question in questions]
@@ -171,9 +194,13 @@ class ServerJudge:
 
     async def _try(self, question: Question) -> Answer:
         messages = self._template.messages(question)
-        body = {**self._body, "messages": messages}
+        content = {**self._body, "messages": messages}
         if self._seed is not None:
-            body["seed"] = self._seed + question.round
+            content["seed"] = self._seed + question.round
+        try:
+            body = json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return Answer(None, "no answer: the text has half of a surrogate pair, which cannot be sent")
         estimate = self._estimate(messages)
         clock, failures = asyncio.get_running_loop().time, 0
         while True:
@@ -187,6 +214,7 @@ class ServerJudge:
                 return outcome
             if isinstance(outcome, JudgeError):
                 raise outcome
+            self.failures[outcome.kind] += 1
             if outcome.for_all:
                 is_new = sent >= self._counted_until  # what was sent before or in a pause calls for no second one
                 self._pauses += is_new
@@ -203,13 +231,13 @@ class ServerJudge:
                     "answers: see that it runs and go on later."
                 )
             if tries > self._retries:
-                raise JudgeError(f"{self.base_url}: got {gone}")
+                raise JudgeError(f"{self.host}: got {gone}")
             wait = outcome.wait
             if wait is None:
                 wait = min(self._longest_wait, self._first_wait * 2 ** (tries - 1)) * share
             if wait > self._longest_wait:
                 raise JudgeError(
-                    f"{self.base_url}: got {outcome.reason}, with the order to wait {wait:.0f} s, need at most "
+                    f"{self.host}: got {outcome.reason}, with the order to wait {wait:.12g} s, need at most "
                     f"longest_wait={self._longest_wait:g} s: go on later, or raise longest_wait."
                 )
             if outcome.for_all:
@@ -238,31 +266,25 @@ class ServerJudge:
         self._refused += 1
         return False
 
-    async def _request(self, body: dict[str, Any], estimate: tuple[int, int]) -> "Answer | _Later | JudgeError":
-        """One request. What the client raises is not chained to what is raised here: it holds what the server echoed."""
-        import openai
-
+    async def _request(self, body: bytes, estimate: tuple[int, int]) -> "Answer | _Later | JudgeError":
         try:
-            reply = await self._client.post("/chat/completions", body=body, cast_to=object, options=self._options)
-        except openai.APIStatusError as error:
-            status, headers, details = error.status_code, error.response.headers, error.body
-            if not isinstance(details, dict):
-                details = {}
-            message = self._redact(str(details.get("message") or error.message))[:300]
-        except openai.APIConnectionError as error:  # time-outs are of this kind
-            return _Later(self._redact(f"{error} ({type(error.__cause__ or error).__name__})"))
-        except UnicodeEncodeError:
-            return Answer(None, "no answer: the text has half of a surrogate pair, which cannot be sent")
-        except ValueError:
-            return _Later("broken JSON")
-        else:
+            reply = await self._client.post(body)
+        except BrokenReply as broken:
+            return _Later(broken.kind, self._said(str(broken)))
+        status, headers, _ = reply
+        error = reply.error
+        if status == 200 and not error:
             return self._read(reply, estimate)
-
-        code, reason = str(details.get("code")), f"status {status} ({message})"
+        code, message = error.get("code"), self._said(str(error.get("message") or ""))
+        if status == 200:  # some gateways hand on the error of another server so
+            status = code if type(code) is int and 400 <= code < 600 else 500
+        code, reason = str(code), f"status {status} ({message})" if message else f"status {status}"
+        if not 300 <= status < 600:
+            return _Later("broken reply", reason)
         if code in _THIS_QUESTION or (status == 400 and "maximum context length" in message):
             return Answer(None, f"no answer: {reason}")
         if (status in _TRY_AGAIN or status >= 500) and code not in _NO_MONEY:
-            return _Later(reason, _retry_after(headers), for_all=status == 429)
+            return _Later(f"status {status}", reason, _retry_after(headers), for_all=status == 429)
         if status in _MAY_BE_THIS_QUESTION and not await self._refuses_all():
             return Answer(None, f"no answer: {reason}")
         where = "name its environment variable in `api_key_env`"
@@ -276,33 +298,44 @@ class ServerJudge:
             "correct them",
             429: _TOP_UP,
         }
-        way = ways.get(
-            status, "need a request that it takes: change the judge's settings, such as structured or extra_body"
-        )
-        return JudgeError(f"{self.base_url}: got {reason}, {way}.")
+        way = "need a request that it takes: change the judge's settings, such as structured or extra_body"
+        if status < 400:
+            elsewhere = re.match(r"[\w+.-]*://([^/?#]*)", self._said(headers.get("location", "")))
+            target = elsewhere[1] if elsewhere else "another path"
+            way = f"a redirect to {target}, need an answer because the key is for this address alone: correct base_url"
+        kind = RefusesAll if status in _MAY_BE_THIS_QUESTION else JudgeError
+        return kind(f"{self.host}: got {reason}, {ways.get(status, way)}.")
 
-    def _read(self, reply: Any, estimate: tuple[int, int]) -> "Answer | _Later":
+    def _read(self, reply: Reply, estimate: tuple[int, int]) -> "Answer | _Later":
         try:
-            choice, usage = reply["choices"][0], reply.get("usage") or {}
-            text = choice["message"].get("content") or choice["message"].get("refusal") or ""
-            if isinstance(text, list):
-                text = "".join(part["text"] for part in text if part["type"] == "text")
-            whole = choice.get("finish_reason") != "length"
-            names = ("prompt_tokens", "completion_tokens")
-            tokens = [int(usage.get(name) or most) for name, most in zip(names, estimate, strict=True)]
-            read = read_choice(text, structured=self._structured) if whole else None
+            choice = reply.content["choices"][0]
+            text, finish = read_text(choice), choice.get("finish_reason")
         except (AttributeError, LookupError, TypeError, ValueError):
-            return _Later(f"what is no chat completion: {self._redact(str(reply))[:200]!r}")
+            shown = self._said(str(reply.content), 200)
+            return _Later("broken reply", f"what is no chat completion: {shown!r}")
+        whole = finish not in ("length", "content_filter")
+        self._cut += finish == "length"
+        read = read_choice(text, structured=self._structured) if whole else None
+        if not text and finish not in (None, "stop"):
+            text = f"no answer: finish_reason {finish!r}"
         self._pauses, self._refused, self.answered = 0, 0, True
-        return Answer(read, self._redact(text), *tokens)
+        return Answer(read, self._redact(text), *read_tokens(reply.content.get("usage"), estimate))
 
-    def _redact(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
+    def _said(self, text: str, most: int = SHOWN) -> str:
+        """What the server said, as a message shows it."""
+        text = one_line(self._redact(_USER.sub("//", text)))
+        return text if len(text) <= most else f"{text[:most]}…"
+
+
+_USER = re.compile(r"//[^/\s@]*@")
+"""A user and a password in an address, such as that of a proxy."""
 
 
 class _Later(NamedTuple):
     """Why a request failed that may succeed later."""
 
+    kind: str
+    """What is counted."""
     reason: str
     wait: float | None = None
     """Seconds, where the server says."""
@@ -331,54 +364,10 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     with suppress(ValueError):
         seconds = float(value)
         return max(seconds, 0.0) if math.isfinite(seconds) else None
-    with suppress(ValueError, TypeError):
+    with suppress(ValueError, TypeError, OverflowError):
         return max((parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds(), 0.0)
     return None
 
 
-def _read_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        usual = re.fullmatch("[A-Z_][A-Z0-9_]*", variable)  # else it may be the key itself
-        raise JudgeError(
-            f"got no key in the environment variable {variable if usual else 'that `api_key_env` names'}, need one because the server may ask for it: set it, name "
-            "another variable in `api_key_env`, or set `api_key_env: null` for a server that wants none."
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise JudgeError(
-            f"got a key in the environment variable {variable} with a line break or a character outside ASCII, need one "
-            "without because it is sent in a header: copy it anew."
-        )
-    return key
-
-
-def _client(base_url: str, key: str | None, timeout: float) -> tuple[Any, dict[str, Any]]:
-    """A client that leaves retries to us, and the options of its requests."""
-    try:
-        from openai import AsyncOpenAI, DefaultAioHttpClient, Omit
-    except ImportError as error:
-        raise ImportError(
-            'got no package `openai`, need it to ask a server: pip install "dmoerm-trl[label]"'
-        ) from error
-    # Without an explicit key the client would send the one of OPENAI_API_KEY.
-    options = {"api_key": key or "none", "timeout": timeout, "max_retries": 0}
-    client = AsyncOpenAI(base_url=base_url, http_client=DefaultAioHttpClient(timeout=timeout), **options)
-    return client, {} if key else {"headers": {"Authorization": Omit()}}
-
-
-def _check_address(url: str) -> None:
-    parts = urlsplit(url)
-    bare = parts.scheme in ("http", "https") and parts.hostname and "@" not in parts.netloc and not parts.query
-    shown = f"{parts.scheme}://{parts.hostname}..."  # what is left out may be a secret
-    _check("base_url", shown, bool(bare), "an http(s) address without a user, a password or a query")
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check(name: str, value: Any, good: bool, need: str) -> None:
-    if not good:
-        raise ValueError(f"`judge` of the recipe: got {name}={value!r}, need {need}: change it.")

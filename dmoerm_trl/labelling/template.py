@@ -22,8 +22,9 @@ class Template:
     Puts questions to a language model as turns of a chat.
 
     The template is rendered with `prompt` (the turns, each with `role` and `content`), `first`, `second`, `point` and `task`
-    (or None), `structured` (whether JSON is wanted) and `mark`, a word that occurs in none of the texts: lines that begin
-    with it cannot be forged by a response. It is the same for both orders of two responses.
+    (or None), `structured` (whether JSON is wanted) and `mark`, a word that occurs in none of the texts and that nobody can
+    foresee who writes one of them: lines that begin with it cannot be forged by a response, nor imitated. It is the same for
+    both orders of two responses.
 
     Args:
         source (`str`): `"en"`, `"zh"`, or the path of a Jinja file of one's own. Such a file has to show the last turn of the
@@ -109,16 +110,18 @@ class Template:
 
 
 def _mark(question: Question) -> str:
-    """The first of mark0, mark1, ... that stands in none of the texts; the same in both orders."""
-    texts = [question.first, question.second, *(text for turn in question.prompt for text in turn.values())]
-    return next(mark for mark in map("mark{}".format, count()) if not any(mark in text for text in texts))
+    """A digest of all texts, so that none can hold it; the same in both orders."""
+    texts = [*sorted([question.first, question.second]), *(text for turn in question.prompt for text in turn.values())]
+    texts += [question.point or "", question.task or ""]
+    marks = (hashlib.sha256(repr((number, texts)).encode()).hexdigest()[:8] for number in count())
+    return next(mark for mark in marks if not any(mark in text for text in texts))
 
 
 def _read(source: str, ending: str) -> str:
-    path = _FOLDER / f"{source}{ending}" if source in LANGUAGES else Path(source)
     try:
+        path = _FOLDER / f"{source}{ending}" if source in LANGUAGES else Path(source)
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"got {source!r}, need one of {LANGUAGES} or the path of a text file: {error}.") from error
 
 

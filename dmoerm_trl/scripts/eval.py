@@ -43,11 +43,13 @@ class EvalArguments:
     def __post_init__(self):
         try:
             self.judges = json.loads(self.judges) if isinstance(self.judges, str) else self.judges or {}
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`judges`: got {self.judges!r}, need JSON: {error}.") from error
-        if not isinstance(self.judges, dict) or not all(isinstance(judge, dict) for judge in self.judges.values()):
+        except (ValueError, RecursionError) as error:  # the text is not shown: it may hold a secret
+            raise ValueError(f"`judges`: got text that is no JSON ({error}), need JSON: mend it.") from None
+        if not isinstance(self.judges, dict) or not all(
+            isinstance(name, str) and isinstance(judge, dict) for name, judge in self.judges.items()
+        ):
             raise ValueError(
-                f"`judges`: got {self.judges!r}, need name -> `kind` and its settings, see recipes/LABELLING.md."
+                "`judges`: got another form, need name -> `kind` and its settings, see recipes/LABELLING.md: write it so."
             )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from ..arguments import Parser
 from ..data.rows import LoadReport, iter_rows
 from ..evaluation.scorers import file_digest
+from ..files import check_writable, write_text
 from ..labelling.answers import AnswerStore
 from ..labelling.budget import Budget, Prices
 from ..labelling.judges import judge_from_config
@@ -75,10 +76,11 @@ class LabelArguments:
         if isinstance(self.judge, str):
             try:
                 self.judge = json.loads(self.judge)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"`judge`: got {self.judge!r}, need JSON: {error}.") from error
+            except (ValueError, RecursionError) as error:  # the text is not shown: it may hold a secret
+                raise ValueError(f"`judge`: got text that is no JSON ({error}), need JSON: mend it.") from None
         if not isinstance(self.judge, dict):
-            raise ValueError(f"`judge`: got {self.judge!r}, need `kind` and its settings, see recipes/LABELLING.md.")
+            got = None if self.judge is None else f"a {type(self.judge).__name__}"
+            raise ValueError(f"`judge`: got {got}, need `kind` and its settings, see recipes/LABELLING.md.")
         self.prices  # noqa: B018, so that a mistake is found before anything is read
         self.budget  # noqa: B018
 
@@ -118,9 +120,16 @@ def label(arguments: LabelArguments) -> Report | None:
         ValueError: for a mistake in the arguments or in the rows, before anything is asked.
     """
     plan, judge, folder = arguments.plan, judge_from_config(arguments.judge), Path(arguments.output_dir)
-    store = claim(folder, arguments, judge.identity)
+    claim = Claim(folder, arguments, judge.identity)
+    claim.check()
+    if not arguments.dry_run:
+        for name in (FINISHED, UNFINISHED, "report.md"):
+            check_writable(folder / name)
+    is_kept = claim.store.exists() or not arguments.dry_run
     read = partial(iter_rows, arguments.rows, tasks=plan.tasks, split=arguments.split, on_error=arguments.on_error)
-    with AnswerStore(store, judge.identity, forget_unreadable=arguments.ask_again_unreadable) as answers:
+    with AnswerStore(
+        claim.store if is_kept else ":memory:", judge.identity, forget_unreadable=arguments.ask_again_unreadable
+    ) as answers:
         labeller = Labeller(read, plan, judge, answers, arguments.budget, stop_early=arguments.stop_early)
         found = LoadReport(arguments.rows)
         estimate = labeller.estimate(partial(read, report=found), tokens=arguments.dry_run)
@@ -129,47 +138,66 @@ def label(arguments: LabelArguments) -> Report | None:
         print(f"{found}\n{estimate.to_text(arguments.prices)}")
         if arguments.dry_run:
             return None
-        stopped = labeller.ask(estimate.calls)
+        stopped = labeller.ask(estimate.calls, claim.make)
         report = labeller.write(folder / UNFINISHED)
         if not report.incomplete:
             answers.finish()
+    report.failures = judge.failures
     if report.incomplete:
         report.stopped = stopped
     else:
+        claim.make()
         (folder / UNFINISHED).replace(folder / FINISHED)
     report.save(folder)
     return report
 
 
-def claim(folder: Path, arguments: LabelArguments, identity: dict[str, Any]) -> str:
+class Claim:
     """
-    Makes a folder that of one labelling, unless this is a dry run, and returns where its answers are.
+    Makes a folder that of one labelling, from its first answer on: a start that failed before claims nothing.
 
-    Raises:
-        ValueError: if it is that of another one.
+    Attributes:
+        store (`Path`): where its answers are.
     """
-    rows = Path(arguments.rows)
-    plan = arguments.plan
-    settings = asdict(plan) | {name: getattr(arguments, name) for name in ("rows", "split", "on_error", "answers")}
-    settings["sha256 of rows"] = file_digest([rows]) if rows.is_file() else None
-    settings |= {f"judge.{name}": value for name, value in identity.items()}
-    settings = json.loads(json.dumps(settings))
-    path, store = folder / "settings.json", Path(arguments.answers or folder / "answers.sqlite")
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-    if changed := sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name)):
-        raise ValueError(
-            f"{folder}: got the folder of a labelling with other settings of {changed}, need the same to go on: choose another "
-            f"`output_dir`; with `answers: {store}` it uses the answers that are there where the questions are the same."
-        )
-    if arguments.dry_run:
-        return str(store) if store.exists() else ":memory:"
-    for needed in (folder, store.parent):
-        needed.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        partial_file = path.with_suffix(".partial")
-        partial_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
-        partial_file.replace(path)
-    return str(store)
+
+    def __init__(self, folder: Path, arguments: LabelArguments, identity: dict[str, Any]):
+        self.folder, self.path = folder, folder / "settings.json"
+        self.store = Path(arguments.answers or folder / "answers.sqlite")
+        rows = Path(arguments.rows)
+        settings = asdict(arguments.plan) | {
+            name: getattr(arguments, name) for name in ("rows", "split", "on_error", "answers")
+        }
+        settings["sha256 of rows"] = file_digest([rows]) if rows.is_file() else None
+        settings |= {f"judge.{name}": value for name, value in identity.items()}
+        self.settings = json.loads(json.dumps(settings))
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: if the folder is that of another labelling.
+        """
+        if not self.path.exists():
+            return
+        try:
+            before = json.loads(self.path.read_text(encoding="utf-8"))
+            changed = sorted(
+                name for name in before.keys() | self.settings.keys() if before.get(name) != self.settings.get(name)
+            )
+        except (AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}: got no settings of a labelling ({error}), need them as they were written: remove the file to go on "
+                "with the settings of today."
+            ) from error
+        if changed:
+            raise ValueError(
+                f"{self.folder}: got the folder of a labelling with other settings of {changed}, need the same to go on: choose "
+                f"another `output_dir`; with `answers: {self.store}` it uses the answers that are there where the questions are "
+                "the same."
+            )
+
+    def make(self) -> None:
+        if not self.path.exists():
+            write_text(self.path, json.dumps(self.settings, indent=2, ensure_ascii=False), private=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -181,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     print(report.to_markdown())
     if report.incomplete:
         sys.exit(
-            f"stopped: {report.stopped}\n{arguments.output_dir}: every answer that came is kept, and the {report.rows:,} rows "
+            f"stopped: {report.stopped}.\n{arguments.output_dir}: every answer that came is kept, and the {report.rows:,} rows "
             f"that are complete are in {UNFINISHED}; {report.incomplete:,} are not. Run the same command to go on."
         )
     print(f"labelled rows: {Path(arguments.output_dir) / FINISHED}")
