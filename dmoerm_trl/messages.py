@@ -43,6 +43,11 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
+def quoted(text: str) -> str:
+    """What a stranger wrote, on one line: it cannot steer a terminal and is no HTML."""
+    return one_line(text).translate({ord("<"): "‹", ord(">"): "›"})
+
+
 def markdown(text: str) -> str:
     """A text on one line of Markdown or in a cell of a table there, shown as it stands: no HTML, image or end of the cell."""
     escaped = re.sub(r"([\\`*\[|])", r"\\\1", one_line(text))

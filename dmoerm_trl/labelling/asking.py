@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 from tqdm.auto import tqdm
 
 from ..data.preference_row import short
-from ..messages import one_line
+from ..messages import quoted
 from .answers import AnswerStore
 from .budget import Budget
 from .judges import Answer, Judge, JudgeError, Question, RefusesAll
@@ -100,7 +100,7 @@ class Asking:
     def stop(self, reason: str) -> None:
         """Asks no more: what waits is given up, what is under way is waited for. The first reason stays."""
         if self.stopped is None:
-            self.stopped = one_line(reason).rstrip(".")
+            self.stopped = quoted(reason).rstrip(".")
         self._settled.set()
 
     def stop_if_worthless(self, seen: Tally) -> None:
@@ -111,7 +111,7 @@ class Asking:
         if self.stopped is not None or not (fault := seen.early_fault()):
             return
         unreadable = seen.is_unreadable()
-        said = [f"{short(one_line(text))} ({times} times)" for text, times in self.answers.said(unreadable=unreadable)]
+        said = [f"{short(text)} ({times} times)" for text, times in self.answers.said(unreadable=unreadable)]
         wanted, again = getattr(self.judge, "wanted", "a choice"), ""
         if unreadable:
             self.answers.give_up()

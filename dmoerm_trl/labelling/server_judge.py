@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
-from ..messages import one_line
+from ..messages import quoted
 from .completions import BrokenReply, Client, Reply, read_text, read_tokens
 from .judges import Answer, JudgeError, Question, RefusesAll, check_setting, check_whole
 from .reading import WANTED, WANTED_STRUCTURED, read_choice
@@ -300,9 +300,11 @@ class ServerJudge:
         }
         way = "need a request that it takes: change the judge's settings, such as structured or extra_body"
         if status < 400:
-            elsewhere = re.match(r"[\w+.-]*://([^/?#]*)", self._said(headers.get("location", "")))
+            elsewhere = re.match(r"[\w+.-]*://([^/?#]+)", self._said(headers.get("location", "")))
             target = elsewhere[1] if elsewhere else "another path"
-            way = f"a redirect to {target}, need an answer because the key is for this address alone: correct base_url"
+            way = (
+                f"a redirect to {target}, need an answer, because the key is for this address alone: correct base_url"
+            )
         kind = RefusesAll if status in _MAY_BE_THIS_QUESTION else JudgeError
         return kind(f"{self.host}: got {reason}, {ways.get(status, way)}.")
 
@@ -323,7 +325,7 @@ class ServerJudge:
 
     def _said(self, text: str, most: int = SHOWN) -> str:
         """What the server said, as a message shows it."""
-        text = one_line(self._redact(_USER.sub("//", text)))
+        text = quoted(self._redact(_USER.sub("//", text)))
         return text if len(text) <= most else f"{text[:most]}…"
 
 

@@ -139,16 +139,22 @@ def label(arguments: LabelArguments) -> Report | None:
         if arguments.dry_run:
             return None
         stopped = labeller.ask(estimate.calls, claim.make)
-        report = labeller.write(folder / UNFINISHED)
-        if not report.incomplete:
-            answers.finish()
-    report.failures = judge.failures
-    if report.incomplete:
-        report.stopped = stopped
-    else:
-        claim.make()
-        (folder / UNFINISHED).replace(folder / FINISHED)
-    report.save(folder)
+        try:
+            report = labeller.write(folder / UNFINISHED)
+            report.failures = judge.failures
+            if report.incomplete:
+                report.stopped = stopped
+            else:
+                answers.finish()
+                claim.make()
+                (folder / UNFINISHED).replace(folder / FINISHED)
+            report.save(folder)
+        except OSError as error:
+            raise ValueError(
+                f"{folder}: got a disk that does not take the labels ({error.strerror or error}), need room for them: free some "
+                f"space, and run the same command to go on. {f'Asking stopped before: {stopped}. ' if stopped else ''}All answers "
+                "are kept."
+            ) from error
     return report
 
 
