@@ -58,13 +58,16 @@ class AnswerStore:
         self._is_new = True  # as long as this store added nothing
         self.full: str | None = None
         if self._path is not None:
-            _make_private(self._path)
+            check_writable(self._path)
+            with suppress(FileExistsError):
+                os.close(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         self._connection = sqlite3.connect(path, timeout=0, isolation_level=None)  # each statement is committed
         try:
             self._one("PRAGMA locking_mode = EXCLUSIVE")
+            self._check()
+            self._make_private()
             self._one("PRAGMA journal_mode = WAL")
             self._one("PRAGMA synchronous = NORMAL")
-            self._check()
             self._connection.executescript(_TABLES)
         except sqlite3.Error as error:
             self._connection.close()
@@ -89,6 +92,13 @@ class AnswerStore:
         (found,) = self._one("PRAGMA integrity_check(1)")
         if found != "ok":
             raise sqlite3.DatabaseError(found)
+
+    def _make_private(self) -> None:
+        """Lets its owner alone read the file and what SQLite writes beside it."""
+        if self._path is not None:
+            for name in (self._path.name, f"{self._path.name}-wal", f"{self._path.name}-shm"):
+                with suppress(OSError):  # not there, or another user's who shares it
+                    self._path.with_name(name).chmod(0o600)
 
     def _beside(self, what: str) -> Path:
         return self._path.with_name(f"{self._path.name}.{what}")
@@ -256,16 +266,6 @@ class AnswerStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _make_private(path: Path) -> None:
-    """Makes the file, and lets its owner alone read it and what SQLite writes beside it."""
-    check_writable(path)
-    with suppress(FileExistsError):
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-    for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
-        with suppress(OSError):  # not there, or another user's who shares it
-            path.with_name(name).chmod(0o600)
 
 
 _TABLES = """

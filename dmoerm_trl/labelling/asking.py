@@ -61,6 +61,7 @@ class Asking:
         self.stopped: str | None = None
         self.under_way = 0  # questions that the judge has
         self._failure: Exception | None = None
+        self._given_up = False
         self._known: dict[bytes, asyncio.Future] = {}  # of questions that wait or are under way
         self._queue: asyncio.PriorityQueue[_Waiting] = asyncio.PriorityQueue()  # what is put back keeps its place
         self._numbers = count()
@@ -77,6 +78,8 @@ class Asking:
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
+        if self._given_up:  # what was under way belongs to it
+            self.answers.give_up()
         if self._failure is not None:
             raise self._failure
 
@@ -114,7 +117,7 @@ class Asking:
         said = [f"{short(text)} ({times} times)" for text, times in self.answers.said(unreadable=unreadable)]
         wanted, again = getattr(self.judge, "wanted", "a choice"), ""
         if unreadable:
-            self.answers.give_up()
+            self._give_up_unreadable()
             again = "the same command asks again what could not be read; "
         self.stop(
             f"{fault}. It said {', '.join(said)}; wanted: {wanted}. Mend the judge, its server or its template, or take another "
@@ -125,6 +128,10 @@ class Asking:
         """As [`stop`]; the error is raised when all has come to rest."""
         self._failure = self._failure or error
         self.stop(f"{type(error).__name__}: {error}")
+
+    def _give_up_unreadable(self) -> None:
+        self._given_up = True
+        self.answers.give_up()  # in case that this process does not come to its end
 
     def _give_up(self, waiting: _Waiting) -> None:
         del self._known[waiting.key]
@@ -143,7 +150,7 @@ class Asking:
                 await self._ask(batch)
             except JudgeError as error:
                 if isinstance(error, RefusesAll):
-                    self.answers.give_up()
+                    self._give_up_unreadable()
                 self.stop(str(error))
             except Exception as error:  # a fault of the judge's code, or of the disk
                 self.fail(error)

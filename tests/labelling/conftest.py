@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from raw_server import RawServer
 from server import Server
 
 
@@ -34,3 +35,10 @@ def serve_process() -> Iterator[Callable[..., tuple[subprocess.Popen, str]]]:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@pytest.fixture
+def serve_raw() -> Iterator[Callable[..., RawServer]]:
+    """Starts a [`RawServer`] that replies in turn as the handlers given; it stops with the test."""
+    with ExitStack() as stack:
+        yield lambda *handlers: stack.enter_context(RawServer(handlers))

@@ -8,7 +8,7 @@ from scripted import ScriptedJudge, longer, row
 from dmoerm_trl.evaluation.table import consistency_table
 from dmoerm_trl.labelling.answers import AnswerStore
 from dmoerm_trl.labelling.generative import generative_verdicts
-from dmoerm_trl.labelling.judges import JudgeError, Question, judge_from_config
+from dmoerm_trl.labelling.judges import JudgeError, Question, Tie, judge_from_config
 
 
 class SamplingJudge(ScriptedJudge):
@@ -139,3 +139,28 @@ def test_zero_shot_and_one_shot_over_a_server(serve, example):
     assert generative_verdicts(judge, [row("long enough", "short")], max_rounds=2).scores == [[1, 0]]
     assert [len(request["messages"]) for request in server.requests] == [1 if example is None else 3] * 2
     assert {request["seed"] for request in server.requests} == {0}
+
+
+def test_unreadable_answers_at_which_it_stopped_are_asked_again(tmp_path):
+    rows = [row("aaa", "a", prompt=f"{number}?") for number in range(100)]
+    with pytest.raises(JudgeError, match="cannot be read.*It said 'None'"):
+        generative_verdicts(SamplingJudge(lambda question: None), rows, answers=tmp_path / "a.sqlite")
+    judge = SamplingJudge(longer)
+    assert generative_verdicts(judge, rows, answers=tmp_path / "a.sqlite").scores == [[1, 0]] * 100
+    assert len(judge.asked) == 200
+
+
+def test_ties_are_undecided_and_not_unreadable():
+    class TyingJudge(SamplingJudge):
+        async def ask(self, questions):
+            return [Tie(None, "scores 1 and 1") for _ in questions]
+
+    verdicts = generative_verdicts(TyingJudge(), [row("aaa", "a")])
+    assert (verdicts.undecided, verdicts.unreadable, verdicts.scores) == (1, 0, [[0.5, 0.5]])
+
+
+def test_failed_requests_are_told(serve):
+    server = serve("longer", faults=["500"])
+    settings = {"kind": "server", "base_url": server.url, "model": "judge", "api_key_env": None, "first_wait": 0.01}
+    verdicts = generative_verdicts(judge_from_config(settings), [row("long enough", "short")])
+    assert "failed and were made again: status 500 1" in str(verdicts)

@@ -8,7 +8,7 @@ import torch
 from models import PROMPTS, RESPONSES, make_policy, make_value_model
 
 from dmoerm_trl.data.formatting import Formatter
-from dmoerm_trl.labelling.judges import Answer, Judge, JudgeError, Question, judge_from_config
+from dmoerm_trl.labelling.judges import Answer, Judge, JudgeError, Question, Tie, judge_from_config
 from dmoerm_trl.labelling.template import Template
 from dmoerm_trl.rl.reward_functions import TextRewards
 
@@ -29,6 +29,13 @@ def broken(response, **_):
 
 def picky(response):
     return 0
+
+def other(response, **_):
+    import numpy
+    return {"numpy": numpy.float32(1.5), "whole": numpy.int64(2), "huge": 10**400, "text": "3"}[response]
+
+def failing(response, **_):
+    raise KeyError("\x1b[2J" + response)
 
 class Longer:
     def __call__(self, response, **_):
@@ -68,6 +75,7 @@ def test_a_function_prefers_the_higher_score(functions):
     answers = ask(judge, question("aaa", "a"), question("a", "aaa"), question("aaa", "bbb"))
     assert [answer.choice for answer in answers] == [1, 2, None]
     assert answers[0].text == "scores 3.0 and 1.0"
+    assert [answer.verdict for answer in answers] == [1, 2, 0] and isinstance(answers[2], Tie)
     assert judge.estimate_tokens(question()) == (0, 0) and not judge.samples
 
 
@@ -80,6 +88,32 @@ def test_a_function_gets_the_fields_and_each_text_of_a_batch_once(functions):
 
 def test_a_function_without_an_opinion_makes_no_choice(functions):
     assert [a.choice for a in ask(by(f"{functions}:silent"), question("?", "a"), question("ab", "a"))] == [None, 1]
+    for pair in (("?", "a"), ("?", "?")):
+        (answer,) = ask(by(f"{functions}:silent"), question(*pair))
+        assert answer.verdict is None
+
+
+def test_a_number_of_another_library_is_one(functions):
+    assert [a.choice for a in ask(by(f"{functions}:other"), question("numpy", "whole"))] == [2]
+
+
+@pytest.mark.parametrize(("response", "says"), [("huge", "got 1000"), ("text", "got '3'")])
+def test_what_is_no_finite_number_ends_the_asking(functions, response, says):
+    with pytest.raises(JudgeError, match=f"{says}.* for the response .*need a finite number"):
+        ask(by(f"{functions}:other"), question(response, "numpy"))
+
+
+def test_a_function_that_fails_ends_the_asking_with_its_error(functions):
+    with pytest.raises(
+        JudgeError, match="failing: got KeyError: .* for the response 'a' at 'logic', need a number or None"
+    ):
+        ask(by(f"{functions}:failing"), question("a", "b"))
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "64", True])
+def test_a_batch_has_a_whole_number_of_questions(functions, size):
+    with pytest.raises(ValueError, match="got batch_size=.*need a whole number, 1 or more"):
+        judge_from_config({"kind": "function", "function": f"{functions}:longer", "batch_size": size})
 
 
 def test_a_score_that_is_no_number_ends_the_asking(functions):
@@ -91,6 +125,8 @@ def test_a_score_that_is_no_number_ends_the_asking(functions):
     ("function", "message"),
     [
         ("no_such_module:f", "need an importable module:function"),
+        ("", "need an importable module:function"),
+        ("broken_{functions}:f", "need an importable module:function: division by zero"),
         ("math:no_such_function", "need an importable module:function"),
         ("{functions}:instance", "a Longer without a file of its own, need a function"),
         ("{functions}:partial", "a partial without a file of its own, need a function .*call this one from a `def`"),
@@ -98,7 +134,8 @@ def test_a_score_that_is_no_number_ends_the_asking(functions):
         ("{functions}:picky", "It is called as function.prompt=, response=, point=, task=.: give it"),
     ],
 )
-def test_a_function_that_cannot_be_called_is_refused(functions, function, message):
+def test_a_function_that_cannot_be_called_is_refused(functions, tmp_path, function, message):
+    (tmp_path / f"broken_{functions}.py").write_text("1 / 0")
     with pytest.raises(ValueError, match=message):
         by(function.format(functions=functions))
 
@@ -136,7 +173,7 @@ def test_a_dmoerm_judges_by_its_score_for_the_point(dmoerm, tokenizer, saved):
         answers = ask(judge, question(point=point), question(*RESPONSES[1::-1], point=point))
         assert [answer.choice for answer in answers] == [choices[point], 3 - choices[point]]
     same = ask(judge, question("the same", "the same"))
-    assert same[0].choice is None
+    assert same[0].choice is None and same[0].verdict == 0
 
 
 def test_a_dmoerm_has_no_choice_at_a_point_that_the_task_lacks(dmoerm, saved):
@@ -278,3 +315,27 @@ def test_a_language_model_needs_a_chat_template(policy, tokenizer, saved):
     assert not (Path(folder) / "chat_template.jinja").exists()
     with pytest.raises(ValueError, match="got a tokenizer without a chat template"):
         judge_from_config({"kind": "model", "model": folder})
+
+
+def test_answers_of_equal_likelihood_are_a_tie(policy, tokenizer, saved):
+    one, two = (tokenizer(number, add_special_tokens=False).input_ids[0] for number in "12")
+    with torch.no_grad():
+        policy.lm_head.weight[two] = policy.lm_head.weight[one]
+    (answer,) = ask(judge_from_config({"kind": "model", "model": saved(policy)}), question())
+    assert (answer.choice, answer.verdict) == (None, 0)
+
+
+def test_likelihoods_that_are_no_numbers_are_an_error(policy, saved):
+    with torch.no_grad():
+        policy.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(JudgeError, match="got likelihoods that are NaN.*set `dtype"):
+        ask(judge_from_config({"kind": "model", "model": saved(policy)}), question())
+
+
+def test_a_chat_template_that_hides_the_answer_is_an_error(policy, tokenizer, saved):
+    tokenizer.chat_template = (
+        "{% for turn in messages %}{% if turn.role == 'user' %}{{ turn.content }}{% endif %}{% endfor %}"
+    )
+    judge = judge_from_config({"kind": "model", "model": saved(policy)})
+    with pytest.raises(ValueError, match="a chat template that shows no difference between the answers 1 and 2"):
+        ask(judge, question())

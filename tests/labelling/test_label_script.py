@@ -272,6 +272,183 @@ def test_ctrl_c_waits_for_what_is_under_way_and_keeps_it(serve, recipe, start, t
     assert report(tmp_path)["stopped"] == "interrupted"
 
 
+@pytest.mark.parametrize("gap", [0.0, 0.05])
+@pytest.mark.parametrize("judge", ["server", "function"])
+def test_a_second_ctrl_c_ends_at_once_whatever_is_under_way(serve, recipe, start, tmp_path, monkeypatch, judge, gap):
+    server = serve("longer", latency=30)
+    settings = {}
+    if judge == "function":
+        text = "import pathlib, time\ndef slow(**_):\n    pathlib.Path(__file__).with_name('asked').touch()\n    time.sleep(30)"
+        (tmp_path / "slow_function.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        settings = {"kind": "function", "function": "slow_function:slow"}
+    config = recipe(server.url)
+    if settings:
+        Path(config).write_text(yaml.safe_dump(yaml.safe_load(Path(config).read_text()) | {"judge": settings}))
+    run = start(main, ["label", "--config", config])
+    while not (server.asked or (tmp_path / "asked").exists()):
+        time.sleep(0.01)
+    for wait in (gap, 0):
+        os.kill(run.pid, signal.SIGINT)
+        time.sleep(wait)
+    if not gap:  # the two may have come as one
+        time.sleep(0.5)
+        os.kill(run.pid, signal.SIGINT)
+    run.join(5)
+    assert run.exitcode == -signal.SIGINT
+
+
+def test_what_the_judge_said_is_shown_and_the_same_command_goes_on_when_the_server_is_mended(serve, recipe, tmp_path):
+    server = serve("Sure!\x1b[2J I take <b>both</b>.")
+    command = ["label", "--config", recipe(server.url, judge={"concurrency": 4})]
+    for asked_before in (0, 50):
+        with pytest.raises(SystemExit, match=r"stopped: the judge has an answer that cannot be read") as error:
+            main(command)
+        said = str(error.value)
+        assert "It said 'Sure!" in said and "I take ‹b›both‹/b›." in said and " times)" in said
+        assert "wanted: 1 or 2 alone, or on the last line after `Answer:`, within max_tokens=16" in said
+        assert "the same command asks again what could not be read" in said
+        assert said.replace("\n", "").isprintable()
+        assert server.asked.total() >= asked_before + 50
+    assert server.asked.total() < 180
+    server.answer = "longer"
+    assert main(command) == 0
+    assert len(labelled(tmp_path)) == 6 and {*server.asked.values()} <= {1, 2, 3}
+    assert report(tmp_path)["all"]["unreadable"] == 0
+    asked = server.asked.total()
+    assert main(command) == 0 and server.asked.total() == asked
+
+
+def test_answers_that_are_cut_off_are_told_so(serve, recipe):
+    server = serve("Let me think", faults=["cut"] * 200)
+    with pytest.raises(SystemExit, match=r"within max_tokens=16; [0-9]+ answers were cut off there"):
+        main(["label", "--config", recipe(server.url)])
+
+
+def test_what_a_server_refused_before_it_was_mended_is_asked_again(serve, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("dmoerm_trl.labelling.server_judge._MOST_REFUSED", 20)
+    server = serve("longer", faults=["ok", *["400"] * 40])
+    command = ["label", "--config", recipe(server.url, judge={"concurrency": 1}, stop_early=True)]
+    with pytest.raises(SystemExit, match="stopped: .*status 400"):
+        main(command)
+    server.faults.clear()
+    assert main(command) == 0
+    assert report(tmp_path)["all"]["unreadable"] == 0
+
+
+def test_requests_that_failed_are_counted(serve, recipe, tmp_path, capsys):
+    server = serve("longer", faults=["500", "broken", "broken"])
+    main(["label", "--config", recipe(server.url)])
+    assert report(tmp_path)["failed_requests"] == {"broken reply": 2, "status 500": 1}
+    assert "failed and were made again: broken reply 2, status 500 1." in capsys.readouterr().out
+
+
+def test_equal_scores_are_ties(recipe, tmp_path, capsys):
+    config = recipe("http://localhost/v1", stop_early=False)
+    settings = {"kind": "function", "function": "dmoerm_trl.labelling.weak:weak"}
+    rows = [row("Same words.", "Same words!", prompt=f"{number}?", task="chitchat") for number in range(3)]
+    write_rows(rows, tmp_path / "rows.jsonl")
+    content = yaml.safe_load(Path(config).read_text()) | {"judge": settings, "points": ["content richness"]}
+    Path(config).write_text(yaml.safe_dump(content))
+    assert main(["label", "--config", config]) == 0
+    assert (report(tmp_path)["all"]["ties"], report(tmp_path)["all"]["unreadable"]) == (3, 0)
+    assert "| ties |" in capsys.readouterr().out
+
+
+def test_a_second_run_of_a_folder_says_who_has_it(serve, recipe, start):
+    server = serve("longer", latency=0.3)
+    config = recipe(server.url)
+    run = start(main, ["label", "--config", config])
+    while not server.asked:
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match=rf"another process uses \(process {run.pid} on .*wait for the other"):
+        main(["label", "--config", config])
+
+
+def test_what_it_writes_is_for_its_owner_alone(serve, recipe, tmp_path):
+    main(["label", "--config", recipe(serve("longer").url)])
+    private = {path.name for path in (tmp_path / "out").iterdir() if path.stat().st_mode & 0o077 == 0}
+    assert private == {"answers.sqlite", "settings.json", "report.md", "report.json"}
+
+
+def test_no_secret_is_on_disk_or_told(serve, recipe, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("LABEL_TEST_KEY", "sk-0123456789abcdef")
+    server = serve("the key is sk-0123456789abcdef and the other S3cretS3cret", key="sk-0123456789abcdef")
+    judge = {"api_key_env": "LABEL_TEST_KEY", "extra_body": {"user": "S3cretS3cret"}, "concurrency": 1}
+    with pytest.raises(SystemExit) as error:
+        main(["label", "--config", recipe(server.url, judge=judge)])
+    assert server.requests[0]["user"] == "S3cretS3cret"
+    assert "[key]" in str(error.value)
+    told = str(error.value) + "".join(capfd.readouterr())
+    told += "".join(path.read_text(errors="ignore") for path in (tmp_path / "out").iterdir())
+    assert "sk-01234" not in told and "S3cretS3" not in told
+
+
+# A folder is that of one labelling from its first answer on.
+
+
+@pytest.mark.parametrize("failed", ["dry run", "count", "refused", "gone"])
+def test_a_failed_start_claims_nothing(serve, recipe, tmp_path, failed):
+    server = serve("longer", **({"model": "other"} if failed == "refused" else {}))
+    url = "http://127.0.0.1:9/v1" if failed == "gone" else server.url
+    more = {"dry run": ["--dry_run", "true"], "count": ["--max_calls", "0"]}.get(failed, [])
+    command = ["label", "--config", recipe(url, judge={"retries": 0, "max_tokens": 5}), *more]
+    if failed == "dry run":
+        main(command)
+    else:
+        with pytest.raises(SystemExit):
+            main(command)
+    server.model = "judge"
+    assert main(["label", "--config", recipe(server.url, max_pairs=1, judge={"max_tokens": 9}, rows=ROWS[:3])]) == 0
+    with pytest.raises(ValueError, match="other settings"):
+        main(["label", "--config", recipe(server.url, max_pairs=1, judge={"max_tokens": 5}, rows=ROWS[:3])])
+
+
+def test_the_first_answer_claims_the_folder(serve, recipe, start, tmp_path):
+    server = serve("longer", latency=0.05)
+    run = start(main, ["label", "--config", recipe(server.url, judge={"concurrency": 1})])
+    while not (tmp_path / "out" / "settings.json").exists():
+        assert server.answered.total() < 20
+        time.sleep(0.01)
+    run.kill()
+    run.join()
+    with pytest.raises(ValueError, match=r"other settings of \['max_pairs'\]"):
+        main(["label", "--config", recipe(server.url, max_pairs=1, judge={"concurrency": 1})])
+
+
+def test_settings_that_cannot_be_read_are_an_error(serve, recipe, tmp_path):
+    config = recipe(serve("longer").url)
+    (tmp_path / "out").mkdir()
+    for content in ("{", "[]"):
+        (tmp_path / "out" / "settings.json").write_text(content)
+        with pytest.raises(ValueError, match="settings.json: got no settings of a labelling .*remove the file"):
+            main(["label", "--config", config])
+
+
+def test_an_output_that_cannot_be_written_is_an_error_before_anything_is_asked(serve, recipe, tmp_path):
+    server = serve("longer")
+    (tmp_path / "out" / "labelled.jsonl").mkdir(parents=True)
+    with pytest.raises(ValueError, match="labelled.jsonl: got a file that cannot be written"):
+        main(["label", "--config", recipe(server.url)])
+    assert not server.asked
+
+
+def test_a_disk_that_does_not_take_the_labels_says_so(serve, recipe, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    server = serve("longer")
+    config = recipe(server.url)
+    with monkeypatch.context() as patch:
+        patch.setattr("dmoerm_trl.labelling.labeller.write_rows", full)
+        with pytest.raises(
+            ValueError, match="does not take the labels .No space left.*free some space.*All answers are kept"
+        ):
+            main(["label", "--config", config])
+    assert main(["label", "--config", config, "--max_calls", str(QUESTIONS)]) == 0
+    assert server.asked.total() == QUESTIONS
+
+
 # Mistakes.
 
 

@@ -1,5 +1,6 @@
 """The labeller with judges whose answers are known: what is asked, how often, what it costs, what becomes of it."""
 
+import re
 import time
 from collections import Counter
 from dataclasses import replace
@@ -285,6 +286,16 @@ def test_budgets_that_make_no_sense_are_errors(settings, says):
         Prices(1.0, -2.0)
 
 
+@pytest.mark.parametrize("limit", ["max_calls", "max_tokens", "max_cost"])
+def test_a_limit_that_is_no_number_is_an_error(limit):
+    """No number is above NaN: it would be no limit."""
+    with pytest.raises(ValueError, match=f"`{limit}`: got nan"):
+        Budget(**{limit: float("nan")}, prices=Prices(1, 1))
+    for price in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="got the prices"):
+            Prices(price, 1.0)
+
+
 # Stopping.
 
 MANY = [row("aa", "b", prompt=f"Number {number}?") for number in range(300)]
@@ -349,6 +360,73 @@ def test_a_fault_of_the_judges_code_is_raised_when_the_answers_are_stored(error)
     with pytest.raises(type(error), match=str(error)):
         labelling.ask()
     assert 48 <= labelling.answers.spent.calls <= 50
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_rows_that_cannot_be_read_any_more_cost_no_answer(rows):
+    """The error of the reader comes when what was under way is stored."""
+    judge = ScriptedJudge(concurrency=4, seconds=0.02)
+
+    def break_off():
+        yield from MANY[:rows]
+        raise ValueError("line 7: broken")
+
+    labelling = labeller([], judge)
+    labelling.rows = break_off
+    with pytest.raises(ValueError, match="line 7: broken"):
+        labelling.ask(600)
+    assert labelling.answers.spent.calls == len(judge.asked) and (rows == 1 or judge.asked)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_fault_in_counting_costs_no_answer(batch_size):
+    def fail():
+        raise OSError("settings.json: no space")
+
+    judge = ScriptedJudge(concurrency=1, batch_size=batch_size)
+    labelling = labeller(MANY, judge)
+    with pytest.raises(OSError, match="no space"):
+        labelling.ask(600, fail)
+    assert labelling.answers.spent.calls == len(judge.asked) <= 2 * batch_size
+
+
+def test_a_full_disk_stops_asking_and_keeps_what_was_under_way(monkeypatch):
+    judge = ScriptedJudge(concurrency=4, seconds=0.01)
+    labelling = labeller(MANY, judge)
+    add = labelling.answers.add
+
+    def filling(*given: object) -> None:
+        add(*given)
+        if labelling.answers.spent.calls > 20:
+            labelling.answers.full = "answers.sqlite: the disk is full."
+
+    monkeypatch.setattr(labelling.answers, "add", filling)
+    assert labelling.ask() == "answers.sqlite: the disk is full"
+    assert 20 < labelling.answers.spent.calls == len(judge.asked) < 30
+
+
+def test_what_a_judge_said_is_shown_where_it_is_stopped():
+    judge = ScriptedJudge(lambda question: None)
+    judge.wanted = "one or two"
+    reason = labeller(MANY, judge, stop_early=True).ask()
+    assert re.search(r"It said 'None' \([0-9]+ times\); wanted: one or two\.", reason)
+    bias = labeller(MANY, ScriptedJudge(lambda question: 1), stop_early=True).ask()
+    assert re.search(r"It said '1' \([0-9]+ times\)", bias) and "asks again" not in bias
+
+
+@pytest.mark.parametrize("stop_early", [True, False])
+def test_unreadable_answers_of_a_stopped_run_are_asked_again_unless_they_are_taken(stop_early, tmp_path):
+    bad = ScriptedJudge(lambda question: None)
+    labelling = labeller(MANY, bad, stop_early=True, path=tmp_path / "a.sqlite")
+    labelling.ask()
+    asked = len(bad.asked)
+    labelling.answers.close()
+    good = ScriptedJudge()
+    labelling = labeller(MANY, good, stop_early=stop_early, path=tmp_path / "a.sqlite")
+    assert labelling.estimate().calls == (600 if stop_early else 600 - asked)
+    assert labelling.ask() is None
+    assert len(good.asked) == (600 if stop_early else 600 - asked)
+    assert written(labelling, tmp_path)[1].total.unreadable == (0 if stop_early else asked // 2)
 
 
 def test_a_judge_that_answers_too_little_is_an_error():

@@ -29,6 +29,11 @@ from dmoerm_trl.labelling.reading import read_choice
         ("The first is vague. The second is exact.\n\nAnswer: 2\n", 2),
         ("Answer: 1 would be wrong.\nAnswer: 2", 2),
         ("<think>\nAnswer: 1? No.\n</think>\n\n2", 2),
+        ("Answer: 1? No.</think> 2", 2),
+        ("It quotes </think> and <think>.\n</think>\nAnswer: 2", 2),
+        ("[THINK]1?[/THINK]2", 2),
+        ("<reasoning>1?</reasoning>\n**2**", 2),
+        ("1?</seed:think>2", 2),
     ],
 )
 def test_reads_the_number_alone_or_on_the_last_line(text, choice):
@@ -66,6 +71,11 @@ def test_reads_the_number_alone_or_on_the_last_line(text, choice):
         "Answer 1",
         "<think>1</think>",
         "<think>1",
+        "<think>\nAnswer: 1",
+        "[THINK]\nAnswer: 1",
+        "</think>",
+        "Answer: 1</think>",
+        "2</think>\nI prefer 1 over 2",
         '{"choice": 1}',
     ],
 )
@@ -73,7 +83,15 @@ def test_all_else_is_unreadable(text):
     assert read_choice(text) is None
 
 
-@pytest.mark.parametrize(("text", "choice"), [('{"choice": 1}', 1), (' {"choice":2}\n', 2), ("1", None)])
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ('{"choice": 1}', 1),
+        (' {"choice":2}\n', 2),
+        ("1", None),
+        ('Well... {"choice": 1}? No.</think>{"choice": 2}', 2),
+    ],
+)
 def test_a_structured_answer_is_json_and_nothing_else(text, choice):
     assert read_choice(text, structured=True) == choice
 
@@ -135,3 +153,9 @@ def test_only_the_last_line_counts(number, text):
 def test_structured_answers_are_read_only_where_the_object_is_the_choice(value):
     right = value in ({"choice": 1}, {"choice": 2}) and type(value["choice"]) is int
     assert read_choice(json.dumps(value), structured=True) == (value["choice"] if right else None)
+
+
+@given(st.text(max_size=60), st.sampled_from(["1", "2"]))
+def test_what_precedes_the_end_of_thinking_does_not_matter(thoughts, number):
+    assert read_choice(f"{thoughts}</think>\n{number}") == int(number)
+    assert read_choice(f"<think>{thoughts}</think>Answer: {number}") == int(number)

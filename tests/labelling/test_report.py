@@ -1,6 +1,7 @@
 """The report, on numbers worked out by hand."""
 
 import json
+import re
 
 import pytest
 
@@ -107,3 +108,43 @@ def test_json(report, tmp_path):
     assert read["spent"] == {"calls": 4321, "prompt_tokens": 123_456, "completion_tokens": 4321, "cost": 1.5}
     assert (read["rows"], read["incomplete"], read["stopped"]) == (9, 1, "interrupted")
     assert (tmp_path / "report.md").read_text() == report.to_markdown()
+
+
+def test_ties_are_no_unreadable_answers():
+    counted = tally([(0, 0), (0, 0), (1, 2), (None, 0)])
+    assert (counted.pairs, counted.ties, counted.unreadable, counted.agreed, counted.disagreed) == (4, 2, 1, 1, 0)
+    assert (counted.answers_first, counted.readable_answers) == (1, 2)
+    result = Report()
+    result.points["maths", "logic"] += counted
+    table = result.to_markdown()
+    assert "| task | point | pairs | agreed | disagreed | ties | unreadable | first position | as ranked |" in table
+    assert "| maths | logic | 4 | 1 (25%) | 0 (0%) | 2 (50%) | 1 (25%) | 1 (50%) | 1 (100%) |" in table
+    assert result.to_dict()["points"][0]["ties"] == 2
+
+
+def test_a_judge_that_ties_all_is_told_so():
+    assert "gives both responses the same score in 40 of 40 pairs (100%)" in tally([(0, 0)] * 40).early_fault()
+
+
+def test_nothing_in_the_report_is_html_or_steers_a_terminal():
+    nasty = "a|b\n# c <script>alert(1)</script> ![x](http://y) \x1b[2J\u202e`*"
+    result = Report(stopped=nasty, failures={nasty: 2})
+    result.points[nasty, nasty] += tally([(None, None)] * 3)
+    table = result.to_markdown()
+    assert table.replace("\n", "").isprintable()
+    assert "<" not in table and "![x" not in table.replace("!\\[x", "") and "\n# c" not in table
+    row = next(line for line in table.splitlines() if line.startswith("| a"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 9
+
+
+def test_failed_requests_are_counted(report):
+    assert "failed" not in report.to_markdown()
+    report.failures = {"time-out": 2, "broken reply": 1}
+    line = "Requests of this run that failed and were made again: broken reply 1, time-out 2."
+    assert line in report.to_markdown().splitlines()
+    assert report.to_dict()["failed_requests"] == {"time-out": 2, "broken reply": 1}
+
+
+def test_its_owner_alone_may_read_a_report(report, tmp_path):
+    report.save(tmp_path)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o600}
