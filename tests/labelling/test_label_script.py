@@ -7,7 +7,7 @@ import runpy
 import signal
 import sqlite3
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -293,7 +293,8 @@ def test_a_second_ctrl_c_ends_at_once_whatever_is_under_way(serve, recipe, start
         time.sleep(wait)
     if not gap:  # the two may have come as one
         time.sleep(0.5)
-        os.kill(run.pid, signal.SIGINT)
+        with suppress(ProcessLookupError):
+            os.kill(run.pid, signal.SIGINT)
     run.join(5)
     assert run.exitcode == -signal.SIGINT
 
