@@ -93,9 +93,10 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.value_model is None:
         value_model = value_model_of(member, next(iter(routed)))  # of an ensemble the last member's
     else:
-        value_model = AutoModelForSequenceClassification.from_pretrained(
-            arguments.value_model, num_labels=1, dtype="float32"
-        )
+        with loading(arguments.value_model, "a model that gets one label"):
+            value_model = AutoModelForSequenceClassification.from_pretrained(
+                arguments.value_model, num_labels=1, dtype="float32"
+            )
 
     monitor = PolicyMonitor(
         Path(args.output_dir) / "monitor.jsonl",

@@ -215,10 +215,10 @@ def test_a_reward_model_that_is_none_is_refused(settings, tmp_path, spec):
         bon_eval({**settings, "reward_models": {"odd": spec}}, tmp_path / "run")
 
 
-@pytest.mark.parametrize("count", [0, -1])
-def test_a_number_of_prompts_below_one_is_refused(settings, tmp_path, count):
-    with pytest.raises(ValueError, match=f"got num_prompts={count}, need at least 1"):
-        bon_eval({**settings, "num_prompts": count}, tmp_path / "run")
+@pytest.mark.parametrize("key", ["num_prompts", "max_length"])
+def test_a_count_below_one_is_refused(settings, tmp_path, key):
+    with pytest.raises(ValueError, match=f"got {key}=-1, need at least 1"):
+        bon_eval({**settings, key: -1}, tmp_path / "run")
 
 
 def test_an_unknown_key_is_refused(settings, tmp_path):

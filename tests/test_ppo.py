@@ -343,6 +343,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(recipe, tmp_path, caps
         ({"max_prompt_length": 5}, "need some: raise max_prompt_length"),
         ({"max_prompt_length": 0}, "got max_prompt_length=0"),
         ({"monitor_prompts": -1}, "got .* -1 prompts to measure on.*`monitor_prompts`"),
+        ({"value_model": "/missing"}, "/missing: got .*need a model that gets one label"),
         ({"monitor_every": 0}, "got monitor_every=0, need at least 1"),
         ({"learning_rate": float("inf")}, "got learning_rate=inf, need finite numbers"),
         ({"gamma": float("nan")}, "got gamma=nan"),

@@ -53,6 +53,10 @@ class ScorerSource:
 
     def __post_init__(self):
         check_dtype(self.dtype)
+        if self.max_length < 1:
+            raise ValueError(
+                f"got max_length={self.max_length}, need at least 1: it is the tokens of prompt and response."
+            )
 
     def load(self) -> Scorer:
         """

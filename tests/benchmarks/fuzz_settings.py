@@ -119,7 +119,7 @@ WRONG: dict[str, dict[str, list]] = {
         "num_prompts": [0, -1, 99, "x", 1.5],
         "task": ["nonsense", 3],
         "dtype": [*NO_CHOICE, "float7"],
-        **dict.fromkeys(("max_length", "shard_size", "batch_size", "workers"), NO_COUNT),
+        **dict.fromkeys(("max_length", "shard_size", "workers"), NO_COUNT),
         "grid": [[0], [-1], ["x"], [10**9], [1.5], {}],
         "show": [[0], [-1], ["x"], [1.5]],
         "show_prompts": [-1, "x", 1.5],
