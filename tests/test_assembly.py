@@ -1,5 +1,6 @@
 """A model put together from its parts, and taken apart again: each part gives what it gave in the whole."""
 
+import json
 from copy import deepcopy
 
 import pytest
@@ -223,6 +224,41 @@ def test_an_adapter_of_another_rank_is_an_error(single, tmp_path):
     peft_expert(other).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="such as 'r'.*same LoRA settings"):
         add_experts_to(single, {"logic": tmp_path})
+
+
+@pytest.mark.parametrize(
+    "setting", [{"lora_alpha": 8}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 1}}, {"fan_in_fan_out": True}]
+)
+def test_an_adapter_whose_settings_scale_it_otherwise_is_an_error(single, setting, tmp_path):
+    peft_expert(deepcopy(single)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **setting}))
+    with pytest.raises(ValueError, match=f"such as '{next(iter(setting))}'.*same LoRA settings"):
+        add_experts_to(single, {"logic": tmp_path})
+
+
+def test_an_adapter_of_integers_or_without_numbers_is_an_error(single, tmp_path):
+    peft_expert(deepcopy(single)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    weights = load_file(path)
+    key = next(key for key in weights if "lora_A" in key)
+    save_file({**weights, key: weights[key].to(torch.int8)}, path)
+    with pytest.raises(ValueError, match=f"such as '{key}'"):
+        add_experts_to(deepcopy(single), {"logic": tmp_path})
+    save_file({**weights, key: weights[key] * torch.nan}, path)
+    with pytest.raises(ValueError, match="that is not finite"):
+        add_experts_to(single, {"logic": tmp_path})
+
+
+def test_a_point_named_like_another_points_adapter_is_kept_apart(tokenizer, batch, tmp_path):
+    model = make_dmoerm(tokenizer, {"a": ["b", "a__b"]})
+    expected = model(**batch).capability_scores
+    for point in model.config.tasks["a"]:
+        export_expert(model, "a", point, tmp_path / point)
+    folders = {point: tmp_path / point for point in model.config.tasks["a"]}
+    found = add_experts_to(base_reward_model(model, "a"), folders)(**batch).capability_scores
+    for point, scores in expected.items():
+        same(found[point], scores)
 
 
 def test_an_adapter_of_another_base_is_an_error(single, tokenizer, tmp_path):

@@ -576,6 +576,20 @@ def test_a_window_that_attention_is_not_told_of_is_seen_though_the_trial_is_shor
     close(z, plainly(backbone))
 
 
+@torch.no_grad()
+def test_embeddings_that_are_no_numbers_are_not_taken_for_texts_that_do_not_fit():
+    """In half precision a weight may overflow; once it is mended, packed texts go through."""
+    backbone = of("Qwen2")
+    weight = backbone.norm.weight.clone()
+    backbone.norm.weight.fill_(torch.inf)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not z_of(backbone).isfinite().any()
+    backbone.norm.weight.copy_(weight)
+    assert way_of(backbone) is not None
+    close(z_of(backbone), plainly(backbone))
+
+
 def test_an_architecture_that_can_is_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

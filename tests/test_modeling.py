@@ -1,7 +1,11 @@
 """The model against its equations, and what every user of a reward model relies on."""
 
 import copy
+import json
 import math
+import re
+import sys
+import threading
 
 import pytest
 import torch
@@ -25,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AlbertConfig, AutoModel, AutoModelForSequenceClassification, BertModel
 
 from dmoerm_trl.modeling import router as router_module
-from dmoerm_trl.modeling.assembly import base_reward_model, export_expert
+from dmoerm_trl.modeling.assembly import base_reward_model, export_expert, inner_model
 from dmoerm_trl.modeling.card import write_model_card
 from dmoerm_trl.modeling.configuration import DMoERMConfig
 from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
@@ -309,6 +313,16 @@ def change_by_an_optimizer(router) -> None:
     torch.optim.SGD(router.parameters(), lr=1.0).step()
 
 
+def change_through_data(router) -> None:
+    """As optimizers and merges of weights do that are older than versions."""
+    for weight in router.backbone.parameters():
+        weight.data.mul_(1.5)
+
+
+def change_the_bias_through_data(router) -> None:
+    router.score.bias.data.add_(torch.tensor([5.0, 0.0, -5.0]))
+
+
 def load(assign: bool):
     def change(router) -> None:
         state = {name: weight * 2 for name, weight in router.state_dict().items()}
@@ -318,7 +332,17 @@ def load(assign: bool):
 
 
 @pytest.mark.parametrize(
-    "change", [change_in_place, change_the_backbone, change_by_an_optimizer, load(False), load(True), Router.double]
+    "change",
+    [
+        change_in_place,
+        change_the_backbone,
+        change_by_an_optimizer,
+        change_through_data,
+        change_the_bias_through_data,
+        load(False),
+        load(True),
+        Router.double,
+    ],
 )
 def test_a_router_whose_weights_change_forgets(router, tokenizer, change):
     ids, mask = prompt_batch(tokenizer)
@@ -349,6 +373,48 @@ def test_a_router_remembers_a_bounded_number_of_prompts(router, monkeypatch):
     assert router.seen == []
     router.probabilities(ids[:5], mask[:5])
     assert router.seen == [5]
+
+
+def test_a_router_may_be_loaded_in_inference_mode(dmoerm, batch, tmp_path):
+    dmoerm.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        model = DMoERMForSequenceClassification.from_pretrained(tmp_path)
+        expected = dmoerm(**batch).route_probabilities
+        for _ in range(2):
+            torch.testing.assert_close(model(**batch).route_probabilities, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("remembered", [4, 4096])
+@torch.no_grad()
+def test_threads_share_a_model(dmoerm, tokenizer, remembered, monkeypatch):
+    monkeypatch.setattr(router_module, "REMEMBERED", remembered)
+    rows = [
+        tokenizer(chat(tokenizer, f"{p} {n}", RESPONSES[0])[1]).input_ids for n in range(6) for p in PROMPTS.values()
+    ]
+    batches = [padded(rows[start : start + 6], tokenizer.pad_token_id) for start in range(0, len(rows), 3)]
+    expected = [dmoerm(*batch) for batch in batches]
+    failures: list[Exception] = []
+
+    def score(first: int) -> None:
+        try:
+            for index in range(first, first + 12):
+                output, right = dmoerm(*batches[index % len(batches)]), expected[index % len(batches)]
+                torch.testing.assert_close(output.logits, right.logits, atol=1e-5, rtol=0)
+                assert torch.equal(output.route, right.route)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=torch.no_grad()(score), args=(first,)) for first in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
 
 
 def test_what_is_trained_is_not_remembered(router, tokenizer):
@@ -394,12 +460,12 @@ def test_without_unit_variance_the_scale_is_the_activations(inner, batch):
     torch.testing.assert_close(raw_rewards(inner, batch), before - before.mean())
 
 
-@pytest.mark.parametrize("rewards", [[], [1.0, math.nan], [2.0, 2.0]])
+@pytest.mark.parametrize("rewards", [[], [1.0, math.nan], [2.0, 2.0], [2.0, 2.0 + 1e-9], [-3e38, 3e38]])
 def test_a_reference_set_without_information_is_an_error(inner, rewards):
     head = inner.model.inner_models["chitchat"]
     stored = head.reward_mean.clone()
     with pytest.raises(ValueError, match="need finite rewards that differ"):
-        head.set_normalisation(torch.tensor(rewards), unit_variance=True)
+        head.set_normalisation(torch.tensor(rewards, dtype=torch.float64), unit_variance=True)
     assert head.reward_mean == stored
 
 
@@ -445,6 +511,25 @@ def test_autocast_does_not_reach_the_heads(inner, batch):
     assert len(inputs) == 6 and set(inputs.values()) == {torch.float32}  # three heads, the aggregator and its layers
     assert output.logits.dtype == torch.float32
     torch.testing.assert_close(output.logits, inner(**batch).logits, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("points", [[], ["b", "c"]])
+def test_an_embedding_that_overflows_gives_no_reward_though_a_sigmoid_would(tokenizer, points, value):
+    inner = make_dmoerm(tokenizer, {"a": points}).model.inner_models["a"]
+    z = torch.randn(3, max(len(points), 1), 32)
+    expected = inner.reward(z)
+    z[1, -1, 5] = value
+    found = inner.reward(z)
+    assert found[1].isnan().all()
+    assert torch.equal(found[[0, 2]], expected[[0, 2]]) and expected.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_prompt_whose_embedding_overflows_has_no_route_and_no_reward(dmoerm, batch):
+    dmoerm.model.router.backbone.norm.weight[3] = math.inf
+    output = dmoerm.model(**batch)
+    assert output.route_probabilities.isnan().all() and output.logits.isnan().all()
 
 
 # Saving and loading.
@@ -540,6 +625,54 @@ def test_a_weight_that_is_not_finite_is_an_error(inner, name, value, tmp_path):
         DMoERMForSequenceClassification.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("reward_std", value) for value in (0.0, -0.0, -1.0, 1e-45, 1e-30, 1e-8, 1e30, -math.inf)]
+    + [("reward_mean", value) for value in (1e30, -1e30)],
+)
+def test_a_normalisation_that_orders_nothing_is_an_error(inner, name, value, tmp_path):
+    inner.state_dict()[f"model.inner_models.chitchat.{name}"].fill_(value)
+    inner.save_pretrained(tmp_path)
+    for options in ({}, {"resident_tasks": 1}):
+        with pytest.raises(
+            ValueError, match="not finite" if math.isinf(value) else "got a normalisation by reward_mean="
+        ):
+            DMoERMForSequenceClassification.from_pretrained(tmp_path, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.inner_models.chitchat.base_head.weight",
+        "model.inner_models.chitchat.reward_std",
+        "model.backbones.chitchat.layers.1.self_attn.v_proj.lora_B.chitchat__情感.weight",
+        "model.backbones.chitchat.layers.1.self_attn.v_proj.base_layer.weight",
+        "model.router.score.weight",
+        "model.router.backbone.norm.weight",
+    ],
+)
+def test_a_weight_that_is_stored_as_integers_is_an_error(dmoerm, key, dtype, tmp_path):
+    dmoerm.save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.update({key: weights[key].to(dtype)}))
+    for load in (DMoERMForSequenceClassification.from_pretrained, AutoModelForSequenceClassification.from_pretrained):
+        with pytest.raises(ValueError, match=f"got the weight '{key}' as integers .*, need floating-point numbers"):
+            load(tmp_path)
+    with pytest.raises(ValueError, match=f"got the weight '{key}' as integers"):
+        DMoERMForSequenceClassification.from_pretrained(tmp_path, resident_tasks=1).model.backbones["chitchat"]
+
+
+def test_integers_in_one_of_several_files_are_found(dmoerm, tmp_path):
+    dmoerm.save_pretrained(tmp_path, max_shard_size="20KB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    weights = load_file(files[-1])
+    key = next(iter(weights))
+    save_file({**weights, key: weights[key].to(torch.int8)}, files[-1], metadata={"format": "pt"})
+    assert len(files) > 2
+    with pytest.raises(ValueError, match=f"got the weight '{key}' as integers"):
+        DMoERMForSequenceClassification.from_pretrained(tmp_path)
+
+
 def test_a_base_with_nan_is_an_error(backbone):
     backbone.norm.weight.data[3] = math.nan
     with pytest.raises(ValueError, match="a weight 'norm.weight' that is not finite"):
@@ -567,6 +700,11 @@ def test_a_base_without_the_lora_targets_is_an_error_that_lists_what_it_has(toke
         ({"tasks": {"a": ["?!"]}}, "need names that are distinct words"),
         ({"tasks": {"a": ["values"]}}, "got the name 'values', which PyTorch has taken"),
         ({"tasks": {"train": []}}, "got the name 'train', which PyTorch has taken"),
+        ({"tasks": {"a": "logic"}}, r"the task \('a', 'logic'\), need its name and a list"),
+        ({"tasks": {"a": [True]}}, r"the task \('a', \[True\]\), need its name and a list"),
+        ({"tasks": {2: ["b"]}}, r"the task \(2, \['b'\]\), need its name"),
+        ({"tasks": [["a", ["b"]], ["a", ["c"]]]}, r"the tasks \['a', 'a'\], need each of them once"),
+        ({"tasks": {"training": []}}, "got the name 'training', which PyTorch has taken"),
         ({"tasks": {}}, "without `tasks` or `backbone_config`"),
         ({"backbone_config": None}, "without `tasks` or `backbone_config`"),
     ],
@@ -576,6 +714,75 @@ def test_a_wrong_configuration_is_an_error(tokenizer, arguments, message):
         DMoERMForSequenceClassification(
             DMoERMConfig(**{"backbone_config": qwen2_config(tokenizer), "tasks": {"a": ["b"]}, **arguments})
         )
+
+
+WRONG_SETTINGS = {
+    "lora_rank": [0, -1, 2.5, True, "4", None, math.nan],
+    "lora_alpha": [0, -1, 0.0, math.nan, math.inf, True, "16", None],
+    "lora_dropout": [-0.1, 1, 1.5, math.nan, "0", None],
+    "lora_target_modules": [[], "q_proj", [""], [3], None, {"q_proj": 1}],
+    "lora_layers": [0, -1, 1.5, True, None, "third", ["all"]],
+    "aggregator_hidden_size": [0, -3, 1.5, True, "8"],
+    "activation": ["tanh", "", None, ["sigmoid"], "Sigmoid"],
+    "share_base": ["false", 0, None, "yes"],
+    "response_marker": ["abc", [1.5], [-1], [True], None, 3],
+    "end_of_turn": ["abc", ["7"], [-1], None, 3],
+    "pad_token_id": [-1, 1.0, "0", True, [0]],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in WRONG_SETTINGS.items() for value in values])
+def test_a_setting_that_would_give_a_wrong_number_is_an_error_wherever_it_comes_from(tokenizer, name, value, tmp_path):
+    """Given, edited in config.json, or given to `from_pretrained`."""
+    arguments = {"backbone_config": qwen2_config(tokenizer), "tasks": {"a": ["b"]}}
+    with pytest.raises(ValueError, match=rf"got {name}=.*, need"):
+        DMoERMConfig(**arguments, **{name: value})
+    DMoERMForSequenceClassification(DMoERMConfig(**arguments)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"got {name}=.*, need"):
+        DMoERMForSequenceClassification.from_pretrained(tmp_path, **{name: value})
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(ValueError, match=rf"got {name}=.*, need"):
+        DMoERMForSequenceClassification.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification"])
+def test_a_pipeline_puts_no_sigmoid_of_its_own_on_a_reward(tokenizer, problem_type):
+    with pytest.raises(ValueError, match="problem_type"):  # of one, transformers says so itself
+        DMoERMConfig(backbone_config=qwen2_config(tokenizer), tasks={"a": []}, problem_type=problem_type)
+
+
+@pytest.mark.parametrize("model_type", ["a model of tomorrow", None])
+def test_a_backbone_that_is_not_known_is_an_error(tokenizer, model_type):
+    config = {**qwen2_config(tokenizer).to_dict(), "model_type": model_type}
+    with pytest.raises(ValueError, match=f"model_type={model_type!r}, need one that this transformers knows"):
+        DMoERMConfig(backbone_config=config, tasks={"a": []})
+
+
+def test_two_points_with_one_adapter_of_a_shared_base_are_an_error(tokenizer):
+    tasks = {"a__b": ["c"], "a": ["b__c"]}
+    with pytest.raises(
+        ValueError, match="the points 'c' of 'a__b' and 'b__c' of 'a', need names.*'a__b__c': rename one"
+    ):
+        make_dmoerm(tokenizer, tasks, share_base=True)
+    model = make_dmoerm(tokenizer, tasks)  # on bases of their own they are two
+    assert len([name for name, _ in model.named_parameters() if "lora_A.a__b__c" in name]) == 2 * 2 * 2
+
+
+@pytest.mark.parametrize(
+    "name", ["base layer", "lora_A", "aggregator", "base_head", "router", "beta", "devices", "shared"]
+)
+@pytest.mark.parametrize("share_base", [False, True])
+def test_names_of_the_models_own_parts_may_be_given(tokenizer, batch, name, share_base, tmp_path):
+    tasks = {name: [name, "other"], "maths": [name]}
+    model = make_dmoerm(tokenizer, tasks, share_base=share_base)
+    expected = model(**batch)
+    model.save_pretrained(tmp_path)
+    for options in [{}] if share_base else [{}, {"resident_tasks": 1}]:
+        again = DMoERMForSequenceClassification.from_pretrained(tmp_path, **options)(**batch)
+        torch.testing.assert_close(again.logits, expected.logits, atol=1e-6, rtol=0)
+    part = inner_model(model, name)
+    torch.testing.assert_close(base_reward_model(part, name).state_dict(), base_reward_model(model, name).state_dict())
 
 
 def test_the_papers_settings_are_the_defaults():
@@ -754,3 +961,19 @@ def test_the_model_card_names_what_is_in_the_model(dmoerm, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("---\n") and "pipeline_tag: text-classification" in card
     assert all(task in card and all(point in card for point in points) for task, points in dmoerm.config.tasks.items())
+
+
+def test_the_model_card_shows_any_name_as_it_is(tokenizer, tmp_path):
+    names = {
+        "x | <script>alert(1)</script>\n# heading": [
+            "<img src=y onerror=z>",
+            "[a](http://b) `c` **d** &lt;",
+            "e\x1b[31m",
+        ]
+    }
+    write_model_card(make_dmoerm(tokenizer, names), tmp_path)
+    (row,) = (line for line in (tmp_path / "README.md").read_text().splitlines() if "script" in line)
+    assert row.startswith(
+        r"| x \| \<script\>alert(1)\</script\> \# heading | \<img src=y onerror=z\>, \[a\](http\://b) \`c\` "
+    )
+    assert len(re.findall(r"(?<!\\)\|", row)) == 4 and not re.search(r"(?<!\\)[<>\[`&]", row) and "\x1b" not in row

@@ -19,7 +19,7 @@ from models import (
     padded,
     peft_expert,
 )
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, DynamicCache, pipeline
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 from trl.data_utils import apply_chat_template
 
@@ -211,6 +211,59 @@ def test_reward_trainer(dmoerm, preferences, settings, tmp_path):
         of_part = [name for name in before if part in name and ".router." not in name]
         if part != "aggregator.output.bias":  # it is the same for both responses, so its gradient is about zero
             assert of_part and moved >= set(of_part), part
+
+
+def test_reward_trainer_takes_margins(dmoerm, preferences, tmp_path):
+    """They are of its loss, and reach the model as they reach those of transformers."""
+    losses = []
+    for margin in (0.0, 2.0):
+        data = preferences.map(lambda row, margin=margin: {"margin": margin})
+        args = RewardConfig(
+            str(tmp_path / str(margin)), max_steps=1, per_device_train_batch_size=6, bf16=False, **QUIET
+        )
+        trainer = RewardTrainer(
+            model=deepcopy(dmoerm), args=args, train_dataset=data, processing_class=make_tokenizer()
+        )
+        trainer.train()
+        losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[1] > losses[0] + 0.5
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_columns_that_a_model_of_transformers_ignores_are_ignored(dmoerm, tokenizer, base):
+    model = dmoerm.model if base else dmoerm
+    ids = torch.tensor([tokenizer(chat(tokenizer, PROMPTS["maths"], RESPONSES[0])[1]).input_ids])
+    others = {
+        **{"margin": torch.ones(1), "num_items_in_batch": 3, "return_loss": True, "cache_position": torch.arange(3)},
+        **{
+            "logits_to_keep": 1,
+            "output_attentions": False,
+            "past_key_values": DynamicCache(),
+            "labels": None,
+            "name": "x",
+        },
+    }
+    assert torch.equal(model(input_ids=ids, **others).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "inputs_embeds",
+        "labels",
+        "past_key_values",
+        "pixel_values",
+        "head_mask",
+        "cu_seq_lens_q",
+        "encoder_hidden_states",
+    ],
+)
+def test_an_argument_that_would_give_another_reward_is_an_error(dmoerm, argument):
+    for others in ({"input_ids": torch.tensor([[5, 6, 7]])}, {}):
+        with pytest.raises(ValueError, match=f"got the argument '{argument}', need `input_ids`"):
+            dmoerm(**others, **{argument: torch.ones(1, 3)})
+    with pytest.raises(ValueError, match="got no `input_ids`"):
+        dmoerm(attention_mask=torch.ones(1, 3))
 
 
 def test_checkpointing_of_the_reward_trainer_changes_nothing(dmoerm, preferences, tmp_path):

@@ -116,15 +116,17 @@ def _ways_of(backbone: PreTrainedModel) -> tuple[Way | None, bool]:
     with taking_turns:
         ways = _ways.setdefault(backbone, {})
         if kind not in ways:
-            *ways[kind], reason = _try(backbone, [] if lora is None else list(lora.lora_A)[:1] * 2)
+            way, alone, reason = _try(backbone, [] if lora is None else list(lora.lora_A)[:1] * 2)
+            if way is None and not reason:
+                return None, False  # its embeddings are no numbers, so nothing was found out
+            ways[kind] = way, alone
             if reason:
                 warnings.warn(
                     f"{type(backbone).__name__} is run once for each expert and text, because packed texts do not fit it: "
                     f"{reason}. The rewards are right, but slower than they could be.",
                     stacklevel=4,
                 )
-        way, alone = ways[kind]
-        return way, alone
+        return ways[kind]
 
 
 @torch.no_grad()

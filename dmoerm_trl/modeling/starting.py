@@ -28,8 +28,8 @@ from .quantised import check_full_precision
 logger = logging.getLogger(__name__)
 
 OF_PRETRAINING = re.compile(
-    r"(lm_head|cls|embed_out|predictions|sop_classifier|pred_layer|vocab_|head\.|decoder\.|mtp|"
-    r"(lm|mask|generator|discriminator)_(predictions|lm_head))"
+    r"(.*\.)?lm_head\.|(cls|embed_out|predictions|sop_classifier|pred_layer|head|decoder|mtp)\.|vocab_|"
+    r"(lm|mask|generator|discriminator)_(predictions|lm_head)\."
 )
 """How the names of heads begin that no one misses: they predict tokens."""
 
