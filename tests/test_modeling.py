@@ -728,6 +728,9 @@ WRONG_SETTINGS = {
     "response_marker": ["abc", [1.5], [-1], [True], None, 3],
     "end_of_turn": ["abc", ["7"], [-1], None, 3],
     "pad_token_id": [-1, 1.0, "0", True, [0]],
+    "added_bos": [-1, "<s>", True],
+    "reads_bos": ["no", 0, None],
+    "reads_end": ["no", 1, None],
 }
 
 

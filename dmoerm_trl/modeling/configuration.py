@@ -144,6 +144,8 @@ class DMoERMConfig(PreTrainedConfig):
             "reads_end": (isinstance(self.reads_end, bool), "True or False"),
             "response_marker": (_is_list_of_ids(self.response_marker), ids),
             "end_of_turn": (_is_list_of_ids(self.end_of_turn), ids),
+            "reads_bos": (isinstance(self.reads_bos, bool), "True or False"),
+            "added_bos": (self.added_bos is None or _is_whole(self.added_bos, 0), "a token id or None"),
             "pad_token_id": (self.pad_token_id is None or _is_whole(self.pad_token_id, 0), "a token id or None"),
             "problem_type": (
                 self.problem_type == "regression",

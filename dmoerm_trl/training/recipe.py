@@ -22,7 +22,9 @@ class Recipe:
     """
 
     output_dir: str = field(metadata={"help": "Folder of the run. A run that was killed goes on there."})
-    base_model: str = field(metadata={"help": "Pretrained model, anything `AutoModel` loads: a hub name or a folder."})
+    base_model: str = field(
+        metadata={"help": "Pretrained model or reward model, anything `AutoModel` loads: a hub name or a folder."}
+    )
     train_data: str = field(metadata={"help": "Preference rows: a file, a folder or a hub name; recipes/DATA.md."})
 
     extend: str | None = field(
