@@ -34,10 +34,6 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\r\t" else _escaped(c) for c in text)
 
 
-def _escaped(character: str) -> str:
-    return f"\\u{ord(character):04x}" if character < "\U00010000" else json.dumps(character)[1:-1]
-
-
 def one_line(text: str) -> str:
     """A text on one line that cannot steer a terminal."""
     return printable(" ".join(text.split()))
@@ -49,6 +45,10 @@ def quoted(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """A text on one line of Markdown or in a cell of a table there, shown as it stands: no HTML, image or end of the cell."""
-    escaped = re.sub(r"([\\`*\[|])", r"\\\1", one_line(text))
-    return escaped.replace("<", "&lt;").replace(">", "&gt;")
+    """A text on one line of Markdown or in a cell of a table there, shown as it stands: no HTML, link or end of the cell."""
+    escaped = re.sub(r"[\\`*|]|(?<=\])\(", r"\\\g<0>", text)
+    return one_line(escaped).replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _escaped(character: str) -> str:
+    return f"\\u{ord(character):04x}" if character < "\U00010000" else json.dumps(character)[1:-1]

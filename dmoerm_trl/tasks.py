@@ -95,22 +95,22 @@ LONGEST_NAME = 120
 """Bytes of a task's or a point's [`slug`], of which two and a few more make the name of a file, of at most 255."""
 
 
-def check_name(name: Any) -> None:
+def check_name(name: Any, what: str = "a task or a point") -> None:
     """
-    Checks the name of a task or of a capability point.
+    Checks the name of a task or of a capability point, or of what else names a folder or a file.
 
     Raises:
         ValueError: if it is no text, cannot be shown, or is too long for a folder or has nothing to name one by.
     """
     if not isinstance(name, str):
-        raise ValueError(f"got the name {name!r} of a task or a point, need text: write it in quotes.")
+        raise ValueError(f"got the name {name!r} of {what}, need text: write it in quotes.")
     if not name.replace("\u200c", "").replace("\u200d", "").isprintable():  # these join letters in some languages
         raise ValueError(
-            f"got the name {name!a} of a task or a point, need printable characters because it is shown as it stands: rename it."
+            f"got the name {name!a} of {what}, need printable characters because it is shown as it stands: rename it."
         )
     if not (length := len(slug(name).encode())) or length > LONGEST_NAME:
         raise ValueError(
-            f"got the name {reprlib.repr(name)} of a task or a point, need one with letters or digits, and with no more than "
+            f"got the name {reprlib.repr(name)} of {what}, need one with letters or digits, and with no more than "
             f"{LONGEST_NAME} bytes of them ({length}) because it names folders: rename it."
         )
 

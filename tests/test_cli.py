@@ -145,7 +145,7 @@ WRONG = {
     "train --config train.yaml --tasks nowhere.yaml": "nowhere.yaml",
     "train --config train.yaml --phase1 {": "`phase1` of the recipe: got '{', need JSON",
     "eval --config train.yaml": "the training is not finished",
-    "eval --config train.yaml --judges [1]": "`judges`: got [1], need name -> `kind`",
+    "eval --config train.yaml --judges [1]": "`judges`: got a list, need name -> `kind`",
     "eval --config train.yaml --resamples few": "invalid int value: 'few'",
     f"{LABEL} lab": "`judge`: got None",
     f"{LABEL} lab --judge 3": "`judge`: got 3",

@@ -75,10 +75,10 @@ class BestOfN:
         """The chosen texts, a table a prompt, as in the paper's table 11."""
         parts = []
         for number, prompt in enumerate(self.prompts):
-            lines = [f"## {_shown(prompt)}", "", "| reward model | n | proxy | gold | response |"]
+            lines = [f"## {cell(prompt)}", "", "| reward model | n | proxy | gold | response |"]
             lines.append("| --- | ---: | ---: | ---: | --- |")
             lines += [
-                f"| {cell(w.reward_model)} | {w.n:,} | {w.proxy:+.3f} | {w.gold:+.3f} | {_shown(w.text)} |"
+                f"| {cell(w.reward_model)} | {w.n:,} | {w.proxy:+.3f} | {w.gold:+.3f} | {cell(w.text)} |"
                 for w in self.winners
                 if w.prompt == number
             ]
@@ -244,11 +244,6 @@ def _winners(
         for name, proxy in proxies.items():
             best = int(proxy[:n].argmax())
             yield Winner(prompt, name, n, store.text(prompt, best), float(proxy[best]), float(gold[best]))
-
-
-def _shown(text: str) -> str:
-    """What a model or a user wrote, as a cell of a Markdown table in which no HTML of theirs is read."""
-    return cell(text).replace("<", "&lt;")
 
 
 def _digest(values: Iterable[Any]) -> str:

@@ -3,7 +3,7 @@
 import textwrap
 import unicodedata
 
-from ..messages import printable
+from ..messages import markdown, one_line
 
 _WIDTH = 96  # columns of the terminal that an explanation fills
 _INDENT = 10  # columns of the names at the left
@@ -47,8 +47,8 @@ def explanation(
 
 
 def cell(text: str) -> str:
-    """A text as a cell of a Markdown table: on one line, and unable to end the cell or to steer a terminal."""
-    return printable(" ".join(text.split())).replace("|", "\\|")
+    """A text as a cell of a Markdown table, shown as it stands."""
+    return markdown(text)
 
 
 def pad(text: str, width: int) -> str:
@@ -77,7 +77,7 @@ def _field(name: str, text: str, keep_end: bool = False) -> list[str]:
 
 def _bars(title: str, values: dict[str, float], spec: str) -> list[str]:
     """A heading and a bar a value. A full bar is 1, or the largest size if that is above 1; hatched is negative."""
-    values = {cell(name): value for name, value in values.items()}
+    values = {one_line(name): value for name, value in values.items()}
     names = max(display_width(name) for name in (title, *values))
     scale = max(1.0, *(abs(value) for value in values.values()))
     lines = [title]

@@ -78,12 +78,22 @@ def generative_verdicts(
         JudgeError: if asking stopped before the end, by Ctrl-C too; what came is in `answers`.
         ValueError: if another round would get the same answers again.
     """
+    check_rounds(judge, max_rounds)
+    return asyncio.run(_judge_rows(judge, rows, max_rounds, answers, budget or Budget(), stop_early))
+
+
+def check_rounds(judge: Judge, max_rounds: int) -> None:
+    """
+    Checks how often a judge may be asked about a pair.
+
+    Raises:
+        ValueError: if another round would get the same answers again.
+    """
     if max_rounds < 1 or (max_rounds > 1 and not judge.samples):
         raise ValueError(
             f"got max_rounds={max_rounds}, need 1, or more with a judge that samples, because any other gives the same answers "
             "again: set a temperature, such as 0.7."
         )
-    return asyncio.run(_judge_rows(judge, rows, max_rounds, answers, budget or Budget(), stop_early))
 
 
 async def _judge_rows(

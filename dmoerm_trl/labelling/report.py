@@ -1,6 +1,5 @@
 """What a judge's labels are worth: how often it agreed with itself, which position it favours, how it ranks."""
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.win_rate import wilson_interval
-from ..files import write_text
+from ..files import write_json, write_text
 from ..messages import markdown
 from .answers import Spent
 from .plan import Pair, agreed
@@ -195,8 +194,7 @@ class Report:
     def save(self, folder: Path) -> None:
         """Writes `report.md` and `report.json`, for their owner alone: they may quote answers."""
         write_text(folder / "report.md", self.to_markdown(), private=True)
-        content = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-        write_text(folder / "report.json", content, private=True)
+        write_json(folder / "report.json", self.to_dict(), private=True)
 
 
 def failed_requests(failures: Mapping[str, int]) -> str:

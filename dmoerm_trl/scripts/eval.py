@@ -11,9 +11,9 @@ from ..data.rows import load_rows, merge_same_tokens
 from ..evaluation.methods import method_scores
 from ..evaluation.table import Table, consistency_table
 from ..labelling.budget import Budget
-from ..labelling.generative import generative_verdicts
+from ..labelling.generative import check_rounds, generative_verdicts
 from ..labelling.judges import JudgeError, judge_from_config
-from ..tasks import slug
+from ..tasks import check_name, slug
 from ..training.pipeline import Pipeline
 from ..training.recipe import Recipe
 
@@ -49,7 +49,7 @@ class EvalArguments:
             isinstance(name, str) and isinstance(judge, dict) for name, judge in self.judges.items()
         ):
             raise ValueError(
-                "`judges`: got another form, need name -> `kind` and its settings, see recipes/LABELLING.md: write it so."
+                f"`judges`: got a {type(self.judges).__name__}, need name -> `kind` and its settings, see recipes/LABELLING.md."
             )
 
 
@@ -83,7 +83,11 @@ def evaluate(
         raise FileNotFoundError(
             f"{run.root}: the training is not finished, need its models: run `dmoerm train` first."
         )
-    asked = {name: judge_from_config(dict(settings)) for name, settings in (judges or {}).items()}
+    asked = {name: judge_from_config(settings) for name, settings in (judges or {}).items()}
+    Budget(max_calls)  # so that a mistake is found before the methods are scored
+    for name, judge in asked.items():
+        check_name(name, "a judge")
+        check_rounds(judge, max_rounds)
     if rows is None:
         evaluated = run.rows("test")
     else:

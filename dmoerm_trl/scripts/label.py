@@ -5,6 +5,7 @@ the row's task, in both orders; see recipes/LABELLING.md. A run that was stopped
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 from ..arguments import Parser
 from ..data.rows import LoadReport, iter_rows
 from ..evaluation.scorers import file_digest
-from ..files import check_writable, write_text
+from ..files import check_writable, write_json
+from ..folders import held
 from ..labelling.answers import AnswerStore
 from ..labelling.budget import Budget, Prices
 from ..labelling.judges import judge_from_config
@@ -124,12 +126,13 @@ def label(arguments: LabelArguments) -> Report | None:
     claim.check()
     if not arguments.dry_run:
         for name in (FINISHED, UNFINISHED, "report.md"):
-            check_writable(folder / name)
-    is_kept = claim.store.exists() or not arguments.dry_run
+            check_writable(folder / name, inputs=[arguments.rows])
+    store = claim.store if claim.store.exists() or not arguments.dry_run else ":memory:"
     read = partial(iter_rows, arguments.rows, tasks=plan.tasks, split=arguments.split, on_error=arguments.on_error)
-    with AnswerStore(
-        claim.store if is_kept else ":memory:", judge.identity, forget_unreadable=arguments.ask_again_unreadable
-    ) as answers:
+    with (
+        nullcontext() if arguments.dry_run else held(folder),
+        AnswerStore(store, judge.identity, forget_unreadable=arguments.ask_again_unreadable) as answers,
+    ):
         labeller = Labeller(read, plan, judge, answers, arguments.budget, stop_early=arguments.stop_early)
         found = LoadReport(arguments.rows)
         estimate = labeller.estimate(partial(read, report=found), tokens=arguments.dry_run)
@@ -203,7 +206,7 @@ class Claim:
 
     def make(self) -> None:
         if not self.path.exists():
-            write_text(self.path, json.dumps(self.settings, indent=2, ensure_ascii=False), private=True)
+            write_json(self.path, self.settings, private=True)
 
 
 def main(argv: list[str] | None = None) -> None:

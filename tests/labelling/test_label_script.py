@@ -356,14 +356,16 @@ def test_equal_scores_are_ties(recipe, tmp_path, capsys):
     assert "| ties |" in capsys.readouterr().out
 
 
-def test_a_second_run_of_a_folder_says_who_has_it(serve, recipe, start):
+@pytest.mark.parametrize("shared", ["output_dir", "answers"])
+def test_a_second_run_of_a_folder_says_who_has_it(serve, recipe, start, tmp_path, shared):
     server = serve("longer", latency=0.3)
-    config = recipe(server.url)
+    config = recipe(server.url, answers=str(tmp_path / "a.sqlite"))
     run = start(main, ["label", "--config", config])
     while not server.asked:
         time.sleep(0.01)
-    with pytest.raises(ValueError, match=rf"another process uses \(process {run.pid} on .*wait for the other"):
-        main(["label", "--config", config])
+    other = {"output_dir": "answers", "answers": "output_dir"}[shared]
+    with pytest.raises(ValueError, match=rf"process {run.pid} on .*wait for"):
+        main(["label", "--config", config, f"--{other}", str(tmp_path / "other")])
 
 
 def test_what_it_writes_is_for_its_owner_alone(serve, recipe, tmp_path):
@@ -432,6 +434,15 @@ def test_an_output_that_cannot_be_written_is_an_error_before_anything_is_asked(s
     with pytest.raises(ValueError, match="labelled.jsonl: got a file that cannot be written"):
         main(["label", "--config", recipe(server.url)])
     assert not server.asked
+
+
+def test_rows_are_not_overwritten(serve, recipe, tmp_path):
+    server = serve("longer")
+    (tmp_path / "out").mkdir()
+    write_rows(ROWS, tmp_path / "out" / "labelled.jsonl")
+    with pytest.raises(ValueError, match="labelled.jsonl: got a file to write that is read too"):
+        main(["label", "--config", recipe(server.url), "--rows", str(tmp_path / "out" / "labelled.jsonl")])
+    assert not server.asked and len(labelled(tmp_path)) == 6
 
 
 def test_a_disk_that_does_not_take_the_labels_says_so(serve, recipe, tmp_path, monkeypatch):
