@@ -191,7 +191,7 @@ def test_a_judge_that_stops_leaves_the_table_of_all_before_it(evaluated, capsys)
         main([*command, "--max_calls", "0"])
     assert table_of(run) == {"single": 0.0}
     assert "| single " in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="stopped: nothing: the judge has an answer that cannot be read"):
+    with pytest.raises(SystemExit, match="stopped: nothing: the judge gives both responses the same score in"):
         main(command)
     assert table_of(run) == {"single": 0.0, "characters": 1.0}
     assert "| characters " in (printed := capsys.readouterr().out)
@@ -199,7 +199,36 @@ def test_a_judge_that_stops_leaves_the_table_of_all_before_it(evaluated, capsys)
     assert main([*command, "--stop_early", "false"]) == 0
     assert table_of(run)["nothing"] == 0.5
     printed = capsys.readouterr().out
-    assert "nothing: 200 pairs, 200 of them undecided; 400 answers, 400 unreadable. Warning: the judge has" in printed
+    assert (
+        "nothing: 200 pairs, 200 of them undecided; 400 answers, 0 unreadable. Warning: the judge gives both"
+        in printed
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--max_calls", "-1"], "`max_calls`: got -1"),
+        (["--max_rounds", "2"], "got max_rounds=2, need 1, or more with a judge that samples"),
+        (
+            ["--judges", '{"\\u001b[2J": {"kind": "function", "function": "test_scripts:nothing"}}'],
+            "of a judge, need printable",
+        ),
+        (
+            ["--judges", '{"///": {"kind": "function", "function": "test_scripts:nothing"}}'],
+            "of a judge, need one with letters",
+        ),
+        (["--judges", '{"a": "S3CRET"}'], "`judges`: got a dict, need name -> `kind`"),
+        (["--judges", '{"a": {"api_key": "S3CRET"'], "`judges`: got text that is no JSON"),
+    ],
+)
+def test_mistakes_about_judges_are_found_before_anything_is_scored(evaluated, monkeypatch, options, says):
+    _, command = evaluated
+    monkeypatch.setattr("dmoerm_trl.scripts.eval.method_scores", None)  # whatever calls it fails
+    judges = json.dumps({"nothing": {"kind": "function", "function": "test_scripts:nothing"}})
+    with pytest.raises(ValueError, match=says) as error:
+        main([*command, *([] if "--judges" in options else ["--judges", judges]), *options])
+    assert "S3CRET" not in str(error.value)
 
 
 def test_world_writes_rows(tmp_path, capsys):
