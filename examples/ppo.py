@@ -28,8 +28,8 @@ from dmoerm_trl.rl.prompts import load_prompts
 from dmoerm_trl.rl.reward_functions import TextRewards, gold_rewards
 from dmoerm_trl.rl.rollout import check_chat_template
 from dmoerm_trl.rl.routes import keep_tasks, routed_tasks, value_model_of
+from dmoerm_trl.training.checkpoints import last_checkpoint
 from dmoerm_trl.training.distributed import is_main
-from dmoerm_trl.training.trainer import last_checkpoint
 
 
 @dataclass

@@ -27,11 +27,13 @@ from torch import Tensor, nn
 from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.data.rows import PreferenceRow
 from dmoerm_trl.scripts.train import train as train_script
-from dmoerm_trl.training.distributed import check_checkpoint, check_engine
+from dmoerm_trl.training.checkpoints import check_checkpoint, last_checkpoint
+from dmoerm_trl.training.distributed import check_engine
 from dmoerm_trl.training.phases import phase1, phase2
 from dmoerm_trl.training.pipeline import Pipeline, Stage
 from dmoerm_trl.training.recipe import Recipe
-from dmoerm_trl.training.trainer import PhaseConfig, last_checkpoint
+from dmoerm_trl.training.stages import records
+from dmoerm_trl.training.trainer import PhaseConfig
 
 LIMIT = 200
 """Seconds after which a run is taken to hang."""
@@ -532,14 +534,18 @@ def test_a_changed_global_batch_is_a_changed_recipe_and_its_division_is_not(mate
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         return Pipeline(recipe)
 
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/manifest.json").write_text(json.dumps(pipeline(2, 2).manifest))
+    first = pipeline(2, 2)
+    (tmp_path / "run/router").mkdir(parents=True)  # as if the router were trained
+    (tmp_path / "run/router/history.json").write_text("[]")
+    first.run_stage("data")
+    manifest = first.manifest | {"stages": records(first.stages, first.run_data.digests(first.tasks))}
+    (tmp_path / "run/manifest.json").write_text(json.dumps(manifest))
     for processes, batch, accumulation in ((1, 4, 1), (1, 2, 2), (4, 1, 1)):
         monkeypatch.delenv("WORLD_SIZE")
-        pipeline(processes, batch, gradient_accumulation_steps=accumulation).check()
+        pipeline(processes, batch, gradient_accumulation_steps=accumulation).check_finished()
     monkeypatch.delenv("WORLD_SIZE")
-    with pytest.raises(ValueError, match="differs in .*'prompts a step of phase1'.*`gradient_accumulation_steps`"):
-        pipeline(1, 2).check()
+    with pytest.raises(ValueError, match="differs in .*'prompts a step of router'.*`gradient_accumulation_steps`"):
+        pipeline(1, 2).check_finished()
 
 
 def test_a_stage_s_checkpoints_are_there_until_all_processes_are_done_with_it(material, tmp_path, monkeypatch):

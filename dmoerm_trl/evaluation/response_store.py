@@ -135,7 +135,7 @@ class ResponseStore:
         path = self.root / "manifest.json"
         for half in self.root.glob(f"{path.name}.*.tmp"):
             half.unlink()
-        manifest = json.loads(path.read_text()) if path.exists() else {}
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         settings = {**settings, "prompts": self.prompts, "n": self.n, "shard_size": self.shard_size}
         now = json.loads(json.dumps(settings))
         before = manifest.get(part, now) if any((self.root / part).glob("*.parquet")) else now

@@ -17,9 +17,9 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint, unset
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from ..modeling.modeling import DMoERMForSequenceClassification, DMoERMModel
+from ..training.checkpoints import check_checkpoint
 from ..training.distributed import (
     asks_for_fsdp,
-    check_checkpoint,
     check_engine,
     check_installed,
     processes,
@@ -99,7 +99,7 @@ class ResumablePPOTrainer(PPOTrainer):
         """
         Args:
             resume_from_checkpoint (`str`, *optional*): a folder `checkpoint-N` of this run; see
-                [`~dmoerm_trl.training.trainer.last_checkpoint`].
+                [`~dmoerm_trl.training.checkpoints.last_checkpoint`].
 
         Raises:
             ValueError: if the checkpoint is of a run with other numbers of steps or episodes, or under another ZeRO stage or,
@@ -118,7 +118,7 @@ class ResumablePPOTrainer(PPOTrainer):
 
     def _go_on_from(self, checkpoint: Path) -> None:
         check_checkpoint(checkpoint, self)
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         steps, done = self.args.num_total_batches, state["global_step"]
         if state["max_steps"] != steps or state["episode"] != done * self.args.batch_size:
             raise ValueError(

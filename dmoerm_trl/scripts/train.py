@@ -17,7 +17,7 @@ def train(recipe: Recipe) -> Pipeline:
     run.run()
     if not is_main():
         return run
-    print((run.root / "data" / "report.txt").read_text(), end="")
+    print((run.root / "data" / "report.txt").read_text(encoding="utf-8"), end="")
     histories = {
         name.replace("/experts/", ": ").replace("/", " ").replace("_", " "): run.history(name)
         for name in run.trainings

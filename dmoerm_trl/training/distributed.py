@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -114,35 +113,6 @@ def check_engine(trainer: Trainer) -> None:
 def asks_for_fsdp(trainer: Trainer) -> bool:
     """Whether the launcher or the settings do."""
     return bool(trainer.is_fsdp_enabled or trainer.args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"))
-
-
-def check_checkpoint(checkpoint: str | Path, trainer: Trainer) -> None:
-    """
-    A checkpoint without DeepSpeed goes on with any number of processes. One of ZeRO does not, not by DeepSpeed's universal
-    checkpoint either: read under ZeRO-3 it gives all groups of weights the first one's step and settings, of which each expert
-    has its own.
-
-    Raises:
-        ValueError: if a checkpoint is not of this engine, ZeRO stage and number of processes, so that its shards do not fit.
-    """
-    now = "FSDP" if trainer.is_fsdp_enabled else "plain"
-    if trainer.is_deepspeed_enabled:
-        now = _layout(trainer.accelerator.state.deepspeed_plugin.zero_stage, trainer.accelerator.num_processes)
-    before = "FSDP" if list(Path(checkpoint).glob("pytorch_model_fsdp*")) else "plain"
-    for folder in Path(checkpoint).glob("global_step*"):
-        states = len(list(folder.glob("*zero_pp_rank_*_optim_states.pt")))
-        stage = 3 if list(folder.glob("zero_pp_rank_*_model_states.pt")) else 2 if states else 0
-        before = _layout(stage, states)
-    if before != now:
-        raise ValueError(
-            f"{checkpoint}: got a checkpoint of {before} training and {now} training now, need the same, because the "
-            f"optimizer's states are divided so: start as before, or delete {Path(checkpoint).parent} to begin this stage anew."
-        )
-
-
-def _layout(stage: int, shards: int) -> str:
-    name = {0: "DeepSpeed", 1: "ZeRO-1 or 2", 2: "ZeRO-1 or 2", 3: "ZeRO-3"}[stage]
-    return f"{name} ({shards} processes)" if stage else name
 
 
 @contextmanager

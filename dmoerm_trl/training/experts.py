@@ -25,6 +25,7 @@ from ..modeling.experts import lora_layers
 from ..modeling.modeling import DMoERMForSequenceClassification
 from ..modeling.pretrained import DMoERMPreTrainedModel
 from ..tasks import slug
+from .checkpoints import is_whole
 from .distributed import whole_after, whole_copy
 from .trainer import PhaseConfig, RankedRewardTrainer
 
@@ -271,6 +272,16 @@ class BestExperts(TrainerCallback, ExportableState):
         return {"args": self.arguments, "attributes": {"records": self.records}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Experts, **kwargs: Any) -> None:
+        """
+        Raises:
+            ValueError: if the best weights of an expert, of a training that was killed, are not there.
+        """
+        best = [self._path(args, point) for point, record in self.records.items() if record["step"] is not None]
+        if missing := [path for path in best if not is_whole(path)]:
+            raise ValueError(
+                f"{missing[0]}: got no weights that can be read, need those of the expert at its best, because its training ends with "
+                f"them: put them back, or delete {args.output_dir} to begin this stage anew."
+            )
         self._stop(model)
 
     def on_evaluate(

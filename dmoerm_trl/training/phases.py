@@ -327,7 +327,7 @@ def embeddings_on_disk(
             content.update(weight.float().cpu().numpy().tobytes())
     path = folder / f"embeddings-{content.hexdigest()[:16]}.f32"
     size, state = math.prod(shape), PartialState()
-    if not path.exists():
+    if not path.exists() or path.stat().st_size != 4 * size:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         z = torch.from_file(str(temporary), shared=True, size=size).view(shape)

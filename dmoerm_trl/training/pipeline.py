@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..data.formatting import Formatter
 from ..data.rows import PreferenceRow, load_rows
@@ -24,15 +23,12 @@ from ..files import write_json
 from ..folders import held
 from ..modeling.assembly import assemble, export_expert, with_task
 from ..modeling.card import write_model_card
-from ..modeling.configuration import DMoERMConfig
-from ..modeling.experts import check_target_modules
-from ..modeling.loading import loading
 from ..modeling.modeling import DMoERMForSequenceClassification
-from ..modeling.positions import check_positions
 from ..modeling.quantised import quantization
 from ..modeling.router import Router
 from ..tasks import OVERALL, slug
 from ..workers import start_worker
+from .checks import check_models, check_places, formatter_of
 from .distributed import check_joined, is_main, processes, wait_for_all
 from .growth import Growth
 from .phases import normalise, phase1, phase2, phase3, train_router
@@ -138,27 +134,7 @@ class Pipeline:
 
     @cached_property
     def formatter(self) -> Formatter:
-        recipe = self.recipe
-        tokenizer = self._tokenizer(recipe.base_model)
-        if recipe.pad_token is not None:
-            if recipe.pad_token not in tokenizer.get_vocab():
-                raise ValueError(
-                    f"`pad_token` of the recipe: got {recipe.pad_token!r}, which the tokenizer of {recipe.base_model} does not have, "
-                    "need one of its tokens: name another, or leave it out."
-                )
-            tokenizer.pad_token = recipe.pad_token
-        elif tokenizer.pad_token_id is None:
-            if tokenizer.eos_token is None:
-                raise ValueError(
-                    f"got the tokenizer of {recipe.base_model}, which has no pad token and no eos, need a token that fills batches: "
-                    "name one of its tokens by `pad_token`."
-                )
-            tokenizer.pad_token = tokenizer.eos_token  # it is masked: any token will do
-        return Formatter(tokenizer, recipe.max_length, recipe.score_thinking)
-
-    def _tokenizer(self, name: str) -> PreTrainedTokenizerBase:
-        with loading(name, "a base model"):
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=self.recipe.trust_remote_code)
+        return formatter_of(self.recipe)
 
     def rows(self, *parts: str, task: str = OVERALL) -> list[PreferenceRow]:
         """The rows of some parts of the data, of one task or of all."""
@@ -329,52 +305,49 @@ class Pipeline:
         Raises:
             ValueError: naming what is wrong and the way out.
         """
-        finished = Manifest(self.root)
-        for name in self.stages:
-            if self._done(name):
-                finished.check_files(name)
-        self._check_recipe(finished)
+        self.check_finished()
         if self.finished:
             return
-        self._check_places()
-        self._check_models()
+        check_places(self.root, [name for name in self.stages if not self._done(name)])
+        check_models(self.recipe, self.tasks, self.formatter)
         steps = {self._step(name) for name in self.stages if not self._done(name)} - {None}
         rehearse(self.recipe, self.formatter, steps)
-        if is_main() and not (self._done("data") and self._data_stays(finished)):
+        if is_main() and not (self._done("data") and self._data_stays(Manifest(self.root))):
             self.run_data  # noqa: B018  (reads and checks the rows)
 
     def _data_stays(self, finished: Manifest) -> bool:
         return finished.record("data")["settings"] == json.loads(json.dumps(self._data_settings))
 
-    def _check_recipe(self, finished: Manifest) -> None:
-        """What is finished refuses a recipe by which it would be another."""
-        there = [name for name in self.stages if name != "data" and finished.has(name)]
-        if not there:
+    def check_finished(self) -> None:
+        """
+        Raises:
+            ValueError: if what is finished would be another by the recipe, or is not whole any more.
+        """
+        finished = Manifest(self.root)
+        there = [name for name in self.stages if finished.has(name)]
+        for name in there:
+            finished.check_files(name)
+        if not set(there) - {"data"}:
             return
         changed, digests = [], self._digests
-        if not finished.has("data") or not self._data_stays(finished):
-            before = finished.record("data")["settings"] if finished.has("data") else {}
-            changed = [
-                key for key, value in self._data_settings.items() if before.get(key) != json.loads(json.dumps(value))
-            ]
+        if "data" not in there or not self._data_stays(finished):
+            now = json.loads(json.dumps(self._data_settings))
+            before = finished.record("data")["settings"] if "data" in there else now
+            changed = [key for key in now if before.get(key) != now[key]]
             try:
                 digests = self.run_data.digests(self.tasks)
             except ValueError:
                 digests = self._digests_of(finished)  # the settings alone are compared
-                if not (growth := self._growth(finished, digests, changed)).keys:
+                if not self._growth(finished, digests, changed).keys:
                     raise
         growth = self._growth(finished, digests, changed)
         if not growth.again and not growth.gone:
             return
-        step = any(key.startswith(("prompts a step", "batches a step")) for key in growth.keys)
+        step = "; with another number of processes, change `gradient_accumulation_steps` so that a step has as much as before"
         raise ValueError(
             f"{self.root}: got finished stages of a recipe that differs in {growth.keys}, need the same to go on: choose another "
             f"`output_dir`; with `--extend {self.root}` its run takes over what stays"
-            + (
-                "; with another number of processes, change `gradient_accumulation_steps` so that a step has as much as before"
-                if step
-                else ""
-            )
+            + (step if any(key.startswith(("prompts a step", "batches a step")) for key in growth.keys) else "")
             + f".\n{growth}"
         )
 
@@ -390,74 +363,6 @@ class Pipeline:
                 rows = finished.record(name)["rows"]
                 digests[first] = {**digests.get(first, {}), point[0]: rows} if point else rows
         return digests
-
-    def _check_places(self) -> None:
-        """
-        Raises:
-            ValueError: if something stands where a stage's result is to be, or the checkpoints' disk is another one.
-        """
-        for name in self.stages:
-            path = self.root / name
-            if name == "data" and self._done(name) or self._done(name):
-                continue
-            above = [
-                one for one in path.parents if one != self.root and one.is_relative_to(self.root) and one.exists()
-            ]
-            is_free = not os.path.lexists(path) or path.is_dir() and not path.is_symlink() and not any(path.iterdir())
-            if not is_free or not all(one.is_dir() for one in above):
-                raise ValueError(
-                    f"{path}: got something that no stage of a run has left, in the place of the stage {name!r}, need it free, because "
-                    "nothing of yours is overwritten: move it away, or choose another `output_dir`."
-                )
-        work = self.root / "work"
-        if work.is_dir() and work.stat().st_dev != self.root.stat().st_dev:
-            raise ValueError(
-                f"{work}: got a folder on another disk than {self.root}, need one disk, because a finished stage is moved from one to "
-                "the other: put all of `output_dir` there."
-            )
-
-    def _check_models(self) -> None:
-        recipe = self.recipe
-        folders = {"data", "router", "ensemble", "model", "work", "judges", OVERALL}
-        if taken := [task for task in self.tasks.tasks if slug(task) in folders]:
-            raise ValueError(f"{recipe.tasks}: got the task {taken[0]!r}, whose folder is another's: rename it.")
-        if unknown := [task for task in recipe.task_base_models if task not in self.tasks.tasks]:
-            raise ValueError(
-                f"`task_base_models` of the recipe: got the tasks {unknown}, need some of {list(self.tasks.tasks)}."
-            )
-        names = {"`base_model`": recipe.base_model}
-        names |= {f"`task_base_models` ({task})": name for task, name in recipe.task_base_models.items()}
-        names |= {"`router_model`": recipe.router_model} if recipe.router_model is not None else {}
-        configs: dict[str, Any] = {}
-        for key, name in names.items():
-            options = {"trust_remote_code": recipe.trust_remote_code}
-            model = DMoERMForSequenceClassification.from_base(name, task=OVERALL, **options)
-            check_positions(model.model.backbones[OVERALL], f"{key} {name}", recipe.max_length)
-            if key == "`base_model`":
-                check_target_modules(model.model.backbones[OVERALL], recipe.lora_target_modules)
-            configs[key] = model.config.backbone_config
-        base, router = configs["`base_model`"], configs.get("`router_model`", configs["`base_model`"])
-        for table in (self.tasks.tasks, {OVERALL: self.tasks.overall}):
-            config = DMoERMConfig(tasks=table, backbone_config=base, router_config=router, **recipe.model_settings)
-            config.layers_with_lora  # noqa: B018  (checks it)
-        if recipe.router_layers is not None and recipe.router_layers > router.num_hidden_layers:
-            raise ValueError(
-                f"`router_layers` of the recipe: got {recipe.router_layers}, need at most {router.num_hidden_layers}, which "
-                f"{names.get('`router_model`', recipe.base_model)} has."
-            )
-        tokens = self.formatter.tokenizer.get_vocab()
-        for key, name in names.items():
-            if key != "`base_model`" and self._tokenizer(name).get_vocab() != tokens:
-                raise ValueError(
-                    f"{key} of the recipe: got {name}, whose tokenizer has other tokens than that of {recipe.base_model}, need the "
-                    "same, because texts are tokenised once: choose a model of the base's family."
-                )
-            if key.startswith("`task_base_models`") and _shape(configs[key]) != _shape(base):
-                odd = sorted(k for k, v in _shape(configs[key]).items() if _shape(base).get(k) != v)
-                raise ValueError(
-                    f"{key} of the recipe: got {name}, which differs from {recipe.base_model} in {odd}, need a model of the same shape "
-                    "with other weights, because a DMoERM has one configuration of its bases: choose such a one."
-                )
 
     def _step(self, name: str) -> str | None:
         """The key of the recipe under which a stage's training has its settings."""
@@ -661,12 +566,6 @@ class Pipeline:
                     path.rmdir()
         manifest["begun"].clear()
         manifest.save()
-
-
-def _shape(config: Any) -> dict[str, Any]:
-    """A configuration without what is no part of the model."""
-    other = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
-    return {name: value for name, value in config.to_dict().items() if name not in other}
 
 
 def _start_worker(parent: int, stop: Event) -> None:

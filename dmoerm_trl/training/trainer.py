@@ -1,12 +1,10 @@
 """TRL's RewardTrainer on K ranked responses a prompt instead of pairs: equation 7, each response once a step."""
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,8 @@ from trl import RewardConfig, RewardTrainer
 
 from ..modeling.finite import nan_allowed
 from .batches import TokenBatches, collate_ranked, distinct_tokens
-from .distributed import check_checkpoint, check_engine, check_installed, start_deepspeed, whole_after
+from .checkpoints import check_checkpoint, find_best, last_checkpoint, reading, was_the_end
+from .distributed import check_engine, check_installed, start_deepspeed, whole_after
 
 logger = logging.getLogger(__name__)
 
@@ -378,29 +377,19 @@ def fit(
 
 
 def train(trainer: Trainer) -> None:
-    """Trains to the end, from the last whole checkpoint if there is one, so that the result is that of an unbroken run."""
+    """
+    Trains to the end, from the last whole checkpoint if there is one, so that the result is that of an unbroken run.
+
+    Raises:
+        ValueError: if the checkpoint lacks a file, or has one that cannot be read; it says what to delete.
+    """
     check_engine(trainer)
     checkpoint = last_checkpoint(trainer.args.output_dir)
-    if checkpoint is not None and _was_the_end(checkpoint):  # the trainer would go on for another step
-        trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
     if checkpoint is not None:
         check_checkpoint(checkpoint, trainer)
-    with whole_after(trainer):
+        if was_the_end(checkpoint):  # the trainer would go on for another step
+            trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
+        if trainer.args.load_best_model_at_end:
+            find_best(checkpoint, trainer)
+    with whole_after(trainer), reading(checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint of a trainer's folder that was written to its end, None where there is none."""
-    whole = []
-    for path in Path(folder).glob("checkpoint-*/trainer_state.json"):  # the trainer writes this file last
-        try:
-            whole.append((json.loads(path.read_text())["global_step"], str(path.parent)))
-        except json.JSONDecodeError:
-            continue
-    return max(whole, default=(0, None))[1]
-
-
-def _was_the_end(checkpoint: str) -> bool:
-    """Whether training stopped with this checkpoint: its steps were done, or its patience was at its end."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
-    return state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]

@@ -1,0 +1,140 @@
+"""Checkpoints of a training that was killed: which is the last, and that it is whole and of this training."""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import Trainer
+
+from ..files import write_json
+from .distributed import is_main, wait_for_all
+
+WEIGHTS = ["model.safetensors", "model.safetensors.index.json"]
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint of a trainer's folder that was written to its end, None where there is none."""
+    whole = []
+    for path in Path(folder).glob("checkpoint-*/trainer_state.json"):  # the trainer writes this file last
+        try:
+            whole.append((int(_state(path.parent)["global_step"]), str(path.parent)))
+        except (ValueError, TypeError, KeyError):  # half of it, or something else
+            continue
+    return max(whole, default=(0, None))[1]
+
+
+def was_the_end(checkpoint: str | Path) -> bool:
+    """Whether training stopped with this checkpoint: its steps were done, or its patience was at its end."""
+    return _state(checkpoint)["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+
+
+def find_best(checkpoint: str | Path, trainer: Trainer) -> None:
+    """
+    Sees to it that the best checkpoint so far is found beside the last one, also where the run's folder was moved: the trainer
+    would go on without it.
+
+    Raises:
+        ValueError: if it is not there.
+    """
+    state = _state(checkpoint)
+    if (before := state.get("best_model_checkpoint")) is None:
+        return
+    best = Path(trainer.args.output_dir) / Path(before).name
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        whole = best.is_dir()
+    else:
+        whole = any(_is_readable(best / name) for name in WEIGHTS)
+    if not whole:
+        raise ValueError(
+            f"{best / WEIGHTS[0]}: got no weights that can be read, need those of the best model so far, because training ends with "
+            f"the best one: put them back, or delete {best.parent} to begin this stage anew."
+        )
+    if str(best) != before and is_main():
+        write_json(Path(checkpoint) / "trainer_state.json", {**state, "best_model_checkpoint": str(best)})
+    wait_for_all()
+
+
+@contextmanager
+def reading(checkpoint: str | Path | None) -> Iterator[None]:
+    """
+    Raises:
+        ValueError: if within it a file of the checkpoint turns out to hold something else than tensors and numbers.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise _not_whole(
+            Path(checkpoint or "."), f"a file that holds something else than tensors ({error})"
+        ) from error
+
+
+def check_checkpoint(checkpoint: str | Path, trainer: Trainer) -> None:
+    """
+    A checkpoint without DeepSpeed goes on with any number of processes. One of ZeRO does not, not by DeepSpeed's universal
+    checkpoint either: read under ZeRO-3 it gives all groups of weights the first one's step and settings, of which each expert
+    has its own.
+
+    Raises:
+        ValueError: if a checkpoint is not of this engine, ZeRO stage and number of processes, so that its shards do not fit; if it
+            lacks a file, or has one that was cut off.
+    """
+    now = "FSDP" if trainer.is_fsdp_enabled else "plain"
+    if trainer.is_deepspeed_enabled:
+        now = _layout(trainer.accelerator.state.deepspeed_plugin.zero_stage, trainer.accelerator.num_processes)
+    before = "FSDP" if list(Path(checkpoint).glob("pytorch_model_fsdp*")) else "plain"
+    for folder in Path(checkpoint).glob("global_step*"):
+        states = len(list(folder.glob("*zero_pp_rank_*_optim_states.pt")))
+        stage = 3 if list(folder.glob("zero_pp_rank_*_model_states.pt")) else 2 if states else 0
+        before = _layout(stage, states)
+    if before != now:
+        raise ValueError(
+            f"{checkpoint}: got a checkpoint of {before} training and {now} training now, need the same, because the "
+            f"optimizer's states are divided so: start as before, or delete {Path(checkpoint).parent} to begin this stage anew."
+        )
+    if before != "plain":
+        return
+    for names in (WEIGHTS, ["optimizer.pt"], ["scheduler.pt"], ["rng_state.pth", "rng_state_0.pth"]):
+        if not (found := [name for name in names if (Path(checkpoint) / name).is_file()]):
+            raise _not_whole(Path(checkpoint) / names[0], "nothing")
+        if not _is_readable(Path(checkpoint) / found[0]):
+            raise _not_whole(Path(checkpoint) / found[0], "a file that was cut off or is of another kind")
+
+
+def _layout(stage: int, shards: int) -> str:
+    name = {0: "DeepSpeed", 1: "ZeRO-1 or 2", 2: "ZeRO-1 or 2", 3: "ZeRO-3"}[stage]
+    return f"{name} ({shards} processes)" if stage else name
+
+
+def _not_whole(path: Path, got: str) -> ValueError:
+    folder = path if path.is_dir() else path.parent
+    return ValueError(
+        f"{path}: got {got}, need all files of the checkpoint as they were written, because training would not go on as it was: put "
+        f"the file back, delete {folder} to go on from the checkpoint before it, or {folder.parent} to begin this stage anew."
+    )
+
+
+def _state(checkpoint: str | Path) -> dict[str, Any]:
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+def _is_readable(path: Path) -> bool:
+    """Whether a file is there to its end, by its own list of what is in it."""
+    if path.suffix == ".safetensors":
+        return is_whole(path)
+    if path.suffix == ".json":
+        return path.is_file()
+    return path.is_file() and zipfile.is_zipfile(path)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is there to its end."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
