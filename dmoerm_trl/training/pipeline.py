@@ -225,6 +225,7 @@ class Pipeline:
         kept = [point for point in points if self._source_has(name, slug(point))]
         for point in kept:
             if is_main():
+                self._source.check_files(name)
                 shutil.copytree(self._source.root / name / slug(point), folder / slug(point))
         if not (points := [point for point in points if point not in kept]):
             return []
@@ -305,6 +306,7 @@ class Pipeline:
         Raises:
             ValueError: naming what is wrong and the way out.
         """
+        self._source  # noqa: B018  (is it a run)
         self.check_finished()
         if self.finished:
             return
@@ -393,18 +395,22 @@ class Pipeline:
         now, before = (identities(name, record) for record in (self._record(name), source.record(name)))
         return training in now and now[training] == before.get(training)
 
-    def _take_over(self) -> list[str]:
-        """Copies the stages that the other run has; experts are taken over one by one, when their stage's turn comes."""
-        taken = [name for name in self.stages if not self._done(name) and name != "data" and self._source_has(name)]
-        for name in taken:
-            self._source.check_files(name)
-            self._begin(name)
-            folder = self._work_folder(name) / "result"
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(self._source.root / name, folder)
-            self._put(name, folder)
-            self._note(name, 0.0)
-        return taken
+    def _take_over(self) -> None:
+        """Copies the stages that the other run has, and says which; experts are taken over one by one, in their stage's turn."""
+        source = self._source
+        before = source.record("data")["settings"] if source.has("data") else {}
+        now = json.loads(json.dumps(self._data_settings))
+        changed = [key for key in now if before.get(key) != now[key]]
+        print(f"of {source.root}\n{self._growth(source, self._digests, changed)}")
+        for name in self.stages:
+            if name != "data" and not self._done(name) and self._source_has(name):
+                source.check_files(name)
+                self._begin(name)
+                folder = self._work_folder(name) / "result"
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(source.root / name, folder)
+                self._put(name, folder)
+                self._note(name, 0.0)
 
     # Running them
 

@@ -90,7 +90,7 @@ class Manifest:
     - `files`: stage -> the sizes of its files, of the data their digests.
     - `begun`: stage -> the folders in `work/` in which it was begun.
     - `seconds`: stage -> what it took.
-    - `extends`, `taken_over`: the folder of the run that this one extends, and the stages that it has from there.
+    - `extends`: the folder of the run that this one extends.
 
     Args:
         root (`Path`): the run's folder.
@@ -112,7 +112,7 @@ class Manifest:
                     f"{self.path}: got a file that is no run's manifest ({error!r}), need one because it tells what the stages in "
                     "the folder were made of: put it back, or name another `output_dir`."
                 ) from error
-        for key in ("recipe", "stages", "files", "begun", "seconds", "taken_over"):
+        for key in ("recipe", "stages", "files", "begun", "seconds"):
             self.content.setdefault(key, {})
 
     def __getitem__(self, key: str) -> Any:
