@@ -1,5 +1,6 @@
 """Best of n from prompts to curves: what streams through the disk equals what is computed in memory, killed or not."""
 
+import errno
 import json
 import os
 import runpy
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from contextlib import contextmanager
 from pathlib import Path
 
 import models
@@ -19,15 +21,19 @@ import yaml
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from trl import TrlParser
 
+from dmoerm_trl import files
 from dmoerm_trl.data.formatting import Formatter
+from dmoerm_trl.evaluation import response_store
 from dmoerm_trl.evaluation.best_of_n import run_best_of_n
 from dmoerm_trl.evaluation.best_of_n_curves import best_of_n_curves, default_grid
 from dmoerm_trl.evaluation.best_of_n_estimate import best_of_n
 from dmoerm_trl.evaluation.ensembles import uncertainty_weighted_reward, worst_case_reward
 from dmoerm_trl.evaluation.response_files import read_prompts
-from dmoerm_trl.evaluation.response_store import ResponseStore, Shard
+from dmoerm_trl.evaluation.response_store import Shard
 from dmoerm_trl.evaluation.scorers import ScorerSource
 from dmoerm_trl.evaluation.scoring import score_one
+from dmoerm_trl.files import partial_path
+from dmoerm_trl.folders import held
 from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
 from dmoerm_trl.rl.rollout import sampler, vllm_sampler
 
@@ -244,11 +250,14 @@ def test_a_killed_run_ends_with_what_an_unbroken_one_has(settings, done, tmp_pat
         time.sleep(0.5)  # the workers see that their parent is gone
         killed = {path: path.stat().st_mtime_ns for path in output_dir.rglob("*.parquet")}
         assert 0 < len(killed) < len(shards(done))
-    for half in ("responses/00000-00000.parquet.1.tmp", "manifest.json.1.tmp"):
-        (output_dir / half).write_bytes(b"half")
+    half = partial_path(next(output_dir / name for name in shards(done) if not (output_dir / name).exists()))
+    half.parent.mkdir(parents=True, exist_ok=True)
+    half.write_bytes(b"half")
+    (output_dir / "responses" / "mine.tmp").write_text("mine")
     result = bon_eval(settings, output_dir)
     assert killed.items() <= {path: path.stat().st_mtime_ns for path in output_dir.rglob("*.parquet")}.items()
-    assert not list(output_dir.rglob("*.tmp"))
+    assert not list(output_dir.rglob("*.partial"))
+    assert (output_dir / "responses" / "mine.tmp").read_text() == "mine"
     whole = shards(done)
     now = shards(output_dir)
     assert now == {name: whole[name] for name in now} and len(now) >= 24
@@ -261,22 +270,47 @@ def test_a_killed_run_ends_with_what_an_unbroken_one_has(settings, done, tmp_pat
 
 def test_a_full_disk_is_named_and_what_was_written_stays(settings, tmp_path):
     output_dir = tmp_path / "run"
-    (output_dir / "responses").mkdir(parents=True)
-    half = output_dir / "responses" / f"00001-00002.parquet.{os.getpid()}.tmp"
 
-    def fill_the_disk(self, part):  # the run deletes leftovers before it starts
-        found = missing(self, part)
-        if not half.is_symlink():
-            half.symlink_to("/dev/full")
-        return found
+    @contextmanager
+    def writing_to_a_full_disk(path, **options):
+        with files.writing(path, **options) as file:
+            if path.name == "00001-00002.parquet":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            yield file
 
-    missing = ResponseStore.missing
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ResponseStore, "missing", fill_the_disk)
+        patch.setattr(response_store, "writing", writing_to_a_full_disk)
         with pytest.raises(OSError, match="00001-00002.parquet.*No space left.*run the same command again"):
             bon_eval(settings, output_dir)
     assert len(list(output_dir.rglob("*.parquet"))) == 6 and len(shards(output_dir)) == 6
     assert bon_eval(settings, output_dir)["prompts"] == 3
+
+
+# The folder.
+
+
+def test_a_folder_is_claimed_by_its_first_shard_and_not_by_a_failed_start(settings, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dmoerm_trl.evaluation.best_of_n.write_responses", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bon_eval({**settings, "n": 3}, tmp_path)
+    assert (tmp_path / "manifest.json").exists()
+    assert bon_eval(settings, tmp_path)["prompts"] == 3
+    with pytest.raises(ValueError, match=r"'responses' that were begun with other settings of \['n'\]"):
+        bon_eval({**settings, "n": 3}, tmp_path)
+
+
+def test_a_folder_that_another_run_holds_is_refused(settings, tmp_path):
+    with held(tmp_path), pytest.raises(ValueError, match=f"process {os.getpid()} on .* is writing"):
+        bon_eval(settings, tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"recipe": {}}', "[]", "half of", '{"mine": {"a": 1}}'])
+def test_another_manifest_in_the_folder_is_not_overwritten(content, settings, tmp_path):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match="manifest.json: got a file that best of n did not write.*`output_dir`"):
+        bon_eval(settings, tmp_path)
+    assert (tmp_path / "manifest.json").read_text() == content
 
 
 # Curves

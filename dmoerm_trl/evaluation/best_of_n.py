@@ -17,6 +17,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..files import file_digest, write_json, write_text
+from ..folders import held
 from ..rl.rollout import PolicySource
 from ..tasks import slug
 from .best_of_n_curves import BestOfNCurves, best_of_n_curves, default_grid, pooled_moments
@@ -128,7 +129,7 @@ def run_best_of_n(
             [`~dmoerm_trl.workers.launched_processes`]. Each calls this and gets the outcome, which one of them saves.
 
     Raises:
-        ValueError: The settings differ from those that the folder was begun with, a reward model's score is NaN or infinite,
+        ValueError: The settings differ from those of the responses or scores that are there, another run writes the folder, a reward model's score is NaN or infinite,
             there are too few responses, or each of several processes would start workers of its own.
         OSError: The disk is full; what was written is kept.
     """
@@ -162,21 +163,22 @@ def run_best_of_n(
         responses = {**asdict(policy), "seed": seed, "sha256 of the weights": weights_digest(policy.name)}
     responses["sha256 of the prompts"] = _digest(row["prompt"] for row in rows)
     one_before_the_others = nullcontext if processes is None else processes.main_process_first
-    with one_before_the_others():
-        store.claim(RESPONSES, responses)
-        for name, source in sources.items():
-            store.claim(
-                parts[name], {**source.settings(), "sha256 of rows and responses": _digest([*rows, responses])}
-            )
+    with held(output_dir):
+        with one_before_the_others():
+            store.claim(RESPONSES, responses)
+            for name, source in sources.items():
+                store.claim(
+                    parts[name], {**source.settings(), "sha256 of rows and responses": _digest([*rows, responses])}
+                )
 
-    with worker_pool(workers) as run:
-        if from_file:
-            with one_before_the_others():
-                import_responses(store, rows, policy, gold=gold == GOLD_OF_FILE)
-        else:
-            write_responses(store, rows, policy, seed, run, processes)
-        for name, source in sources.items():
-            write_scores(store, parts[name], rows, source, run, processes)
+        with worker_pool(workers) as run:
+            if from_file:
+                with one_before_the_others():
+                    import_responses(store, rows, policy, gold=gold == GOLD_OF_FILE)
+            else:
+                write_responses(store, rows, policy, seed, run, processes)
+            for name, source in sources.items():
+                write_scores(store, parts[name], rows, source, run, processes)
 
     scales = {
         member: _scale(store, parts[member])

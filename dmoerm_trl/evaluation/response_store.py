@@ -24,6 +24,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from ..files import write_json, writing
 from ..workers import start_worker
 
 RESPONSES = "responses"
@@ -77,10 +78,8 @@ class ResponseStore:
         return min(self.shard_size, self.n - shard.number * self.shard_size)
 
     def missing(self, part: str) -> list[Shard]:
-        """The shards of a part that are still to be written. What a killed process left half written is deleted."""
+        """The shards of a part that are still to be written."""
         folder = self.root / part
-        for half in folder.glob("*.tmp"):
-            half.unlink()
         there = {path.name for path in folder.iterdir()} if folder.exists() else set()
         return [shard for prompt in range(self.prompts) for shard in self.shards(prompt) if shard.file not in there]
 
@@ -92,8 +91,15 @@ class ResponseStore:
             OSError: the disk is full, or another fault of it.
         """
         path = self.root / part / shard.file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, lambda file: pq.write_table(pa.table(columns), file, compression="zstd"))
+        try:
+            with writing(path, binary=True) as file:
+                pq.write_table(pa.table(columns), file, compression="zstd")
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{path}: {os.strerror(error.errno) if error.errno else error}. The shards that were written are whole: make "
+                "room and run the same command again, which goes on from them",
+            ) from error
 
     def read(self, part: str, shard: Shard, column: str) -> pa.ChunkedArray:
         return pq.read_table(self.root / part / shard.file, columns=[column])[column]
@@ -127,45 +133,31 @@ class ResponseStore:
 
     def claim(self, part: str, settings: dict[str, Any]) -> None:
         """
-        Notes down what a part depends on. What a killed process left of that half written is deleted.
+        Notes down what a part depends on, which its first shard makes fast: until then the settings may change.
 
         Raises:
-            ValueError: if there are shards of the part from other settings.
+            ValueError: if there are shards of the part from other settings, or `manifest.json` is another file.
         """
         path = self.root / "manifest.json"
-        for half in self.root.glob(f"{path.name}.*.tmp"):
-            half.unlink()
-        manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if not isinstance(manifest, dict) or not all("shard_size" in claimed for claimed in manifest.values()):
+                raise TypeError("it is another file")
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path}: got a file that best of n did not write ({error}), need its own, because it tells what the responses and the "
+                "scores depend on: choose another `output_dir`."
+            ) from error
         settings = {**settings, "prompts": self.prompts, "n": self.n, "shard_size": self.shard_size}
         now = json.loads(json.dumps(settings))
-        before = manifest.get(part, now) if any((self.root / part).glob("*.parquet")) else now
+        before = manifest.get(part, {}) if any((self.root / part).glob("*.parquet")) else now
         if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
             raise ValueError(
                 f"{self.root}: got {part!r} that were begun with other settings of {changed}, need the same to go on: "
                 "choose another `output_dir`, or delete this one."
             )
         if manifest.get(part) != now:
-            self.root.mkdir(parents=True, exist_ok=True)
-            _write_whole(
-                path, lambda file: file.write(json.dumps({**manifest, part: now}, indent=2, allow_nan=False).encode())
-            )
-
-
-def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"{path}: {os.strerror(error.errno) if error.errno else error}. The shards that were written are whole: make "
-            "room and run the same command again, which goes on from them",
-        ) from error
+            write_json(path, {**manifest, part: now})
 
 
 # Filling it

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
@@ -22,7 +23,7 @@ from ..evaluation.methods import method_scores, router_accuracy
 from ..evaluation.scorers import AGGREGATIONS
 from ..evaluation.scoring import score_encodings
 from ..evaluation.table import CEILING, Table, consistency_table
-from ..files import write_json
+from ..files import partial_path, write_json, writing
 from ..rl.ppo import ppo_classes, ppo_trainer
 from ..rl.rollout import PolicySource, generate
 from ..tasks import OTHERS
@@ -114,17 +115,20 @@ def make_world_and_base(arguments: DemoArguments, recipe: Recipe, world: World) 
     """
     rows, base = Path(recipe.train_data), Path(recipe.base_model)
     need = "need those of this recipe because rows, base and gold are of one world"
-    written = rows.with_suffix(".tmp")
-    written.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(world.rows(arguments.rows_per_task, arguments.rows_of_others), written)
-    if rows.exists() and rows.read_bytes() != written.read_bytes():
-        written.unlink()
-        raise ValueError(f"{rows}: got rows of another seed or number, {need}: name another place by `train_data`.")
-    written.replace(rows)
+    with TemporaryDirectory() as folder:
+        written = Path(folder) / rows.name
+        write_rows(world.rows(arguments.rows_per_task, arguments.rows_of_others), written)
+        if rows.exists() and rows.read_bytes() != written.read_bytes():
+            raise ValueError(
+                f"{rows}: got rows of another seed or number, {need}: name another place by `train_data`."
+            )
+        if not rows.exists():
+            with writing(rows, binary=True) as file:
+                file.write(written.read_bytes())
     settings = {"seed": recipe.seed, "texts": arguments.base_texts, **arguments.base}
     record = base / "tiny_base.json"
     if not (base / "config.json").exists():
-        temporary = base.with_name(base.name + ".tmp")
+        temporary = partial_path(base)
         train_tiny_base(world.texts(arguments.base_texts), temporary, seed=recipe.seed, **arguments.base)
         write_json(temporary / record.name, settings)
         temporary.rename(base)
