@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from transformers import Qwen2Config, Qwen2Model
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
@@ -146,12 +145,17 @@ def _folder(place: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
-    names = [tempfile.mkdtemp(prefix=".rehearsal-", dir=place) if is_main() else ""]
-    broadcast_object_list(names)
-    yield Path(names[0])
-    wait_for_all()
+    folder = place / ".rehearsal"  # of this one name, so that a start deletes what a killed one left
     if is_main():
-        shutil.rmtree(names[0])
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    wait_for_all()
+    try:
+        yield folder
+        wait_for_all()
+    finally:
+        if is_main():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ left to its end. The ways are drawn by the seed:
 - `term`, `int`: SIGTERM or SIGINT to the first one alone, which has to end all.
 
 Then every file of the run is compared with the unbroken run's, byte for byte, but for these: in JSON, times (keys that end in one of
-`TIMES`), `train_loss`, which transformers takes over the steps since the last start, the order of keys, which it sorts in a
+`TIMES`) and the sizes of files that hold them, `train_loss`, which transformers takes over the steps since the last start, the order of keys, which it sorts in a
 checkpoint, and that of `target_modules`, a set that PEFT writes as it comes; in the labelling's SQLite file, the order of the
 answers and the time of each.
 """
@@ -43,6 +43,9 @@ from forks import ROOT, Fork, preload
 
 TIMES = ("seconds", "runtime", "samples_per_second", "steps_per_second", "tokens_per_second", "eps")
 """Ends of the keys of JSON whose values are not compared."""
+
+NOT_COMPARED = (*TIMES, "train_loss", "history.json")
+"""The same of all keys; the last are those of the manifest under which the sizes of files of times stand."""
 
 SERVER = ROOT / "tests" / "labelling" / "server.py"
 LIMIT = 300
@@ -293,7 +296,7 @@ def compared(path: Path) -> Any:
 def without_times(value: Any) -> Any:
     if isinstance(value, dict):
         ordered = value | {key: sorted(value[key]) for key in value.keys() & {"target_modules"}}
-        return {key: without_times(item) for key, item in ordered.items() if not key.endswith(TIMES + ("train_loss",))}
+        return {key: without_times(item) for key, item in ordered.items() if not key.endswith(NOT_COMPARED)}
     return [without_times(item) for item in value] if isinstance(value, list) else value
 
 
