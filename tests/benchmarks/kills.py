@@ -13,9 +13,9 @@ left to its end. The ways are drawn by the seed:
 - `term`, `int`: SIGTERM or SIGINT to the first one alone, which has to end all.
 
 Then every file of the run is compared with the unbroken run's, byte for byte, but for these: in JSON, times (keys that end in one of
-`TIMES`) and the sizes of files that hold them, `train_loss`, which transformers takes over the steps since the last start, the order of keys, which it sorts in a
-checkpoint, and that of `target_modules`, a set that PEFT writes as it comes; in the labelling's SQLite file, the order of the
-answers and the time of each.
+`TIMES`) and the sizes of files that hold them, `train_loss`, which transformers takes over the steps since the last start, the order
+of keys, which it sorts in a checkpoint, and that of `target_modules`, a set that PEFT writes as it comes; in the labelling's SQLite
+file, the order of the answers and the time of each.
 """
 
 import argparse
