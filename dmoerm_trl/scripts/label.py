@@ -81,7 +81,8 @@ class LabelArguments:
             except (ValueError, RecursionError) as error:  # the text is not shown: it may hold a secret
                 raise ValueError(f"`judge`: got text that is no JSON ({error}), need JSON: mend it.") from None
         if not isinstance(self.judge, dict):
-            got = None if self.judge is None else f"a {type(self.judge).__name__}"
+            is_text = isinstance(self.judge, (str, list))  # which is not shown either
+            got = f"a {type(self.judge).__name__}" if is_text else repr(self.judge)
             raise ValueError(f"`judge`: got {got}, need `kind` and its settings, see recipes/LABELLING.md.")
         self.prices  # noqa: B018, so that a mistake is found before anything is read
         self.budget  # noqa: B018
