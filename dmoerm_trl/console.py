@@ -31,6 +31,8 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
         SystemExit: with the status if it is not 0: 1 after an error, 130 after Ctrl-C, 141 where the reader of the output went
             away.
     """
+    if argv is None:
+        _in_utf8()
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
@@ -61,6 +63,16 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
         print("".join(traceback.format_exception(shown)), file=sys.stderr)
     if status:
         sys.exit(status)
+
+
+def _in_utf8() -> None:
+    """
+    Starts the process anew in Python's UTF-8 mode where the locale has no name for a file in Chinese (`LC_ALL=C`): tasks and
+    points name folders.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 # --------------------------------------------------------------------------------------------------- errors

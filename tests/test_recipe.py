@@ -159,3 +159,38 @@ def test_counts_that_make_no_sense_are_errors(settings):
 def test_a_missing_key_is_an_error():
     with pytest.raises(SystemExit):
         TrlParser((Recipe,)).parse_args_and_config(["--output_dir=x"])
+
+
+BAD = {
+    "lora_rank": [0, -4, 4.5, True, "many"],
+    "lora_alpha": [0, -1],
+    "lora_dropout": [1.0, -0.1, float("nan"), "much"],
+    "lora_target_modules": [[], [3, None]],
+    "aggregator_hidden_size": [0, -3],
+    "router_layers": [0, -1],
+    "router_balance": [5, -1],
+    "max_length": [0, -1, 2.5],
+    "on_error": ["maybe", None],
+    "test_share": [1.0, 2, -0.1],
+    "phase1_share": [0, 1],
+    "validation_share": [0, 1],
+    "seed": [-1, 2**70],
+    "unit_variance": ["yes", 1],
+    "share_base": ["no"],
+    "phase3": ["zzz", ["a"], 3],
+    "pad_token": [["a"]],
+    "task_base_models": ["zzz", ["a"]],
+    "output_dir": [None, ["a"]],
+}
+
+
+@pytest.mark.parametrize("key, value", [(key, value) for key, values in BAD.items() for value in values], ids=str)
+def test_a_value_that_a_key_cannot_have_is_an_error_that_names_key_and_value(key, value):
+    with pytest.raises(ValueError, match=f"`{key}` of the recipe: got ") as error:
+        recipe(**{key: value})
+    assert repr(value)[:20] in str(error.value) or str(value) in str(error.value)
+
+
+def test_a_shared_base_is_that_of_all_tasks():
+    with pytest.raises(ValueError, match="`task_base_models` of the recipe: .*share_base=True, need one of them"):
+        recipe(task_base_models={"chitchat": "b"}, share_base=True)

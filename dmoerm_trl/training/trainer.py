@@ -123,6 +123,10 @@ RANGES: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
         lambda value: not value,
         "False, because a run that was killed would not go on as it was",
     ),
+    ("push_to_hub",): (
+        lambda value: not value,
+        "False, because a stage is a part of a model: upload the finished one",
+    ),
     ("auto_find_batch_size",): (
         lambda value: not value,
         "False, because the size of a step would change during training",
