@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import time
@@ -11,13 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from models import PROMPTS, make_backbone, make_tokenizer
+from models import PROMPTS, bert_config, make_backbone, make_tokenizer, qwen2_config
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from dmoerm_trl.data.rows import PreferenceRow, load_rows
 from dmoerm_trl.evaluation.scoring import score_rows
+from dmoerm_trl.folders import held
 from dmoerm_trl.modeling.assembly import with_task
 from dmoerm_trl.modeling.router import Router
 from dmoerm_trl.training.pipeline import Pipeline
@@ -622,3 +624,141 @@ def test_a_task_whose_name_is_taken_is_refused(name, match, material, tmp_path):
 def test_tasks_whose_folders_would_be_the_same_are_refused(material, tmp_path):
     (tmp_path / "tasks.yaml").write_text(TABLE.replace("chitchat", "Maths!"), encoding="utf-8")
     refused(replace(make_recipe(material, tmp_path / "run"), tasks=str(tmp_path / "tasks.yaml")), "distinct words")
+
+
+@pytest.mark.parametrize("name", ["data", "router", "maths/phase1", "model"])
+def test_what_stands_in_a_stage_s_place_is_named_and_left(name, material, tmp_path):
+    mine = tmp_path / "run" / name / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    with pytest.raises(ValueError, match=f"run/{name}: got something that no stage of a run has left.*move it away"):
+        Pipeline(make_recipe(material, tmp_path / "run")).run()
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [mine]
+    assert mine.read_text() == "years of work"
+
+
+def test_a_folder_with_other_things_keeps_them(material, run, tmp_path):
+    mine = [
+        "notes.txt",
+        "work/thesis.txt",
+        "work/router/drawings.txt",
+        "work/.hidden",
+        "manifest.json.tmp",
+        "maths/more.txt",
+    ]
+    for name in mine:
+        path = tmp_path / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    other = Pipeline(make_recipe(material, tmp_path / "run"))
+    other.run()
+    assert all((tmp_path / "run" / name).read_text() == name for name in mine)
+    files = {str(path.relative_to(other.root)) for path in other.root.rglob("*") if path.is_file()}
+    assert files - set(mine) == {str(path.relative_to(run.root)) for path in run.root.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_another_run_writes_is_refused_and_named(material, tmp_path):
+    with (
+        held(tmp_path / "run"),
+        pytest.raises(ValueError, match=f"process {os.getpid()} on .* is writing, need one run"),
+    ):
+        Pipeline(make_recipe(material, tmp_path / "run")).run()
+
+
+def test_a_start_that_fails_claims_nothing(material, run, recipe, tmp_path):
+    wrong = replace(recipe, output_dir=str(tmp_path / "run"), phase3={**recipe.phase3, "metric_for_best_model": "zzz"})
+    refused(wrong, "`phase3` of the recipe")
+    refused(replace(wrong, phase3=recipe.phase3, lora_target_modules=["q"]), r"no linear module \['q'\]")
+    Pipeline(replace(recipe, output_dir=str(tmp_path / "run"))).run()
+    assert weights(tmp_path / "run") == weights(run.root)
+
+
+DATA_FAULTS = {
+    "edited": lambda path: path.write_text(path.read_text(encoding="utf-8").replace("four", "five"), encoding="utf-8"),
+    "cut off": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "missing": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("fault", DATA_FAULTS.values(), ids=DATA_FAULTS)
+def test_rows_that_are_not_those_of_the_run_are_refused_and_deleting_them_helps(fault, run, recipe, tmp_path):
+    shutil.copytree(run.root, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    fault(tmp_path / "run" / "data" / "phase1_train.jsonl")
+    recipe = replace(recipe, output_dir=str(tmp_path / "run"))
+    with pytest.raises(
+        ValueError, match=f"data/phase1_train.jsonl: got .* or delete {tmp_path / 'run' / 'data'}, which"
+    ):
+        Pipeline(recipe).run()
+    shutil.rmtree(tmp_path / "run" / "data")
+    Pipeline(recipe).run()
+    assert weights(tmp_path / "run") == weights(run.root)
+
+
+@pytest.mark.parametrize(
+    "name", ["router/model.safetensors", "maths/phase1/config.json", "maths/experts/logic/history.json"]
+)
+def test_a_finished_stage_that_is_not_whole_is_refused(name, run, recipe, tmp_path):
+    shutil.copytree(run.root, tmp_path / "run")
+    os.truncate(tmp_path / "run" / name, 10)
+    with pytest.raises(ValueError, match=f"{name}: got 10 bytes, need the [0-9]+ bytes that the run wrote"):
+        Pipeline(replace(recipe, output_dir=str(tmp_path / "run"))).run()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"recipe": 3}', "half of"])
+def test_a_broken_manifest_is_refused(content, run, recipe, tmp_path):
+    shutil.copytree(run.root, tmp_path / "run")
+    (tmp_path / "run" / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match="manifest.json: got a file that is no run's manifest"):
+        Pipeline(replace(recipe, output_dir=str(tmp_path / "run"))).run()
+    (tmp_path / "run" / "manifest.json").unlink()
+    with pytest.raises(
+        ValueError, match="got a finished stage that manifest.json does not know.*put the manifest back"
+    ):
+        Pipeline(replace(recipe, output_dir=str(tmp_path / "run"))).run()
+
+
+def test_a_base_with_fewer_positions_than_max_length_is_refused(material, tmp_path):
+    tokenizer = make_tokenizer()
+    config = bert_config(tokenizer)
+    config.max_position_embeddings = 64
+    AutoModel.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    changes = {"base_model": str(tmp_path / "base"), "lora_target_modules": ["query", "value"]}
+    refused(make_recipe(material, tmp_path / "run", **changes), "got max_length=256, need at most 64, .*`base_model`")
+    changes |= {"base_model": str(material / "base"), "router_model": str(tmp_path / "base")}
+    changes["lora_target_modules"] = ["q_proj"]
+    refused(make_recipe(material, tmp_path / "run", **changes), "need at most 64, .*`router_model`")
+
+
+def test_bases_of_tasks_are_those_of_the_same_shape_and_tokens(material, tmp_path):
+    unknown = make_recipe(material, tmp_path / "run", task_base_models={"cooking": "base"})
+    refused(unknown, r"`task_base_models` of the recipe: got the tasks \['cooking'\], need some of")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    AutoModel.from_config(qwen2_config(tokenizer, num_hidden_layers=1)).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    other = make_recipe(material, tmp_path / "run", task_base_models={"maths": str(tmp_path / "small")})
+    refused(
+        other,
+        "`task_base_models` of maths of the recipe: got .*small, which differs from .* need a model of the same shape",
+    )
+    tokenizer.add_tokens(["<tool>"])
+    base = base_like(material, tmp_path / "tokens")
+    tokenizer.save_pretrained(base)
+    other = make_recipe(material, tmp_path / "run", task_base_models={"maths": str(base)})
+    refused(other, "`task_base_models` of maths of the recipe: got .* whose tokenizer has other tokens")
+
+
+def test_more_layers_of_the_router_than_it_has_are_refused(material, tmp_path):
+    refused(
+        make_recipe(material, tmp_path / "run", router_layers=3),
+        "`router_layers` of the recipe: got 3, need at most 2",
+    )
+
+
+def test_experts_that_no_memory_holds_are_refused(material, tmp_path):
+    refused(
+        make_recipe(material, tmp_path / "run", lora_rank=10**12),
+        "got lora_rank=1000000000000 .* GiB of memory: lower",
+    )

@@ -42,6 +42,7 @@ NOT_AS_VALUES: dict[str, dict] = {
     "a clipping that turns round": {"max_grad_norm": -1.0},
     "no epoch": {"num_train_epochs": 0},
     "no logging": {"logging_steps": 0},
+    "a decay past zero": {"learning_rate": 0.1, "weight_decay": 10.0},
     "patience": {"patience": -1},
     "processes": {"dataloader_num_workers": -1},
     "smoothing": {"label_smoothing_factor": 0.5},
@@ -66,10 +67,9 @@ BY_THE_TRAINER = {
     "a schedule that follows a metric": ("phase2", {"lr_scheduler_type": "reduce_lr_on_plateau"}),
     "a schedule without its settings": ("phase1", {"lr_scheduler_type": "warmup_stable_decay"}),
     "settings of a schedule": ("baselines", {"lr_scheduler_kwargs": {"waves": 3}}),
-    "an optimizer's settings": ("phase3", {"optim": "adafactor", "optim_args": "speed=3"}),
+    "an optimizer of a package that is not there": ("phase3", {"optim": "adamw_anyprecision"}),
     "a budget of tokens": ("router", {"train_tokens_per_batch": 100}),
     "noise on embeddings": ("phase3", {"neftune_noise_alpha": 1.0}),
-    "a rate that diverges": ("phase3", {"learning_rate": 1e30}),
     "no predictions": ("router", {"prediction_loss_only": True}),
 }
 

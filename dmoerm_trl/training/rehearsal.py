@@ -32,7 +32,6 @@ ONE_STEP = {
         "fsdp": None,
         "fsdp_config": None,
         "resume_from_checkpoint": None,
-        "optim_target_modules": None,
     },
 }
 """What is set for a step alone: its length, what outlives it, and what depends on the model's size or on other processes."""
@@ -87,7 +86,8 @@ def _settings(step: str, recipe: Recipe, formatter: Formatter) -> str:
 
 
 def _train(step: str, recipe: Recipe, formatter: Formatter, folder: Path) -> None:
-    args = recipe.phase(step, str(folder / step), **ONE_STEP)
+    modules = {"optim_target_modules": "all-linear"} if getattr(recipe, step).get("optim_target_modules") else {}
+    args = recipe.phase(step, str(folder / step), **ONE_STEP, **modules)
     rows = [
         PreferenceRow(
             [{"role": "user", "content": content}], ["three", "four"], [1, 2], task, capability_ranks={POINT: [1, 2]}

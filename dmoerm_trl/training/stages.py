@@ -154,10 +154,10 @@ class Manifest:
         """
         for path, before in self["files"].get(name, {}).items():
             file = self.root / name / path
-            now = _state(file, name == "data") if file.is_file() else "nothing"
+            now = _state(file, name == "data") if file.is_file() else None
             if now != before:
-                what = "rows that were edited" if name == "data" and file.is_file() else f"{now} bytes"
-                need = "those" if name == "data" else f"the {before}"
+                what = "no file" if now is None else "rows that were edited" if name == "data" else f"{now} bytes"
+                need = "the one" if name == "data" else f"the {before} bytes"
                 raise ValueError(
                     f"{file}: got {what}, need {need} that the run wrote, because later stages are made of them: put the file back, "
                     f"or delete {self.root / name}, which the next start makes again."

@@ -92,6 +92,11 @@ class PhaseConfig(RewardConfig):
             for name in names:
                 if (value := getattr(self, name)) is not None and not right(value):
                     raise ValueError(f"got {name}={value!r}, need {need}.")
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                f"got learning_rate={self.learning_rate} and weight_decay={self.weight_decay}, need a product below 1, because a "
+                "step would shrink weights past zero: lower one of them."
+            )
         if self.eval_strategy not in ("steps", "epoch"):
             raise ValueError(
                 f"got eval_strategy={self.eval_strategy!r}, need 'steps' or 'epoch', because the best model is known by its "
