@@ -3,6 +3,7 @@
 import datetime
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, pipeline
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer
 from trl.data_utils import apply_chat_template
 
-from dmoerm_trl.data.chat_template import read_chat_format
+from dmoerm_trl.data.chat_template import read_chat_format, time_limit
 from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.rl.reward_functions import RewardProcessor, TextRewards, text_of
 from dmoerm_trl.scripts.score import describe
@@ -243,6 +244,8 @@ CHATML = make_tokenizer().chat_template
         (CHATML.replace("{% endfor %}", "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}").replace(
             "{{ m.content }}", "{{ m.content }}{{ ' (said)' if m.role == 'assistant' }}"), "one form of both"),
         (CHATML.replace("<|im_start|>assistant\n{% endif %}", "(bot){% endif %}"), "generation prompt ends in"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content[:5] }}"), "of a longer prompt, need one that writes all"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content[:9] if m.role == 'assistant' else m.content }}"), "one form of both"),
         ("{{ messages[9].content }}", "the tokenizer's chat template refuses"),
         ("{% for m in messages %}", "the tokenizer's chat template refuses"),
     ],
@@ -251,6 +254,17 @@ def test_what_cannot_be_made_one_is_refused(template, reason):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=reason):
+        Formatter(tokenizer, 512)
+
+
+def test_a_template_that_does_not_end_is_an_error(monkeypatch):
+    tokenizer = make_tokenizer()
+    loops = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = loops + CHATML
+    with pytest.raises(ValueError, match="took over 0.5 seconds for a few short chats"), time_limit(tokenizer, 0.5):
+        tokenizer.apply_chat_template(CHATS["one question"], tokenize=False)
+    monkeypatch.setattr("dmoerm_trl.data.formatting.time_limit", partial(time_limit, seconds=0.5))
+    with pytest.raises(ValueError, match="need one that ends"):
         Formatter(tokenizer, 512)
 
 

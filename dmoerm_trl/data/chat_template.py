@@ -6,7 +6,10 @@ and write the date. The reward model needs one form of each text, so the whole c
 """
 
 import re
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from itertools import product, takewhile
 from typing import Any, NamedTuple
@@ -111,6 +114,39 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Turns | Sequence[Turns], *
             f"got a prompt with turns of {[turn['role'] for turn in first]}, which the tokenizer's chat template refuses "
             f"({error}): change the turns or the template."
         ) from error
+
+
+class _Late(BaseException):
+    """Passes through all that a template's errors are caught by."""
+
+
+@contextmanager
+def time_limit(tokenizer: PreTrainedTokenizerBase, seconds: float = 30) -> Iterator[None]:
+    """
+    Within it a chat template that does not end is an error: it is a program of strangers. In a thread other than the main one there
+    is no limit.
+
+    Raises:
+        ValueError: if the seconds are over.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def late(*_: Any) -> None:
+        raise _Late
+
+    handler, timer = signal.signal(signal.SIGALRM, late), signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except _Late:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: got a chat template that took over {seconds} seconds for a few short chats, need one that "
+            "ends, because every text is rendered by it: mend the template."
+        ) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def read_chat_format(tokenizer: PreTrainedTokenizerBase, score_thinking: bool = False) -> ChatFormat:

@@ -11,10 +11,23 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..modeling.configuration import DMoERMConfig
-from .chat_template import ChatMarkers, chat_markers, fix_date, in_parts, leave_thoughts, read_chat_format, render
+from .chat_template import (
+    ChatMarkers,
+    chat_markers,
+    fix_date,
+    in_parts,
+    leave_thoughts,
+    read_chat_format,
+    render,
+    time_limit,
+)
 from .preference_row import PreferenceRow, turn_text
 
 __all__ = ["ChatMarkers", "CutReport", "Encoding", "Formatter", "chat_markers"]
+
+
+PROBE = " ".join(["one two three four five six seven eight nine ten"] * 4)
+"""A text that a chat template has to write whole."""
 
 
 class Encoding(NamedTuple):
@@ -85,6 +98,11 @@ class Formatter:
         fix_date(tokenizer)
         self.tokenizer = tokenizer
         self.max_length = max_length
+        with time_limit(tokenizer):
+            self._read_template(score_thinking)
+
+    def _read_template(self, score_thinking: bool) -> None:
+        tokenizer = self.tokenizer
         self.format = read_chat_format(tokenizer, score_thinking)
         leave_thoughts(tokenizer, self.format.thoughts)
         self.markers = ChatMarkers(*self.format[:2])
@@ -288,29 +306,36 @@ class Formatter:
     def _check_template(self) -> None:
         """
         Raises:
-            ValueError: if what a policy writes after its prompt is read otherwise than the whole chat.
+            ValueError: if the template does not write all of a prompt, or what a policy writes after it is read otherwise than the
+                whole chat.
         """
-        for turns in ([_user("one")], [_user("one"), self._answer("six"), _user("two")]):
+        for turns in ([_user(PROBE)], [_user("one"), self._answer(PROBE), _user(PROBE)]):
             try:
                 opened = self._open(turns)
             except ValueError:
                 if len(turns) > 1:  # a template for one question alone
                     continue
                 raise
-            whole = self._join(turns, "six")[0]
+            if self._letters(self._text_ids(PROBE)) not in self._letters(opened):
+                raise ValueError(
+                    f"{self.tokenizer.name_or_path}: got a chat template that makes {self.tokenizer.decode(opened)!r} of a longer "
+                    "prompt, need one that writes all of it, because the rest would not be read: mend the template."
+                )
+            whole = self._join(turns, PROBE)[0]
             head = self._head(opened)
             ends = self.markers.end_of_turn[:1]
-            written = opened[:head] + self._response(opened[head:] + self._text_ids("six") + ends)
-            texts = [
-                self.tokenizer.decode(ids).split() for ids in (whole, written)
-            ]  # a tokenizer may begin a text with a space
-            if "".join(texts[0]) != "".join(texts[1]):
+            written = opened[:head] + self._response(opened[head:] + self._text_ids(PROBE) + ends)
+            if self._letters(whole) != self._letters(written):
                 raise ValueError(
                     f"{self.tokenizer.name_or_path}: got a chat template by which a whole chat ends in "
                     f"{self.tokenizer.decode(whole[head:])!r}, and a policy's own text in {self.tokenizer.decode(written[head:])!r}, "
                     "need one form of both, because a text would have two rewards: mend the template, or add the tokens that it "
                     "writes around a response to the tokenizer."
                 )
+
+    def _letters(self, ids: list[int]) -> str:
+        """What tokens spell, without white space, with which a tokenizer may begin a text."""
+        return "".join(self.tokenizer.decode(ids).split())
 
     def _text_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
