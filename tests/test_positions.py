@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, GPT2Config, OPTConfig, PreTrainedConfig, Qwen2Config, RobertaConfig
 
-from dmoerm_trl.modeling.positions import check_positions, learned_positions
+from dmoerm_trl.modeling.positions import check_positions, longest_text
 
 SIZES = {
     "vocab_size": 50,
@@ -32,17 +32,17 @@ LEARNED: list[PreTrainedConfig] = [
 @pytest.mark.parametrize("config", LEARNED, ids=lambda config: config.model_type)
 def test_a_text_of_so_many_tokens_is_read_and_of_one_more_is_not(config):
     backbone = AutoModel.from_config(config)
-    assert learned_positions(backbone) == 32
+    assert longest_text(backbone) == 32
     text = torch.full((1, 32), 5)
     assert backbone(text).last_hidden_state.shape == (1, 32, 16)
     with pytest.raises((IndexError, RuntimeError)):
         backbone(torch.full((1, 33), 5))
     check_positions(backbone, "the base", 32)
-    with pytest.raises(ValueError, match="got max_length=33, need at most 32, because the base has learned positions"):
+    with pytest.raises(ValueError, match="got max_length=33, need at most 32, because the base has positions for so many tokens"):
         check_positions(backbone, "the base", 33)
 
 
 def test_rotary_positions_have_no_limit():
     backbone = AutoModel.from_config(Qwen2Config(**SIZES, num_key_value_heads=2, max_position_embeddings=32))
-    assert learned_positions(backbone) is None
+    assert longest_text(backbone) is None
     check_positions(backbone, "the base", 10**6)
