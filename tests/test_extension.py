@@ -10,6 +10,7 @@ import torch
 from models import make_backbone, make_tokenizer
 from test_pipeline import EXPERTS, POINTS, STAGES, TABLE, make_recipe, make_rows, material, weights, write  # noqa: F401
 
+from dmoerm_trl.data.preference_row import PreferenceRow
 from dmoerm_trl.training.pipeline import Pipeline
 from dmoerm_trl.training.recipe import Recipe
 
@@ -200,3 +201,28 @@ def test_all_stages_are_known(finished):
     assert set(finished.stages) == STAGES - left_out
     assert set(finished.manifest["stages"]) == set(finished.stages)
     assert {name for name in EXPERTS if not name.startswith("overall")} <= set(finished.trainings)
+
+
+def test_rows_that_no_finished_training_reads_may_change_in_the_same_folder(finished, tmp_path):
+    shutil.copytree(finished.root, tmp_path / "run")
+    for name in ("router", "maths/phase3", "ensemble/0", "model"):
+        shutil.rmtree(tmp_path / "run" / name)
+    phase3 = {row.prompt_id for row in finished.rows("phase3_train", task="maths")}
+    rows = make_rows()
+    for row in rows:
+        if PreferenceRow([{"role": "user", "content": row["prompt"]}], [], []).prompt_id in phase3:
+            row["ranks"] = row["ranks"][::-1]
+    write(rows, tmp_path / "rows.jsonl")
+    changes = {"output_dir": str(tmp_path / "run"), "train_data": str(tmp_path / "rows.jsonl")}
+    mine = tmp_path / "run" / "data" / "mine.txt"
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match="run/data: got something that no stage of a run has left"):
+        Pipeline(replace(finished.recipe, **changes)).run()
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    run = Pipeline(replace(finished.recipe, **changes))
+    run.run()
+    same = ("maths/phase1", "maths/experts", "chitchat/")
+    before, now = weights(finished.root), weights(run.root)
+    assert all(before[name] == now[name] for name in before if name.startswith(same))
+    assert before["maths/phase3/model.safetensors"] != now["maths/phase3/model.safetensors"]

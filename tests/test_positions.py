@@ -38,7 +38,9 @@ def test_a_text_of_so_many_tokens_is_read_and_of_one_more_is_not(config):
     with pytest.raises((IndexError, RuntimeError)):
         backbone(torch.full((1, 33), 5))
     check_positions(backbone, "the base", 32)
-    with pytest.raises(ValueError, match="got max_length=33, need at most 32, because the base has positions for so many tokens"):
+    with pytest.raises(
+        ValueError, match="got max_length=33, need at most 32, because the base has positions for so many tokens"
+    ):
         check_positions(backbone, "the base", 33)
 
 

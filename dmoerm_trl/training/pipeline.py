@@ -401,7 +401,7 @@ class Pipeline:
         before = source.record("data")["settings"] if source.has("data") else {}
         now = json.loads(json.dumps(self._data_settings))
         changed = [key for key in now if before.get(key) != now[key]]
-        print(f"of {source.root}\n{self._growth(source, self._digests, changed)}")
+        print(f"of {source.root}:\n{self._growth(source, self._digests, changed)}")
         for name in self.stages:
             if name != "data" and not self._done(name) and self._source_has(name):
                 source.check_files(name)
@@ -441,7 +441,10 @@ class Pipeline:
                 (self.root / "data" / path).unlink(missing_ok=True)
             with suppress(OSError):
                 (self.root / "data").rmdir()
-            self.__dict__.pop("run_data", None) if self._done("data") else None
+            check_places(self.root, ["data"])
+        for name in self.stages:  # of a run that was killed right after it
+            if self._done(name) and name not in finished["files"]:
+                finished.note_files(name)
         finished.content["recipe"] = json.loads(json.dumps(self.recipe.fingerprint()))
         if self._source is not None:
             finished.content["extends"] = str(self._source.root)

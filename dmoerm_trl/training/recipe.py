@@ -184,7 +184,7 @@ class Recipe:
         seed = self.seed if seed is None else seed
         try:
             return PhaseConfig(output_dir=output_dir, seed=seed, report_to=self.report_to, **settings)
-        except (ValueError, TypeError, ArithmeticError, AttributeError, KeyError, ImportError) as error:
+        except (ValueError, TypeError, ArithmeticError, AttributeError, KeyError, ImportError, OSError) as error:
             raise ValueError(f"`{stage}` of the recipe: {error}") from error
 
     def step_settings(self, stage: str, processes: int) -> dict[str, Any]:
