@@ -276,6 +276,16 @@ def test_a_run_can_go_on_elsewhere_and_with_other_workers(run, recipe, tmp_path)
 # A training that is killed.
 
 
+def test_a_stage_that_ended_right_before_a_kill_is_noted_by_the_next_start(run, recipe, tmp_path):
+    root = tmp_path / "killed"
+    shutil.copytree(run.root, root)
+    whole = json.loads((root / "manifest.json").read_text())
+    files = {name: of_stage for name, of_stage in whole["files"].items() if name not in ("data", "maths/phase1")}
+    (root / "manifest.json").write_text(json.dumps(whole | {"files": files}))
+    Pipeline(replace(recipe, output_dir=str(root))).run()
+    assert json.loads((root / "manifest.json").read_text())["files"] == whole["files"]
+
+
 def train(recipe: Recipe) -> None:
     """What a child process of these tests does."""
     Pipeline(recipe).run()

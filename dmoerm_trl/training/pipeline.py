@@ -448,6 +448,9 @@ class Pipeline:
         finished.content["recipe"] = json.loads(json.dumps(self.recipe.fingerprint()))
         if self._source is not None:
             finished.content["extends"] = str(self._source.root)
+        for name in self.stages:
+            if self._done(name) and name not in finished["files"]:  # a kill came between its end and the note of it
+                finished.note_files(name)
         finished.save()
 
     def _run_rest(self, done: set[str]) -> None:
