@@ -70,7 +70,8 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = Parser((Arguments,), prog="bon_eval.py", description=__doc__).parse(argv)
-    rows = read_prompts(arguments.prompts or arguments.responses, arguments.num_prompts, arguments.task)
+    prompts = arguments.responses if arguments.prompts is None else arguments.prompts
+    rows = read_prompts(prompts, arguments.num_prompts, arguments.task)
     policy = arguments.responses or PolicySource(
         arguments.policy,
         max_new_tokens=arguments.max_new_tokens,

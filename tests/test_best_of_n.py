@@ -221,10 +221,16 @@ def test_a_reward_model_that_is_none_is_refused(settings, tmp_path, spec):
         bon_eval({**settings, "reward_models": {"odd": spec}}, tmp_path / "run")
 
 
-@pytest.mark.parametrize("key", ["num_prompts", "max_length"])
+@pytest.mark.parametrize("key", ["num_prompts", "max_length", "n", "workers", "seed"])
 def test_a_count_below_one_is_refused(settings, tmp_path, key):
-    with pytest.raises(ValueError, match=f"got {key}=-1, need at least 1"):
+    with pytest.raises(ValueError, match=f"got .*{key}=-1.*need at least 1"):
         bon_eval({**settings, key: -1}, tmp_path / "run")
+
+
+@pytest.mark.parametrize("change", [{"show": [0]}, {"show_prompts": -1}])
+def test_winners_that_cannot_be_shown_are_refused(settings, tmp_path, change):
+    with pytest.raises(ValueError, match="got show=.*need values of n from 1"):
+        bon_eval({**settings, **change}, tmp_path / "run")
 
 
 def test_an_unknown_key_is_refused(settings, tmp_path):

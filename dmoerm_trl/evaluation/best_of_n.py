@@ -133,6 +133,12 @@ def run_best_of_n(
             there are too few responses, or each of several processes would start workers of its own.
         OSError: The disk is full; what was written is kept.
     """
+    if min(n, workers) < 1 or seed < 0:
+        raise ValueError(
+            f"got n={n}, workers={workers} and seed={seed}, need at least 1, 1 and 0: n is the responses to a prompt."
+        )
+    if not os.fspath(output_dir).strip():
+        raise ValueError("got an empty `output_dir`, need a folder of the run's own: name it.")
     members = {name: _members(name, spec) for name, spec in reward_models.items()}
     if not members:
         raise ValueError("got no `reward_models`, need at least one: name -> folder, hub name or 'length'.")
@@ -144,6 +150,11 @@ def run_best_of_n(
     from_file = not isinstance(policy, PolicySource)
     if gold == GOLD_OF_FILE and not from_file:
         raise ValueError(f"got gold {gold!r} without a file of responses, need one with the column `gold`.")
+    if any(shown < 1 for shown in show) or show_prompts < 0:
+        raise ValueError(
+            f"got show={list(show)} and show_prompts={show_prompts}, need values of n from 1 and a number of prompts from 0: they "
+            "say whose winners are shown."
+        )
     grid = default_grid(n) if grid is None else sorted(grid)
     if not grid or not 1 <= grid[0] <= grid[-1] <= n:
         raise ValueError(f"got the grid {grid} for n={n}, need values from 1 to n: raise n or leave them out.")

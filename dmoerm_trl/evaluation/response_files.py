@@ -42,7 +42,10 @@ def read_prompts(path: str | os.PathLike, count: int | None = None, task: str | 
             rows.setdefault(_key(record), fields)
     if len(rows) < (count or 1):
         of_task = f" of the task {task!r}" if task else ""
-        raise ValueError(f"{path}: got {len(rows)} distinct prompts{of_task}, need {count or 'at least one'}.")
+        raise ValueError(
+            f"{path}: got {len(rows)} distinct prompts{of_task}, need {count or 'at least one'}: lower `num_prompts`, or take a file "
+            "with more."
+        )
     return list(rows.values())
 
 

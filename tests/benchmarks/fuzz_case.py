@@ -80,7 +80,7 @@ def outcome(case: Case, folder: Path) -> tuple[str, str]:
     if status < 0 or foreign or not message:
         return "crash", message or f"ended with {status}: {said[-500:]}"
     places = [place if isinstance(place, tuple) else (place,) for place in case.place]
-    named = all(any(text in message for text in texts) for texts in places) and WAY_OUT.search(message)
+    named = all(any(text.lower() in message.lower() for text in texts) for texts in places) and WAY_OUT.search(message)
     if case.late is not None and case.late():
         return "unnamed", f"late: {message}"
     return "named" if named else "unnamed", message
