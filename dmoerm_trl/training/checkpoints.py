@@ -14,7 +14,7 @@ from transformers import Trainer
 from ..files import write_json
 from .distributed import is_main, wait_for_all
 
-WEIGHTS = ["model.safetensors", "model.safetensors.index.json"]
+WEIGHTS = ["model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"]
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
