@@ -3,6 +3,7 @@ How a program of this package speaks to its user: errors and warnings in a line 
 Libraries make some of it when they are imported: import this before them.
 """
 
+import errno
 import functools
 import logging
 import os
@@ -86,7 +87,8 @@ def _say(text: str) -> None:
 
 def _text_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        way_out = "free some space" if error.errno == errno.ENOSPC else "mend the path, or its permissions"
+        return f"{error.filename}: {error.strerror}: {way_out}."
     if raised_here(error) and str(error):
         return str(error)
     text = reason(error)

@@ -48,7 +48,10 @@ def ours(argv: list[str]) -> None:
     [
         (of_a_library, "dmoerm: error: Expecting property name.*\nThe same command with --debug shows where.\n"),
         (a_fault, "dmoerm: error: IndexError: list index out of range\nThe same command with --debug shows where.\n"),
-        (missing_file, "dmoerm: error: no/such.jsonl: No such file or directory\n"),
+        (
+            missing_file,
+            "dmoerm: error: no/such.jsonl: No such file or directory: mend the path, or its permissions.\n",
+        ),
         (fails_with(KeyError()), "dmoerm: error: KeyError\n"),
         (fails_with(ValueError("a " * 10_000)), "dmoerm: error: (a ){100,400}…\n.*shows where.\n"),
         (fails_with(ValueError("\x1b[2Jgone\n\nfar")), r"dmoerm: error: \\u001b\[2Jgone far\n.*shows where.\n"),

@@ -37,6 +37,20 @@ def is_available() -> bool:
     return all(find_spec(package) is not None for package in ("phonenumbers", "stdnum"))
 
 
+def check_region(phone_region: str | None) -> None:
+    """
+    Raises:
+        ValueError: if `phone_region` is no country of the package `phonenumbers`, which would look for nothing.
+    """
+    from phonenumbers import SUPPORTED_REGIONS
+
+    if phone_region is not None and phone_region not in SUPPORTED_REGIONS:
+        raise ValueError(
+            f"got phone_region={phone_region!r}, need the ISO code of a country in capitals, such as 'US' or 'CN', because phone "
+            "numbers are read in its way: mend it."
+        )
+
+
 def kinds_in(row: PreferenceRow, phone_region: str | None = "US") -> set[str]:
     """The kinds of personal data that a row's prompt and responses seem to hold."""
     return find_personal_data("\n".join([*(turn["content"] for turn in row.prompt), *row.responses]), phone_region)

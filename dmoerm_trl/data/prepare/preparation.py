@@ -75,6 +75,8 @@ class Preparation:
             raise ValueError(f"`points`: got {unknown[0]!r}, which the set does not have, need some of {list(own)}.")
         if self.own_points:
             TaskTable({GENERAL: self.own_points}, self.own_points)  # checks the names
+        if personal_data.is_available():
+            personal_data.check_region(self.phone_region)
         if self.drop_personal_data and not personal_data.is_available():
             raise ImportError(
                 "got drop_personal_data without the packages `phonenumbers` and `python-stdnum`, need them to find personal "

@@ -4,7 +4,7 @@ import pytest
 
 from dmoerm_trl.data.preference_row import PreferenceRow
 from dmoerm_trl.data.prepare import personal_data
-from dmoerm_trl.data.prepare.personal_data import KINDS, find_personal_data, kinds_in
+from dmoerm_trl.data.prepare.personal_data import KINDS, check_region, find_personal_data, kinds_in
 
 pytestmark = pytest.mark.skipif(not personal_data.is_available(), reason="needs the extra `prepare`")
 
@@ -96,3 +96,11 @@ def test_without_the_extra(prepare, monkeypatch):
     assert (len(rows), audit.looked_at) == (3, 0)
     with pytest.raises(ImportError, match=r"need them to find personal data: pip install 'dmoerm-trl\[prepare\]'"):
         prepare("pairs", EXAMPLES, drop_personal_data=True)
+
+
+def test_a_region_that_is_no_country_is_an_error():
+    check_region("CN")
+    check_region(None)
+    for region in ("ZZZ", "us", ""):
+        with pytest.raises(ValueError, match="need the ISO code of a country"):
+            check_region(region)
