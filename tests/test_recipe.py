@@ -194,3 +194,11 @@ def test_a_value_that_a_key_cannot_have_is_an_error_that_names_key_and_value(key
 def test_a_shared_base_is_that_of_all_tasks():
     with pytest.raises(ValueError, match="`task_base_models` of the recipe: .*share_base=True, need one of them"):
         recipe(task_base_models={"chitchat": "b"}, share_base=True)
+
+
+@pytest.mark.parametrize("name", ["chat_template_path", "eos_token", "pad_token"])
+def test_a_stage_has_no_tokenizer_of_its_own(name):
+    with pytest.raises(
+        ValueError, match=rf"`phase2` of the recipe: got \['{name}'\], need one tokenizer for all stages"
+    ):
+        Recipe(output_dir="run", base_model="base", train_data="rows.jsonl", phase2={name: "a"})

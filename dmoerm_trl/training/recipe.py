@@ -169,6 +169,11 @@ class Recipe:
             ValueError: if the recipe sets a key that training arguments do not have, or a value that they cannot have.
         """
         fields = PhaseConfig.__dataclass_fields__
+        if tokenizers := [name for name in OF_THE_TOKENIZER if getattr(self, stage).get(name) is not None]:
+            raise ValueError(
+                f"`{stage}` of the recipe: got {tokenizers}, need one tokenizer for all stages, because texts are tokenised once: "
+                "set it in the base model's folder."
+            )
         if unknown := set(getattr(self, stage)) - set(fields) | set(getattr(self, stage)) & set(TOP_LEVEL):
             raise ValueError(
                 f"`{stage}` of the recipe: got the unknown keys {sorted(unknown)}, need arguments of trl.RewardConfig "
@@ -240,6 +245,8 @@ RANGES = {
     "aggregator_hidden_size": (lambda value: value >= 1, "at least 1"),
 }
 """Key -> whether a value can be, and what is needed."""
+
+OF_THE_TOKENIZER = ("chat_template_path", "eos_token", "pad_token")
 
 TOP_LEVEL = (
     "output_dir",
