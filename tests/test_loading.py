@@ -52,7 +52,10 @@ BROKEN = {
     "no type": (config(model_type=None), "got a model of type None, need a DMoERM"),
     "no tasks": (config(tasks=None), "got a configuration without `tasks`"),
     "other tasks": (config(tasks={"a": ["b"]}), "got 45 missing keys .*: save it again"),
-    "a base of an unknown type": (config(backbone_config={"model_type": "zork"}), "cannot be read .*zork"),
+    "a base of an unknown type": (
+        config(backbone_config={"model_type": "zork"}),
+        "got the configuration of a backbone with model_type=.zork.",
+    ),
     "no weights": (without("*.safetensors"), "cannot be read .*no file named model.safetensors.*: save it again"),
     "empty weights": (write("model.safetensors", b""), "cannot be read .*header too small.*: save it again"),
     "weights cut off": (lambda f: os.truncate(f / "model.safetensors", 20_000), "cannot be read .*invalid header"),

@@ -229,8 +229,8 @@ def test_a_killed_process_ends_the_run_and_it_goes_on_with_as_many_processes(alo
     output = tmp_path / "run"
     recipe = write_recipe(material, output, 2, zero(3))
     launcher = start(recipe, 2)
-    checkpoint = output / "work/chitchat/experts/checkpoints/checkpoint-2/trainer_state.json"
-    until(checkpoint.exists, launcher)
+    until(lambda: states(output, "chitchat/experts", 2), launcher)
+    (checkpoint,) = states(output, "chitchat/experts", 2)
     psutil.Process(launcher.pid).children()[1].kill()
     said = said_by(launcher)
     assert launcher.returncode != 0 and "Signal 9 (SIGKILL)" in said
@@ -254,7 +254,7 @@ def test_a_run_under_fsdp_that_is_killed_goes_on_with_another_number_of_processe
 ):
     output = tmp_path / "run"
     two = start_fsdp(write_recipe(material, output, 2, None), 2, monkeypatch)
-    until((output / "work/maths/experts/checkpoints/checkpoint-4/trainer_state.json").exists, two)
+    until(lambda: states(output, "maths/experts", 4), two)
     psutil.Process(two.pid).children()[1].kill()
     said = said_by(two)
     assert two.returncode != 0 and "Signal 9 (SIGKILL)" in said
@@ -264,6 +264,11 @@ def test_a_run_under_fsdp_that_is_killed_goes_on_with_another_number_of_processe
     said = said_by(one)
     assert one.returncode == 0, said[-5000:]
     close(output, alone)
+
+
+def states(output: Path, stage: str, step: int) -> list[Path]:
+    """The last file of a stage's checkpoint, once it is written; the folder between tells what the stage is made of."""
+    return list(output.glob(f"work/{stage}/*/checkpoints/checkpoint-{step}/trainer_state.json"))
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen) -> None:

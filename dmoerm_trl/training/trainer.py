@@ -97,10 +97,10 @@ class PhaseConfig(RewardConfig):
                 f"got learning_rate={self.learning_rate} and weight_decay={self.weight_decay}, need a product below 1, because a "
                 "step would shrink weights past zero: lower one of them."
             )
-        if self.eval_strategy not in ("steps", "epoch"):
+        if self.eval_strategy not in ("steps", "epoch") and (self.load_best_model_at_end or self.patience):
             raise ValueError(
                 f"got eval_strategy={self.eval_strategy!r}, need 'steps' or 'epoch', because the best model is known by its "
-                "evaluations."
+                "evaluations: set one, or `load_best_model_at_end: false` and `patience: 0`."
             )
 
     @property
