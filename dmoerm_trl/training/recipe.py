@@ -169,6 +169,10 @@ class Recipe:
             ValueError: if the recipe sets a key that training arguments do not have, or a value that they cannot have.
         """
         fields = PhaseConfig.__dataclass_fields__
+        if lost := [name for name in ("save_only_model", "ignore_data_skip") if getattr(self, stage).get(name)]:
+            raise ValueError(
+                f"`{stage}` of the recipe: got {lost[0]}=True, need False, because a run that was killed would not go on as it was."
+            )
         if tokenizers := [name for name in OF_THE_TOKENIZER if getattr(self, stage).get(name) is not None]:
             raise ValueError(
                 f"`{stage}` of the recipe: got {tokenizers}, need one tokenizer for all stages, because texts are tokenised once: "

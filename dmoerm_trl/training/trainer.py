@@ -124,10 +124,6 @@ RANGES: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
     ): (lambda value: 0 <= value < math.inf, "a finite number, 0 or more"),
     ("adam_beta1", "adam_beta2"): (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
     ("label_smoothing_factor",): (lambda value: value == 0, "0, because equation 7 has no such factor"),
-    ("save_only_model", "ignore_data_skip"): (
-        lambda value: not value,
-        "False, because a run that was killed would not go on as it was",
-    ),
     ("push_to_hub",): (
         lambda value: not value,
         "False, because a stage is a part of a model: upload the finished one",
