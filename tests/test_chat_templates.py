@@ -99,7 +99,6 @@ def ids_of_reward_trainer(model, tokenizer, chat: list[dict], response: str, fol
     return trainer.train_dataset[0]["chosen_ids"]
 
 
-@pytest.mark.trl_contract
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_one_text_has_one_reward_and_one_route_whoever_rendered_it(name, tmp_path):
     template = TEMPLATES[name]
