@@ -27,19 +27,21 @@ def writing(path: str | os.PathLike, *, binary: bool = False, private: bool = Fa
     path.parent.mkdir(parents=True, exist_ok=True)
     partial.unlink(missing_ok=True)  # of a run that was killed; a link is removed, not followed
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+    mine = os.fstat(handle)
     try:
         with open(handle, "wb") if binary else open(handle, "w", encoding="utf-8") as file:
             yield file
             file.flush()
             os.fsync(handle)
-            if not _is_at(handle, partial):
+            if not _is_at(mine, partial):
                 raise RuntimeError(
                     f"{path}: got another process that writes the same file, need one at a time, because one would overwrite "
                     "the other: wait for it, or name another file."
                 )
             os.replace(partial, path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        if _is_at(mine, partial):
+            partial.unlink()
         raise
 
 
@@ -118,9 +120,9 @@ def check_writable(path: str | os.PathLike, *, inputs: Iterable[str | os.PathLik
         ) from error
 
 
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether an open file still stands at a path."""
+def _is_at(file: os.stat_result, path: Path) -> bool:
+    """Whether a file still stands at a path."""
     try:
-        return os.path.samestat(os.fstat(handle), os.lstat(path))
+        return os.path.samestat(file, os.lstat(path))
     except FileNotFoundError:
         return False

@@ -25,6 +25,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from dmoerm_trl import DMoERMForSequenceClassification, Formatter
 from dmoerm_trl.arguments import Parser
+from dmoerm_trl.folders import held
 from dmoerm_trl.modeling.loading import loading
 from dmoerm_trl.rl.monitor import PolicyMonitor, every
 from dmoerm_trl.rl.prompts import load_prompts
@@ -120,8 +121,9 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         callbacks=[monitor],
     )
-    train(trainer)  # from the last whole checkpoint, if there is one
-    trainer.save_model(args.output_dir)
+    with held(args.output_dir):
+        train(trainer)  # from the last whole checkpoint, if there is one
+        trainer.save_model(args.output_dir)
     PartialState().destroy_process_group()
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from dmoerm_trl import Formatter, ppo_trainer
 from dmoerm_trl.arguments import Parser
+from dmoerm_trl.folders import held
 from dmoerm_trl.modeling.loading import loading
 from dmoerm_trl.rl.ensemble import RewardEnsemble, load_reward_model
 from dmoerm_trl.rl.monitor import PolicyMonitor, every
@@ -123,8 +124,9 @@ def main(argv: list[str] | None = None) -> None:
         top_p=arguments.top_p,
         callbacks=[monitor],
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
-    trainer.save_model(args.output_dir)
+    with held(args.output_dir):
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+        trainer.save_model(args.output_dir)
     PartialState().destroy_process_group()
 
 

@@ -56,7 +56,8 @@ NOT_AS_VALUES: dict[str, dict] = {
 @pytest.mark.parametrize("step", DEFAULTS)
 @pytest.mark.parametrize("settings", NOT_AS_VALUES.values(), ids=NOT_AS_VALUES)
 def test_what_is_no_value_is_found_when_the_recipe_is_read(settings, step):
-    with pytest.raises(ValueError, match=f"`{step}` of the recipe: "):
+    (name, *_) = settings
+    with pytest.raises(ValueError, match=rf"(?s)`{step}` of the recipe: .*{name}"):
         recipe(step, **settings)
 
 

@@ -193,8 +193,8 @@ class Recipe:
         seed = self.seed if seed is None else seed
         try:
             return PhaseConfig(output_dir=output_dir, seed=seed, report_to=self.report_to, **settings)
-        except (ValueError, TypeError, ArithmeticError, AttributeError, KeyError, ImportError, OSError) as error:
-            raise ValueError(f"`{stage}` of the recipe: {error}") from error
+        except UNUSABLE as error:
+            raise ValueError(f"`{stage}` of the recipe: {_culprit(settings, output_dir)}{error}") from error
 
     def step_settings(self, stage: str, processes: int) -> dict[str, Any]:
         """A stage's settings on which its result depends; its step has its size, however it is divided over processes."""
@@ -220,6 +220,16 @@ class Recipe:
             if settings[name] is not None and Path(settings[name]).is_file():
                 settings[f"sha256 of {name}"] = file_digest([Path(settings[name])])
         return settings
+
+
+def _culprit(settings: dict[str, Any], output_dir: str) -> str:
+    """Names the setting that training arguments cannot have, whatever the others are, if there is one."""
+    for name, value in settings.items():
+        try:
+            PhaseConfig(output_dir=output_dir, **{name: value})
+        except UNUSABLE:
+            return f"got {name}={value!r}: "
+    return ""
 
 
 @cache
@@ -249,6 +259,9 @@ RANGES = {
     "aggregator_hidden_size": (lambda value: value >= 1, "at least 1"),
 }
 """Key -> whether a value can be, and what is needed."""
+
+UNUSABLE = (ValueError, TypeError, ArithmeticError, AttributeError, KeyError, ImportError, OSError)
+"""What training arguments raise for values that they cannot have."""
 
 OF_THE_TOKENIZER = ("chat_template_path", "eos_token", "pad_token")
 
