@@ -65,6 +65,22 @@ def write_json(path: str | os.PathLike, content: Any, *, private: bool = False) 
     write_text(path, text + "\n", private=private)
 
 
+def read_json(path: str | os.PathLike, way_out: str = "put it back as it was written") -> Any:
+    """
+    Reads JSON that this package wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming the file, if it is no JSON; the message ends with the way out.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: got a file that is no JSON ({error}), need what was written there: {way_out}."
+        ) from error
+
+
 def save_figure(figure: Any, path: str | os.PathLike) -> Path:
     """Writes a figure of matplotlib's by way of [`writing`], in the format of the path's suffix, and returns the path."""
     path = Path(path)

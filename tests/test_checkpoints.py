@@ -61,6 +61,15 @@ def test_a_checkpoint_that_is_not_whole_is_refused_and_it_is_said_what_to_delete
     assert not (Path(__file__).parent / "a_pickle_ran").exists()
 
 
+@pytest.mark.parametrize("content", [b"", b"\xb3\xa0", b'{"model_type": '])
+def test_json_of_a_checkpoint_is_read_before_it_is_gone_on_from(content, copy):
+    (copy / "checkpoint-3/config.json").write_bytes(content)
+    with pytest.raises(
+        ValueError, match="config.json: got a file that was cut off or is of another kind, need all files"
+    ):
+        scripted(copy, ACCURACIES, patience=0)
+
+
 def test_what_is_said_helps(copy, tmp_path):
     unbroken, _ = scripted(tmp_path / "unbroken", ACCURACIES, patience=0)
     (copy / "checkpoint-3/scheduler.pt").unlink()

@@ -7,7 +7,7 @@ import stat
 import pytest
 from matplotlib.figure import Figure
 
-from dmoerm_trl.files import check_writable, partial_path, save_figure, write_json, write_text, writing
+from dmoerm_trl.files import check_writable, partial_path, read_json, save_figure, write_json, write_text, writing
 
 
 def test_a_file_appears_whole_in_a_folder_that_is_made(tmp_path):
@@ -99,3 +99,10 @@ def test_an_input_is_not_written_over_by_whatever_name(tmp_path):
     with pytest.raises(ValueError, match="cannot be written"):
         check_writable("")
     assert (tmp_path / "rows.jsonl").read_text() == "precious"
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b'{"a": '])
+def test_json_that_cannot_be_read_names_its_file_and_the_way_out(content, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json: got a file that is no JSON .*: write it anew\."):
+        read_json(tmp_path / "a.json", "write it anew")

@@ -1,6 +1,5 @@
 """Checkpoints of a training that was killed: which is the last, and that it is whole and of this training."""
 
-import json
 import pickle
 import zipfile
 from collections.abc import Iterator
@@ -11,8 +10,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 
-from ..files import write_json
+from ..files import read_json, write_json
 from .distributed import is_main, wait_for_all
+
+CUT_OFF = "a file that was cut off or is of another kind"
 
 WEIGHTS = ["model.safetensors", "adapter_model.safetensors", "model.safetensors.index.json"]
 
@@ -102,7 +103,10 @@ def check_checkpoint(checkpoint: str | Path, trainer: Trainer) -> None:
         if not (found := [name for name in names if (Path(checkpoint) / name).is_file()]):
             raise _not_whole(Path(checkpoint) / names[0], "nothing")
         if not _is_readable(Path(checkpoint) / found[0]):
-            raise _not_whole(Path(checkpoint) / found[0], "a file that was cut off or is of another kind")
+            raise _not_whole(Path(checkpoint) / found[0], CUT_OFF)
+    for path in Path(checkpoint).glob("*.json"):
+        if not _is_readable(path):
+            raise _not_whole(path, CUT_OFF)
 
 
 def _layout(stage: int, shards: int) -> str:
@@ -119,7 +123,7 @@ def _not_whole(path: Path, got: str) -> ValueError:
 
 
 def _state(checkpoint: str | Path) -> dict[str, Any]:
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return read_json(Path(checkpoint) / "trainer_state.json")
 
 
 def _is_readable(path: Path) -> bool:
@@ -127,8 +131,16 @@ def _is_readable(path: Path) -> bool:
     if path.suffix == ".safetensors":
         return is_whole(path)
     if path.suffix == ".json":
-        return path.is_file()
+        return path.is_file() and _is_json(path)
     return path.is_file() and zipfile.is_zipfile(path)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        read_json(path)
+        return True
+    except ValueError:
+        return False
 
 
 def is_whole(path: Path) -> bool:

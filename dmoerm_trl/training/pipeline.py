@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from ..data.formatting import Formatter
 from ..data.rows import PreferenceRow, load_rows
-from ..files import write_json
+from ..files import read_json, write_json
 from ..folders import held
 from ..modeling.assembly import assemble, export_expert, with_task
 from ..modeling.card import write_model_card
@@ -149,7 +149,8 @@ class Pipeline:
 
     def history(self, training: str) -> History:
         """The log history of one of [`Pipeline.trainings`]."""
-        return json.loads((self.root / training / "history.json").read_text(encoding="utf-8"))
+        folder = self.root / training
+        return read_json(folder / "history.json", f"put it back, or delete {folder} to make this stage anew")
 
     @property
     def trainings(self) -> list[str]:
@@ -529,7 +530,7 @@ class Pipeline:
     def _digests(self) -> dict[str, Any]:
         """Those of the rows in `data/`."""
         path = self.root / "data" / DIGESTS
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(path, f"put it back, or delete {path.parent} to read the rows anew") if path.is_file() else {}
 
     def _record(self, name: str) -> Record:
         """What a stage is made of."""

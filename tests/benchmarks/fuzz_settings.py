@@ -153,7 +153,7 @@ WRONG: dict[str, dict[str, list]] = {
         "where": [{"nowhere": 1}, 3, "x", ["a"]],
         "tie_margin": [-1, math.nan, "x"],
         "tasks": NO_PATH,
-        "task": [[], "others/../x"],
+        "task": [[], "...", "chit\u202echat"],  # no letter to name a folder by; what cannot be shown
         "task_column": ["nowhere", 3],
         "points": [3, "x", ["a"]],
         "drop_personal_data": NO_FLAG,
