@@ -7,7 +7,7 @@ import reprlib
 import sys
 import types
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from enum import Enum
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -67,7 +67,17 @@ class Parser(HfArgumentParser):
             options = [option for option in self._option_string_actions if option.startswith("--")]
             name = unknown[0].partition("=")[0]
             self.error(f"got {name!r}, which is none of the options{_nearest(name, options)}")
+        for one in parsed:
+            self._check_not_blank(one)
         return tuple(parsed)
+
+    def _check_not_blank(self, options: Any) -> None:
+        """An option that has to be given names something: an empty path would be the folder that one stands in."""
+        for field in fields(options):
+            value = getattr(options, field.name)
+            required = field.default is MISSING and field.default_factory is MISSING
+            if required and isinstance(value, str) and not value.strip():
+                self.error(f"got {field.name} {value!r}, need one that is not empty")
 
     def set_from_file(self, path: str | os.PathLike, pass_over_unknown: bool = False) -> None:
         """

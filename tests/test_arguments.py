@@ -167,6 +167,15 @@ def test_a_missing_option_is_named(capsys):
     assert "required: --name" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_what_has_to_be_given_cannot_be_empty(blank, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        Parser((Options,), prog="program").parse(["--name", blank])
+    assert capsys.readouterr().err.startswith(f"program: error: got name {blank!r}, need one that is not empty.")
+    with pytest.raises(SystemExit):
+        parse(tmp_path, f"name: {blank!r}")
+
+
 def test_another_parsers_options_are_passed_over(tmp_path):
     (tmp_path / "r.yaml").write_text("kind: rloo\nlearning_rate: 1\n")
     argv = ["--config", str(tmp_path / "r.yaml"), "--name", "x", "--max_steps", "3"]
