@@ -29,6 +29,21 @@ class Parser(HfArgumentParser):
         dataclasses (`Iterable[type]`): whose fields are the options.
         prog (`str`): the program's name in messages.
         options: others of `argparse.ArgumentParser`, such as `description`.
+
+    Example:
+
+    ```python
+    from dataclasses import dataclass
+
+    from dmoerm_trl import Parser
+
+    @dataclass
+    class Options:
+        n: int = 1
+
+    (options,) = Parser((Options,), prog="mine.py").parse(["--n", "3"])
+    assert options.n == 3
+    ```
     """
 
     def __init__(self, dataclasses: Iterable[type], *, prog: str, **options: Any):
@@ -116,6 +131,11 @@ class Parser(HfArgumentParser):
             2,
             f"{self.prog}: error: {message.rstrip('.?')}{'?' if message.endswith('?') else '.'}\n`{self.prog} --help` lists the options.\n",
         )
+
+
+def asks_for_help(argv: Sequence[str] | None) -> bool:
+    """Whether the arguments, those of the process if None, ask for `--help`, for which no model's library need be imported."""
+    return not {"-h", "--help"}.isdisjoint(sys.argv[1:] if argv is None else argv)
 
 
 def fit(value: Any, hint: Any) -> Any:

@@ -8,12 +8,16 @@ from dmoerm_trl import __version__
 from dmoerm_trl.console import run
 
 COMMANDS = {
-    "world": "write the simulated preference world to a JSONL file",
     "prepare": "turn a public preference set into rows, with a report of what is in them",
     "label": "buy capability labels from a judge: a server, a local model, a function",
     "train": "train a DMoERM from preference rows: router, three phases, baselines",
     "eval": "print and save the consistency table",
     "score": "score responses and explain them",
+    "best-of-n": "compare reward models by the best of n responses",
+    "ppo": "optimise a policy with PPO",
+    "grpo": "optimise a policy with GRPO or RLOO",
+    "export": "write a base, its experts or an inner model as ordinary files",
+    "world": "write the simulated preference world to a JSONL file",
     "demo": "the whole method on a simulated world: data, base, training, table, PPO",
 }
 """Command -> what it does. The script of the same name is imported only when its command runs."""
@@ -56,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     elif command == "--version":
         print(f"dmoerm {__version__}")
     elif command in COMMANDS:
-        import_module(f"dmoerm_trl.scripts.{command}").main(arguments)
+        import_module(f"dmoerm_trl.scripts.{command.replace('-', '_')}").main(arguments)
     else:
         nearest = "".join(f" Did you mean {name}?" for name in get_close_matches(command, COMMANDS, n=1))
         need = f"need one of {', '.join(COMMANDS)}."

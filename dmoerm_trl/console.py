@@ -31,6 +31,17 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
     Raises:
         SystemExit: with the status if it is not 0: 1 after an error, 130 after Ctrl-C, 141 where the reader of the output went
             away.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import run
+
+    def main(argv):
+        print("hello", *argv)
+
+    run(main, ["world"])  # an error of `main` is a line on stderr, and the exit status
+    ```
     """
     if argv is None:
         _in_utf8()

@@ -1,7 +1,6 @@
 """What others wrote, in messages of ours: errors of libraries, and texts that could steer a terminal."""
 
 import json
-import re
 import sys
 import traceback
 from pathlib import Path
@@ -42,12 +41,6 @@ def one_line(text: str) -> str:
 def quoted(text: str) -> str:
     """What a stranger wrote, on one line: it cannot steer a terminal and is no HTML."""
     return one_line(text).translate({ord("<"): "‹", ord(">"): "›"})
-
-
-def markdown(text: str) -> str:
-    """A text on one line of Markdown or in a cell of a table there, shown as it stands: no HTML, link or end of the cell."""
-    escaped = re.sub(r"[\\`*|]|(?<=\])\(", r"\\\g<0>", text)
-    return one_line(escaped).replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _escaped(character: str) -> str:

@@ -28,6 +28,15 @@ class TaskTable:
 
     Raises:
         ValueError: for a name that is no text, cannot be shown, or gives no folder of its own; see [`slug`].
+
+    Example:
+
+    ```python
+    from dmoerm_trl import TaskTable
+
+    table = TaskTable({"chitchat": ("empathy ability", "logic")}, overall=("logic",))
+    assert "roleplay" in TaskTable.load("paper").tasks  # table 12
+    ```
     """
 
     tasks: dict[str, tuple[str, ...]]

@@ -19,7 +19,7 @@ import pytest  # noqa: E402
 from processes import start  # noqa: E402, F401
 from transformers import PreTrainedModel, PreTrainedTokenizerFast  # noqa: E402
 
-from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification  # noqa: E402
+from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification  # noqa: E402
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

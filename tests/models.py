@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from dmoerm_trl.data.formatting import Formatter
-from dmoerm_trl.modeling.configuration import DMoERMConfig
-from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
+from dmoerm_trl.modeling.configuration_dmoerm import DMoERMConfig
+from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
 
 TASKS = {
     "story writing": ["logic", "expressiveness"],

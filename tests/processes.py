@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
-PRELOAD = ["dmoerm_trl.training.pipeline", "dmoerm_trl.scripts.label", "trl.trainer.reward_trainer"]
+PRELOAD = ["dmoerm_trl.training.pipeline", "dmoerm_trl.commands.label", "trl.trainer.reward_trainer"]
 
 
 @pytest.fixture

@@ -1,19 +1,14 @@
 """The speed benchmark: its counts on numbers worked out by hand, and a whole run on a tiny model."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import speed
 import torch
-
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
-
-import speed  # noqa: E402
-from speed_measure import Case, counter, measure  # noqa: E402
-from speed_scoring import relative, scoring_case, unshared  # noqa: E402
-from speed_setting import OURS, QUICK, Group, Setting, groups, least_flops, pairs  # noqa: E402
-from speed_training import gradient_error  # noqa: E402
+from speed_measure import Case, counter, measure
+from speed_scoring import relative, scoring_case, unshared
+from speed_setting import OURS, QUICK, Group, Setting, groups, least_flops, pairs
+from speed_training import gradient_error
 
 TINY = replace(
     QUICK,

@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from dmoerm_trl.folders import LOCK, held
+from dmoerm_trl.files import LOCK, locked_folder
 
 
 def hold(folder, seconds):
     """What a child process of these tests does."""
-    with held(folder):
+    with locked_folder(folder):
         (folder / "in").touch()
         time.sleep(seconds)
 
@@ -28,7 +28,7 @@ def test_the_second_run_of_a_folder_is_told_who_holds_it(start, tmp_path):
         with pytest.raises(
             ValueError, match=rf"process {process.pid} on {socket.gethostname()} is writing.*another folder"
         ):
-            with held(tmp_path):
+            with locked_folder(tmp_path):
                 pass
 
 
@@ -38,31 +38,31 @@ def test_a_lock_ends_with_a_killed_process(start, tmp_path):
     process.kill()
     process.join()
     assert (tmp_path / LOCK).exists()  # it had no time to remove it
-    with held(tmp_path):
+    with locked_folder(tmp_path):
         assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def test_a_lock_ends_with_its_block_and_leaves_nothing(tmp_path):
     for _ in range(2):
-        with pytest.raises(KeyError), held(tmp_path / "new" / "folder") as folder:
+        with pytest.raises(KeyError), locked_folder(tmp_path / "new" / "folder") as folder:
             raise KeyError
         assert os.listdir(folder) == []
 
 
 def test_one_process_cannot_hold_a_folder_twice(tmp_path):
-    with held(tmp_path):
-        with pytest.raises(ValueError, match=f"process {os.getpid()} on"), held(tmp_path):
+    with locked_folder(tmp_path):
+        with pytest.raises(ValueError, match=f"process {os.getpid()} on"), locked_folder(tmp_path):
             pass
         assert (tmp_path / LOCK).exists()
-    with held(tmp_path):
+    with locked_folder(tmp_path):
         pass
 
 
 def test_of_launched_processes_the_first_alone_holds_the_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "0")
-    with held(tmp_path):
+    with locked_folder(tmp_path):
         monkeypatch.setenv("RANK", "1")
-        with held(tmp_path):
+        with locked_folder(tmp_path):
             pass
         assert (tmp_path / LOCK).exists()
 
@@ -70,7 +70,7 @@ def test_of_launched_processes_the_first_alone_holds_the_folder(monkeypatch, tmp
 def test_a_folder_that_cannot_be_made_is_an_error_that_says_why(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="file/run: got a folder that cannot be written .*name another folder"):
-        with held(tmp_path / "file" / "run"):
+        with locked_folder(tmp_path / "file" / "run"):
             pass
 
 
@@ -78,6 +78,6 @@ def test_a_link_in_the_lock_s_place_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("mine")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / LOCK).symlink_to(tmp_path / "precious")
-    with pytest.raises(ValueError, match="cannot be written"), held(tmp_path / "run"):
+    with pytest.raises(ValueError, match="cannot be written"), locked_folder(tmp_path / "run"):
         pass
     assert (tmp_path / "precious").read_text() == "mine"

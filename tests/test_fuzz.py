@@ -1,16 +1,11 @@
 """The short form of the benchmark of malformed inputs, and what it takes for what."""
 
 import json
-import sys
-from pathlib import Path
 
+import fuzz
 import pytest
-
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
-
-import fuzz  # noqa: E402
-from fuzz_case import WAY_OUT, error_of  # noqa: E402
-from fuzz_values import row_meant, table_meant, turns_meant  # noqa: E402
+from fuzz_case import WAY_OUT, error_of
+from fuzz_values import row_meant, table_meant, turns_meant
 
 
 @pytest.mark.slow

@@ -1,14 +1,9 @@
 """The short form of the benchmark of kills; test_pipeline.py, test_zero.py and test_best_of_n.py kill workers and launched processes."""
 
 import json
-import sys
-from pathlib import Path
 
+import kills
 import pytest
-
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
-
-import kills  # noqa: E402
 
 
 @pytest.mark.slow

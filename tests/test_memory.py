@@ -6,12 +6,7 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from hypothesis import given
 from hypothesis import strategies as st
-from models import bert_config, make_tokenizer
-from transformers import Qwen2Config
-
-from dmoerm_trl.modeling.configuration import DMoERMConfig
-from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
-from dmoerm_trl.training.memory import (
+from memory_estimates import (
     Run,
     activation_bytes,
     grpo_memory,
@@ -25,6 +20,11 @@ from dmoerm_trl.training.memory import (
     scoring_memory,
     shape_of,
 )
+from models import bert_config, make_tokenizer
+from transformers import Qwen2Config
+
+from dmoerm_trl.modeling.configuration_dmoerm import DMoERMConfig
+from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
 
 QWEN = Qwen2Config(
     vocab_size=50,

@@ -1,20 +1,15 @@
 """The benchmark of figure 5: what it makes of measured numbers, by hand, and a whole run on tiny models."""
 
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import overoptimisation
 import pytest
 from models import PROMPTS, make_dmoerm, make_policy, make_tokenizer
 from rl_runs import QUIET, write_prompts
 
 from dmoerm_trl.data.rows import PreferenceRow
-
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
-
-import overoptimisation  # noqa: E402
 
 
 def test_a_row_of_the_table_by_hand():

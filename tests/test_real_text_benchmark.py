@@ -1,8 +1,6 @@
 """The benchmark on real text: its splits, its pairs and its numbers, on made-up texts."""
 
 import json
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import save_file
-
-sys.path.append(str(Path(__file__).parent / "benchmarks"))
-
-from real_text import (  # noqa: E402
+from real_text import (
     METHODS,
     RECIPE,
     Setting,
@@ -28,7 +22,7 @@ from real_text import (  # noqa: E402
     run_rewards,
     with_labels,
 )
-from real_text_data import (  # noqa: E402
+from real_text_data import (
     GENERAL,
     SOURCE,
     SOURCE_AT_LENGTH,
@@ -41,15 +35,12 @@ from real_text_data import (  # noqa: E402
     human_pairs,
     prompt_row,
 )
+from safetensors.torch import save_file
 
-from dmoerm_trl.data.preference_row import PreferenceRow  # noqa: E402
-from dmoerm_trl.labelling.sources import (  # noqa: E402
-    length_controlled_strength,
-    source_ranks,
-    source_strength,
-)
-from dmoerm_trl.labelling.weak import weak_ranks  # noqa: E402
-from dmoerm_trl.tasks import TaskTable  # noqa: E402
+from dmoerm_trl.data.preference_row import PreferenceRow
+from dmoerm_trl.labelling.heuristics import weak_ranks
+from dmoerm_trl.labelling.system_strength import length_controlled_strength, system_ranks, system_strength
+from dmoerm_trl.tasks import TaskTable
 
 FEW = ("mean", "WCO", "UWO", "DMoERM")
 
@@ -223,7 +214,7 @@ def test_the_arena_is_split_by_prompt(prompts, tokenizer, seed):
         return tuple([values[i] for i in places] for values in (prompt.responses, prompt.gold, prompt.sources))
 
     strengths = {
-        SOURCE: source_strength((row.ranks, whole(row)[2]) for row in ranked),
+        SOURCE: system_strength((row.ranks, whole(row)[2]) for row in ranked),
         SOURCE_AT_LENGTH: length_controlled_strength(
             (row.ranks, whole(row)[2], [len(text) for text in whole(row)[0]]) for row in ranked
         ),
@@ -232,14 +223,14 @@ def test_the_arena_is_split_by_prompt(prompts, tokenizer, seed):
         texts, gold, sources = whole(row)
         assert row in others or row.ranks == [1 + sum(other > value for other in gold) for value in gold]
         of_whole_texts = {"content richness": weak_ranks(row.prompt[0]["content"], texts, "content richness")}
-        of_sources = {point: source_ranks(strength, sources) for point, strength in strengths.items()}
+        of_sources = {point: system_ranks(strength, sources) for point, strength in strengths.items()}
         assert row.capability_ranks == (of_sources if row in others else of_whole_texts | of_sources)
     seen = [{text[:8] for row in rows if row.prompt == other.prompt for text in row.responses} for other in ranked]
     assert all(len(texts) in (4, 6) for texts in seen)  # no response twice
     for row, gold, lengths, labels in zip(test.rows, test.gold, test.lengths, test.labels, strict=True):
         prompt = by_name[row.prompt[0]["content"]]
         assert labels["content richness"] == weak_ranks(prompt.prompt, prompt.responses, "content richness")
-        assert all(labels[point] == source_ranks(strength, prompt.sources) for point, strength in strengths.items())
+        assert all(labels[point] == system_ranks(strength, prompt.sources) for point, strength in strengths.items())
         assert gold == prompt.gold and lengths == [len(text) for text in prompt.responses]
         assert not row.capability_ranks
 

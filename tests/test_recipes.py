@@ -13,7 +13,8 @@ from models import PROMPTS, RESPONSES, make_backbone, make_dmoerm, make_policy, 
 from rl_runs import ROOT, example, write_recipe
 from trl import TrlParser
 
-from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
+from dmoerm_trl.evaluation.best_of_n_arguments import BestOfNArguments
+from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from dmoerm_trl.scripts.train import main as train
 from dmoerm_trl.training.recipe import DEFAULTS, Recipe
 
@@ -89,7 +90,7 @@ def _without_deepspeed(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", BON, ids=name_of)
 def test_a_best_of_n_recipe_is_read_by_its_script(path):
-    parser = TrlParser((example("bon_eval").Arguments,))
+    parser = TrlParser((BestOfNArguments,))
     (arguments,) = parser.parse_args_and_config(["--config", str(path)], fail_with_unknown_args=True)
     assert arguments.n == 60_000 and set(arguments.reward_models) >= {"DMoERM", "single", "mean", "WCO", "UWO"}
 

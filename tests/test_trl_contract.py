@@ -24,7 +24,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig
 from trl.data_utils import apply_chat_template
 
 from dmoerm_trl.data.formatting import Formatter
-from dmoerm_trl.rl.ppo import check_tokenizers, ppo_classes
+from dmoerm_trl.rl.ppo import check_tokenizers, ppo_config
 
 pytestmark = pytest.mark.trl_contract
 
@@ -324,7 +324,9 @@ def test_grpo_and_rloo(dmoerm, config, trainer, tmp_path):
 
 @pytest.mark.requires_ppo
 def test_ppo(dmoerm, tmp_path):
-    PPOConfig, PPOTrainer = ppo_classes()
+    from trl.experimental.ppo import PPOTrainer
+
+    PPOConfig = ppo_config()
     tokenizer = make_tokenizer()
     tokenizer.padding_side = "left"
     check_tokenizers(tokenizer, make_tokenizer())
@@ -355,7 +357,7 @@ def test_ppo(dmoerm, tmp_path):
 def test_where_trl_has_no_ppo_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl.experimental.ppo", None)
     with pytest.raises(ImportError, match=r"got TRL 1\.\d+\.\d+.*removed in 1\.13 and 1\.12\.0 is the last") as error:
-        ppo_classes()
+        ppo_config()
     assert 'pip install "dmoerm-trl[ppo]"' in str(error.value)
 
 

@@ -35,7 +35,7 @@ _LLAMA2_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class ChatFormat:
+class TranscriptFormat:
     """
     A way to write a chat as one text.
 
@@ -81,8 +81,8 @@ class ChatFormat:
             yield _ROLES.get(name, name), found.start(), found.end()
 
 
-def _format(opener: str, end: str | None = None) -> ChatFormat:
-    return ChatFormat(re.compile(opener), end and re.compile(rf"(?:\s*(?:{end}))+\s*\Z"))
+def _format(opener: str, end: str | None = None) -> TranscriptFormat:
+    return TranscriptFormat(re.compile(opener), end and re.compile(rf"(?:\s*(?:{end}))+\s*\Z"))
 
 
 HH = _format(r"(?:\A|\n\n)(?P<role>Human|Assistant):")
@@ -118,7 +118,7 @@ FORMATS = (
 """The first that fits counts: those with special tokens come first."""
 
 
-def format_of(text: str) -> ChatFormat | None:
+def format_of(text: str) -> TranscriptFormat | None:
     """The format of a chat that begins a text: one in which a turn of the user and one of the assistant begin; or None."""
     for form in FORMATS:
         roles = form.roles(text)

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..modeling.configuration import DMoERMConfig
+from ..modeling.configuration_dmoerm import DMoERMConfig
 from .chat_template import (
     ChatMarkers,
     chat_markers,
@@ -85,6 +85,17 @@ class Formatter:
 
     Raises:
         ValueError: if the tokenizer has no pad token, or its chat template cannot be brought into one form.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import Formatter
+    from transformers import AutoTokenizer
+
+    formatter = Formatter(AutoTokenizer.from_pretrained("runs/demo/base"), max_length=512)
+    encoding = formatter.encode([{"role": "user", "content": "Hello?"}], "Hi!")
+    assert encoding.prompt_length < len(encoding.input_ids)
+    ```
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, score_thinking: bool = False):

@@ -32,6 +32,16 @@ class PreferenceRow:
         capability_pairs (`dict[str, list[list[int]]]`):
             Capability point -> the pairs `[better, worse]` of responses that a judge decided, by their indices from 0: a
             partial order, and because judges are not transitive, not even always an order.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import PreferenceRow
+
+    prompt = [{"role": "user", "content": "I feel a bit lonely."}]
+    row = PreferenceRow(prompt, ["That sounds hard.", "So what?"], ranks=[1, 2], task="chitchat")
+    assert row.pairs_of() == [(0, 1)]
+    ```
     """
 
     prompt: list[dict]

@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..files import writing
@@ -17,6 +16,9 @@ from .preference_row import PreferenceRow, RowError, check_prompt, check_row, sh
 from .prepare.reading import open_set
 from .records import Records, is_file, kind_of
 from .trl_pairs import pair_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 OnError = Literal["raise", "skip"]
 
@@ -64,7 +66,7 @@ class LoadReport:
 
 
 def load_rows(
-    source: str | os.PathLike, *, tasks: TaskTable, split: str = "train", on_error: OnError = "raise"
+    source: str | os.PathLike, *, tasks: TaskTable | None = None, split: str = "train", on_error: OnError = "raise"
 ) -> tuple[list[PreferenceRow], LoadReport]:
     """
     Reads and checks preference rows.
@@ -73,8 +75,8 @@ def load_rows(
         source (`str`):
             A `.jsonl`, `.json`, `.parquet`, `.arrow` or `.csv` file, also compressed as `.gz`; a folder of such files or of
             `save_to_disk`; or the name of a dataset on the hub.
-        tasks (`TaskTable`):
-            The tasks and capability points that rows may name.
+        tasks (`TaskTable`, *optional*):
+            The tasks and capability points that rows may name; those of the paper's table 12 if absent.
         split (`str`, *optional*, defaults to `"train"`):
             The split of a folder or of a dataset on the hub.
         on_error (`str`, *optional*, defaults to `"raise"`):
@@ -85,8 +87,17 @@ def load_rows(
 
     Raises:
         `ValueError`: For the first bad row, naming the source, the line (from 1), the field and the way out.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import load_rows
+
+    rows, report = load_rows("runs/demo/data/test.jsonl")
+    print(report)
+    ```
     """
-    return _collect(records_of(source, split), tasks, on_error)
+    return _collect(records_of(source, split), tasks or TaskTable.paper(), on_error)
 
 
 def iter_rows(
@@ -105,14 +116,36 @@ def iter_rows(
 
 
 def rows_from_dataset(
-    dataset: Dataset, *, tasks: TaskTable, on_error: OnError = "raise", name: str = "dataset"
+    dataset: "Dataset", *, tasks: TaskTable, on_error: OnError = "raise", name: str = "dataset"
 ) -> tuple[list[PreferenceRow], LoadReport]:
-    """As [`load_rows`], for a dataset in memory; `name` is what messages call it."""
+    """
+    As [`load_rows`], for a dataset in memory; `name` is what messages call it.
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+    from dmoerm_trl import TaskTable, rows_from_dataset
+
+    pairs = Dataset.from_list([{"prompt": "Hello?", "chosen": "Hi!", "rejected": "Go away."}])
+    rows, report = rows_from_dataset(pairs, tasks=TaskTable.paper())
+    ```
+    """
     return _collect(Records.of_dataset(name, dataset), tasks, on_error)
 
 
 def write_rows(rows: Iterable[PreferenceRow], path: str | os.PathLike) -> None:
-    """Writes rows as JSONL that [`load_rows`] reads back. The file appears whole or not at all."""
+    """
+    Writes rows as JSONL that [`load_rows`] reads back. The file appears whole or not at all.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import PreferenceRow, write_rows
+
+    write_rows([PreferenceRow([{"role": "user", "content": "Hello?"}], ["Hi!", "Go away."], [1, 2])], "rows.jsonl")
+    ```
+    """
     with writing(path) as file:
         for row in rows:
             file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")

@@ -51,6 +51,15 @@ def split_rows(
     Raises:
         `ValueError`: If a task has too few prompts to fill each part. Rows without a task and those of `others` may leave
             parts empty, because no inner model is trained on them alone.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import load_rows, split_rows
+
+    rows, _ = load_rows("runs/demo/data/test.jsonl")
+    parts = split_rows(rows, test=0.2, phase1=0.6, validation=0.1, seed=0)
+    ```
     """
     for name, share in (("test", test), ("phase1", phase1), ("validation", validation)):
         if not 0 <= share < 1 or (name == "phase1" and share == 0):

@@ -1,6 +1,6 @@
 """
-Best of n against several reward models: a policy writes N responses a prompt, each reward model and gold score all of them,
-and for every n <= N the gold reward of what each would have chosen is estimated.
+Best of n with several reward models. A policy generates N responses per prompt, which each reward model and the gold reward
+score; from these scores, the gold reward of each reward model's choice is estimated for every n <= N.
 """
 
 import hashlib
@@ -16,21 +16,21 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..files import file_digest, write_json, write_text
-from ..folders import held
-from ..rl.rollout import PolicySource
+from ..files import file_digest, locked_folder, write_json, write_text
+from ..generation.samplers import SamplerSpec
+from ..markdown import escape, markdown_table
+from ..scoring.aggregation import AGGREGATIONS
+from ..scoring.reward_models import ScorerSpec, weights_digest
 from ..tasks import slug
 from .best_of_n_curves import BestOfNCurves, best_of_n_curves, default_grid, pooled_moments
-from .explain import cell
 from .response_files import import_responses
 from .response_store import RESPONSES, ResponseStore, worker_pool, write_responses, write_scores
-from .scorers import AGGREGATIONS, ScorerSource, weights_digest
 
 GOLD_OF_FILE = "file"
 
 
 class Winner(NamedTuple):
-    """What a reward model chose for one prompt among the first n responses; the earliest, where scores are equal."""
+    """The response that a reward model prefers among the first n to a prompt; the earliest one if scores are equal."""
 
     prompt: int
     reward_model: str
@@ -43,13 +43,14 @@ class Winner(NamedTuple):
 @dataclass(frozen=True)
 class BestOfN:
     """
-    The outcome of [`run_best_of_n`].
+    Outcome of [`run_best_of_n`].
 
     Args:
-        curves (`BestOfNCurves`): gold, win rate and proxy over n.
-        winners (`list[Winner]`): what was chosen at some n for the first prompts.
-        prompts (`list[str]`): the last turn of those prompts.
-        distinct (`float`): share of the responses whose text no earlier response to the prompt has: those that were scored.
+        curves (`BestOfNCurves`): Gold reward, win rate and proxy reward over n.
+        winners (`list[Winner]`): Winners at some values of n for the first prompts.
+        prompts (`list[str]`): Last turn of each of these prompts.
+        distinct (`float`): Share of the responses that are not duplicates of an earlier response to the prompt. Only these are
+            scored.
     """
 
     curves: BestOfNCurves
@@ -58,7 +59,7 @@ class BestOfN:
     distinct: float
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Writes `best_of_n.md`, `.json` and `.png`, and `winners.md` (table 11); returns the folder."""
+        """Write `best_of_n.md`, `.json` and `.png`, and `winners.md` (table 11); return the folder."""
         folder = Path(folder)
         write_text(folder / "best_of_n.md", str(self))
         write_json(folder / "best_of_n.json", {**self.curves.to_dict(), "distinct": self.distinct})
@@ -73,24 +74,23 @@ class BestOfN:
         )
 
     def winners_markdown(self) -> str:
-        """The chosen texts, a table a prompt, as in the paper's table 11."""
+        """Render the winners' texts in Markdown, with one table per prompt as in the paper's table 11."""
         parts = []
         for number, prompt in enumerate(self.prompts):
-            lines = [f"## {cell(prompt)}", "", "| reward model | n | proxy | gold | response |"]
-            lines.append("| --- | ---: | ---: | ---: | --- |")
-            lines += [
-                f"| {cell(w.reward_model)} | {w.n:,} | {w.proxy:+.3f} | {w.gold:+.3f} | {cell(w.text)} |"
+            rows = [["reward model", "n", "proxy", "gold", "response"]]
+            rows += [
+                [escape(w.reward_model), f"{w.n:,}", f"{w.proxy:+.3f}", f"{w.gold:+.3f}", escape(w.text)]
                 for w in self.winners
                 if w.prompt == number
             ]
-            parts.append("\n".join(lines))
+            parts.append(f"## {escape(prompt)}\n\n{markdown_table(rows, left=(0, 4), padded=False)}")
         return "\n\n".join(parts) + "\n"
 
 
 def run_best_of_n(
     output_dir: str | os.PathLike,
     rows: Sequence[dict],
-    policy: PolicySource | str | os.PathLike,
+    policy: SamplerSpec | str | os.PathLike,
     reward_models: Mapping[str, str | Mapping[str, Sequence[str]]],
     gold: str,
     *,
@@ -106,32 +106,47 @@ def run_best_of_n(
     processes: PartialState | None = None,
 ) -> BestOfN:
     """
-    Generates, scores and evaluates, all that is not done yet in `output_dir`.
+    Generate responses, score them and estimate the curves, resuming from what is already in `output_dir`.
 
     Args:
-        rows (`Sequence[dict]`): the prompts, as [`~dmoerm_trl.evaluation.response_files.read_prompts`] gives
-            them.
-        policy (`PolicySource` or path): what writes the responses, or a file of them: `prompt`, `response` and
-            maybe `gold`, as JSONL or Parquet.
+        output_dir (`str` or `os.PathLike`): Folder of the responses and scores.
+        rows (`Sequence[dict]`): The prompts, in the format of [`~dmoerm_trl.generation.prompts.read_prompts`].
+        policy (`SamplerSpec` or path): Policy that generates the responses, or a file of responses (JSONL or Parquet) with
+            `prompt`, `response` and optionally `gold`.
         reward_models (`Mapping`):
-            Name -> a [`~dmoerm_trl.evaluation.scorers.ScorerSource`]'s name, or `{"mean": members}`, `{"WCO": members}`,
-            `{"UWO": members}`. Members that are no DMoERM have no scale of their own: they are standardised by mean and
-            deviation over all the responses.
-        gold (`str`): a scorer's name too, or `"file"` for the column `gold` of the file of responses.
-        n (`int`): N, responses a prompt.
-        grid (`Sequence[int]`, *optional*): values of n; about 12 up to N if absent.
-        show (`Sequence[int]`): values of n whose winners are shown; N in the place of those above it.
-        show_prompts (`int`): prompts whose winners are shown.
-        shard_size (`int`): responses that are lost when the run is killed, for each worker.
-        workers (`int`): processes on a CPU, each with its share of the threads.
-        max_length, dtype: of the reward models.
-        processes (`PartialState`, *optional*): those that share the work, see
-            [`~dmoerm_trl.workers.launched_processes`]. Each calls this and gets the outcome, which one of them saves.
+            Name -> the name of a [`~dmoerm_trl.scoring.reward_models.ScorerSpec`], or `{"mean": members}`, `{"WCO": members}`,
+            `{"UWO": members}`. Scores of ensemble members other than a DMoERM have no common scale, so they are standardised by
+            their mean and standard deviation over all responses.
+        gold (`str`): Name of a scorer, or `"file"` for the column `gold` of the file of responses.
+        n (`int`): N, the number of responses per prompt.
+        grid (`Sequence[int]`, *optional*): Values of n; about 12 values up to N by default.
+        show (`Sequence[int]`, *optional*, defaults to `(1, 30, 1000, 6000, 60000)`): Values of n whose winners are shown; values
+            above N count as N.
+        show_prompts (`int`, *optional*, defaults to 3): Number of prompts whose winners are shown.
+        seed (`int`, *optional*, defaults to 0): Seed of the sampling and of the bootstrap.
+        shard_size (`int`, *optional*, defaults to 1000): Responses per shard, of which each worker loses at most one when the run
+            is killed.
+        workers (`int`, *optional*, defaults to 1): Number of worker processes on a CPU, which share its threads equally.
+        max_length (`int`, *optional*, defaults to 2048): Maximum tokens of prompt and response for the reward models.
+        dtype (`str`, *optional*, defaults to `"float32"`): Data type of the reward models.
+        processes (`PartialState`, *optional*): Processes that share the work, see
+            [`~dmoerm_trl.distributed.processes.launched_processes`]. Each of them calls this function and gets the outcome; only
+            one should save it.
 
     Raises:
-        ValueError: The settings differ from those of the responses or scores that are there, another run writes the folder, a reward model's score is NaN or infinite,
-            there are too few responses, or each of several processes would start workers of its own.
-        OSError: The disk is full; what was written is kept.
+        ValueError: If the settings differ from those of existing responses or scores, another run writes to the folder, a score
+            is NaN or infinite, there are too few responses, or several processes would each start workers.
+        OSError: If the disk is full; what was written is kept.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import SamplerSpec, read_prompts, run_best_of_n
+
+    rows = read_prompts("runs/demo/data/test.jsonl", count=2)
+    policy = SamplerSpec("runs/demo/base", max_new_tokens=4)
+    print(run_best_of_n("runs/bon", rows, policy, {"DMoERM": "runs/demo/model"}, gold="length", n=4))
+    ```
     """
     if min(n, workers) < 1 or seed < 0:
         raise ValueError(
@@ -147,7 +162,7 @@ def run_best_of_n(
             f"got workers={workers} in each of {processes.num_processes} processes, need 1, because the processes share the "
             "work already: leave `workers` out, or start without the launcher."
         )
-    from_file = not isinstance(policy, PolicySource)
+    from_file = not isinstance(policy, SamplerSpec)
     if gold == GOLD_OF_FILE and not from_file:
         raise ValueError(f"got gold {gold!r} without a file of responses, need one with the column `gold`.")
     if any(shown < 1 for shown in show) or show_prompts < 0:
@@ -159,43 +174,43 @@ def run_best_of_n(
     if not grid or not 1 <= grid[0] <= grid[-1] <= n:
         raise ValueError(f"got the grid {grid} for n={n}, need values from 1 to n: raise n or leave them out.")
 
-    names = dict.fromkeys(member for of_model, _ in members.values() for member in of_model)
+    names = dict.fromkeys(member for model_members, _ in members.values() for member in model_members)
     if gold != GOLD_OF_FILE:
         names[gold] = None
-    sources = {name: ScorerSource(name, max_length, dtype) for name in names}
-    parts = {name: f"scores/{slug(name)}" for name in sources}
+    scorers = {name: ScorerSpec(name, max_length, dtype) for name in names}
+    parts = {name: f"scores/{slug(name)}" for name in scorers}
 
-    for source in sources.values():
-        source.check()
+    for scorer in scorers.values():
+        scorer.check()
     store = ResponseStore(output_dir, len(rows), n, shard_size)
     if from_file:
         responses = {"file": os.fspath(policy), "gold": gold == GOLD_OF_FILE, "sha256": file_digest([Path(policy)])}
     else:
         responses = {**asdict(policy), "seed": seed, "sha256 of the weights": weights_digest(policy.name)}
     responses["sha256 of the prompts"] = _digest(row["prompt"] for row in rows)
-    one_before_the_others = nullcontext if processes is None else processes.main_process_first
-    with held(output_dir):
-        with one_before_the_others():
+    main_process_first = nullcontext if processes is None else processes.main_process_first
+    with locked_folder(output_dir):
+        with main_process_first():
             store.claim(RESPONSES, responses)
-            for name, source in sources.items():
+            for name, scorer in scorers.items():
                 store.claim(
-                    parts[name], {**source.settings(), "sha256 of rows and responses": _digest([*rows, responses])}
+                    parts[name], {**scorer.settings(), "sha256 of rows and responses": _digest([*rows, responses])}
                 )
 
         with worker_pool(workers) as run:
             if from_file:
-                with one_before_the_others():
+                with main_process_first():
                     import_responses(store, rows, policy, gold=gold == GOLD_OF_FILE)
             else:
                 write_responses(store, rows, policy, seed, run, processes)
-            for name, source in sources.items():
-                write_scores(store, parts[name], rows, source, run, processes)
+            for name, scorer in scorers.items():
+                write_scores(store, parts[name], rows, scorer, run, processes)
 
     scales = {
         member: _scale(store, parts[member])
-        for of_model, combine in members.values()
-        for member in of_model
-        if combine is not None and not sources[member].is_standardised
+        for model_members, combine in members.values()
+        for member in model_members
+        if combine is not None and not scorers[member].is_standardised
     }
     show = sorted({min(shown, n) for shown in show})
     winners: list[Winner] = []
@@ -209,7 +224,7 @@ def run_best_of_n(
             columns = {name: store.scores(part, prompt, distinct) for name, part in parts.items()}
             if gold == GOLD_OF_FILE:
                 columns[gold] = torch.from_numpy(store.column(RESPONSES, prompt, "gold")).float()
-            proxies = {name: _combine(columns, scales, *of_model) for name, of_model in members.items()}
+            proxies = {name: _combine(columns, scales, *model) for name, model in members.items()}
             if prompt < show_prompts:
                 winners.extend(_winners(store, prompt, proxies, columns[gold], show))
             yield proxies, columns[gold]
@@ -220,7 +235,7 @@ def run_best_of_n(
 
 
 def _members(name: str, spec: str | Mapping[str, Sequence[str]]) -> tuple[list[str], str | None]:
-    """The scorers of a reward model, and how their scores are made into one."""
+    """Parse a reward model into its scorers and the aggregation of their scores, None for a single scorer."""
     if isinstance(spec, str):
         return [spec], None
     if isinstance(spec, Mapping) and len(spec) == 1 and (combine := next(iter(spec))) in AGGREGATIONS:
@@ -241,7 +256,7 @@ def _combine(columns: dict, scales: dict, members: list[str], combine: str | Non
 
 
 def _scale(store: ResponseStore, part: str) -> tuple[float, float]:
-    """Mean and standard deviation of the scores of all responses."""
+    """Compute the mean and standard deviation of the scores of all responses."""
     moments = []
     for prompt in range(store.prompts):
         variance, mean = torch.var_mean(store.scores(part, prompt, store.distinct(prompt)).double(), correction=0)

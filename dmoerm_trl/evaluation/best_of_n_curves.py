@@ -1,4 +1,4 @@
-"""Gold and proxy reward of best of n over the KL that it costs, for several reward models: the left half of figure 5."""
+"""Gold and proxy reward of best of n over its KL, for several reward models: the left half of the paper's figure 5."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 from ..files import save_figure
+from ..markdown import escape, markdown_table
 from .best_of_n_estimate import best_of_n, win_share
-from .explain import cell, display_width, pad
 from .kl import best_of_n_kl_bound
 from .overoptimisation import OveroptimisationFit, fit_overoptimisation
+from .plots import legend_above, style_panel
 
 
 def default_grid(n: int, points: int = 12) -> list[int]:
-    """About so many values of n from 1 to the largest, evenly spaced in their logarithm; for 60,000 some 0.8 nats apart."""
+    """About `points` values from 1 to `n`, evenly spaced on a log scale; for 60,000 they are about 0.8 nats of KL apart."""
     return sorted({round(n ** (point / (points - 1))) for point in range(points)})
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts with its bootstrap interval."""
+    """Mean over prompts with its bootstrap interval."""
 
     mean: float
     low: float
@@ -33,13 +34,13 @@ class Estimate:
 @dataclass(frozen=True)
 class Curve:
     """
-    What best of n by one reward model gives each of P prompts, at the G values of n of the grid.
+    Results of best of n by one reward model for each of P prompts, at the G values of n in the grid.
 
     Args:
-        gold (`Tensor` of shape (P, G)): gold reward, as it is.
-        win_rate (`Tensor` of shape (P, G)): share of the policy's own responses that gold puts below the chosen one.
-        proxy (`Tensor` of shape (P, G)): the reward model's own reward, standardised: less the mean, in units of the standard
-            deviation, of the rewards of all responses to all prompts. So 0 is the policy without optimisation.
+        gold (`Tensor` of shape (P, G)): Gold reward, not standardised.
+        win_rate (`Tensor` of shape (P, G)): Share of the policy's own responses with a gold reward below the chosen one's.
+        proxy (`Tensor` of shape (P, G)): Reward of the reward model itself, standardised by the mean and standard deviation over
+            all responses to all prompts. So 0 is the policy without optimisation.
     """
 
     gold: Tensor
@@ -50,11 +51,14 @@ class Curve:
 @dataclass(frozen=True)
 class BestOfNCurves:
     """
+    Curves of best of n by several reward models.
+
     Args:
-        grid (`list[int]`): the values of n, ascending from 1.
-        curves (`dict[str, Curve]`): reward model -> its curve.
-        confidence (`float`): coverage of the bootstrap intervals over prompts.
-        resamples, seed (`int`): of the bootstrap.
+        grid (`list[int]`): Values of n, ascending from 1.
+        curves (`dict[str, Curve]`): Reward model -> curve.
+        confidence (`float`, *optional*, defaults to 0.95): Coverage of the bootstrap intervals over prompts.
+        resamples (`int`, *optional*, defaults to 1000): Number of bootstrap resamples.
+        seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
     """
 
     grid: list[int]
@@ -65,11 +69,11 @@ class BestOfNCurves:
 
     @property
     def kl(self) -> Tensor:
-        """Nats at each n of the grid, by equation 11, in float64."""
+        """KL in nats at each n of the grid, by equation 11, in float64."""
         return best_of_n_kl_bound(self.grid)
 
     def estimates(self, values: Tensor) -> list[Estimate]:
-        """The mean over prompts at each n, for `values` of shape (P, G). The prompts are drawn once for all n."""
+        """Estimate the mean over prompts at each n, for `values` of shape (P, G). All n share the bootstrap draws."""
         prompts = len(values)
         draws = torch.randint(prompts, (self.resamples, prompts), generator=torch.Generator().manual_seed(self.seed))
         counts = torch.zeros(self.resamples, prompts, dtype=values.dtype)
@@ -81,14 +85,15 @@ class BestOfNCurves:
         return [Estimate(*numbers) for numbers in zip(*(column.tolist() for column in columns), strict=True)]
 
     def fit(self, name: str) -> OveroptimisationFit | None:
-        """Gao et al.'s curve through a reward model's gain in gold; None where the grid has too few n for it."""
+        """Fit the curve of Gao et al. to a reward model's gain in gold reward; None if the grid has too few values of n."""
         gold = self.curves[name].gold.mean(dim=0)
         return fit_overoptimisation(self.kl, gold - gold[0], "best_of_n") if len(self.grid) > 2 else None
 
     def to_dict(self) -> dict[str, Any]:
         """
-        `grid`, `kl`, `confidence`, `prompts`; `curves`, `proxy` and `win_rate`: reward model -> n -> `{"mean", "low", "high"}`
-        of the gold reward, the standardised proxy and the win rate; `fits`: reward model -> `a`, `b`, their errors, `peak_kl`.
+        Convert the curves to a dictionary with `grid`, `kl`, `confidence` and `prompts`; `curves`, `proxy` and `win_rate`: reward
+        model -> n -> `{"mean", "low", "high"}` of the gold reward, the standardised proxy and the win rate; and `fits`: reward
+        model -> `a`, `b`, their errors and `peak_kl`.
         """
         tables: dict[str, dict[str, Any]] = {"curves": {}, "proxy": {}, "win_rate": {}}
         for name, curve in self.curves.items():
@@ -105,14 +110,14 @@ class BestOfNCurves:
         }
 
     def to_markdown(self) -> str:
-        """Tables of the gold reward with its interval, of the win rate and of the proxy, then the fits."""
+        """Render tables of the gold reward with its interval, of the win rate and of the proxy, followed by the fits."""
         parts = []
         for title, field, form in (
             (f"Gold reward, with the {100 * self.confidence:g}% bootstrap interval over prompts", "gold", "+.2f"),
             ("Win rate by gold over the policy's own responses", "win_rate", ".1%"),
             ("Proxy, in standard deviations of the reward model over the policy's responses", "proxy", "+.2f"),
         ):
-            rows = [["n", "KL", *self.curves]]
+            rows = [["n", "KL", *map(escape, self.curves)]]
             columns = [self.estimates(getattr(curve, field)) for curve in self.curves.values()]
             for index, (n, kl) in enumerate(zip(self.grid, self.kl.tolist(), strict=True)):
                 cells = [column[index] for column in columns]
@@ -125,20 +130,20 @@ class BestOfNCurves:
                 best = int(curve.gold.mean(dim=0).argmax())
                 peak = f"{fit.peak_kl:.1f} nats" if fit.peak_kl <= self.kl[-1] else "beyond the grid"
                 cells = [f"{fit.a:+.2f} ± {fit.a_error:.2f}", f"{fit.b:+.2f} ± {fit.b_error:.2f}"]
-                fits.append([name, *cells, peak, f"{self.kl[best]:.1f} nats (n = {self.grid[best]:,})"])
+                fits.append([escape(name), *cells, peak, f"{self.kl[best]:.1f} nats (n = {self.grid[best]:,})"])
         if len(fits) > 1:
             parts.append(f"Gain in gold fitted by a d - b d², d = √KL (Gao et al. 2023)\n\n{markdown_table(fits)}")
         return "\n\n".join(parts) + "\n"
 
     def plot(self, path: str | Path) -> Path:
         """
-        Draws gold and proxy over KL on the paper's square-root axis, with the intervals as bands.
+        Plot gold and proxy reward over KL on the paper's square-root axis, with the intervals as bands.
 
         Args:
-            path (`str` or `Path`): the image to write, its format by the suffix. Missing folders are made.
+            path (`str` or `Path`): Image to write; the suffix determines the format. Missing folders are created.
 
         Raises:
-            ImportError: matplotlib is not installed.
+            ImportError: If matplotlib is not installed.
         """
         try:
             from matplotlib.figure import Figure  # not pyplot: no global state, no display
@@ -149,7 +154,7 @@ class BestOfNCurves:
         return save_figure(figure, path)
 
     def draw(self, figure: Any) -> None:
-        """[`plot`] on a figure, or a part of one, of matplotlib's."""
+        """Draw the panels of [`plot`] on a matplotlib figure or subfigure."""
         panels = figure.subplots(1, 2)
         for panel, field, label in zip(
             panels, ("gold", "proxy"), ("gold reward", "proxy, in standard deviations"), strict=True
@@ -164,45 +169,23 @@ class BestOfNCurves:
         legend_above(figure, panels[0])
 
 
-_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-
-
-def style_panel(panel: Any, largest_kl: float, label: str) -> None:
-    """Gives a panel of curves over KL the paper's square-root axis from 0, and its y-axis the label."""
-    panel.set_xscale("function", functions=(_root, lambda d: d**2))
-    step = next((step for step in _TICKS if largest_kl <= 8 * step), largest_kl / 8)
-    ticks = [0, step / 2, *(step * number for number in range(1, int(largest_kl / step) + 1))]
-    panel.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-    panel.set_xlim(left=0)
-    panel.minorticks_off()
-    panel.tick_params(labelsize=9)
-    panel.grid(alpha=0.25, linewidth=0.5)
-    panel.set_ylabel(label, fontsize=11)
-
-
-def legend_above(figure: Any, panel: Any) -> None:
-    """One legend for all panels, with the lines of one of them."""
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), fontsize=10, frameon=False)
-
-
 def best_of_n_curves(
     prompts: Iterable[tuple[Mapping[str, Tensor], Tensor]], grid: Sequence[int], **bootstrap: Any
 ) -> BestOfNCurves:
     """
-    The curves of several reward models, from the scores of N responses a prompt.
+    Estimate the curves of several reward models from the scores of N responses per prompt.
 
     Args:
-        prompts (`Iterable`): for each prompt, reward model -> scores of shape (N,), and the gold rewards of shape (N,).
-            They are taken one at a time, so a generator never holds more than one prompt's.
-        grid (`Sequence[int]`): values of n up to N. 1 is added where it is missing: it is the policy itself.
+        prompts (`Iterable`): For each prompt, a mapping reward model -> scores of shape (N,), and the gold rewards of shape (N,).
+            It is consumed one prompt at a time, so a generator needs to hold the scores of only one prompt.
+        grid (`Sequence[int]`): Values of n up to N. The value 1, which is the policy itself, is added if it is missing.
         bootstrap: `confidence`, `resamples` and `seed` of [`BestOfNCurves`].
 
     Raises:
-        ValueError: There is no prompt, the shapes do not fit, an n is above N, or a score is NaN or infinite.
+        ValueError: If there is no prompt, the shapes do not match, an n is above N, or a score is NaN or infinite.
     """
     grid = sorted({1, *grid})
-    estimates: dict[str, list[Tensor]] = {}  # one (3, G) a prompt
+    estimates: dict[str, list[Tensor]] = {}  # one tensor of shape (3, G) per prompt
     moments: dict[str, list[tuple[float, float]]] = {}
     for number, (scores, gold) in enumerate(prompts):
         if estimates and scores.keys() != estimates.keys():
@@ -223,35 +206,20 @@ def best_of_n_curves(
     if not estimates:
         raise ValueError("got no prompts or no reward models, need at least one of each.")
     curves = {}
-    for name, of_prompts in estimates.items():
+    for name, prompt_estimates in estimates.items():
         mean, deviation = pooled_moments(moments[name])
-        gold, win_rate, proxy = torch.stack(of_prompts, dim=1)  # (P, G) each
+        gold, win_rate, proxy = torch.stack(prompt_estimates, dim=1)  # (P, G) each
         curves[name] = Curve(gold, win_rate, (proxy - mean) / (deviation or 1.0))
     return BestOfNCurves(grid, curves, **bootstrap)
 
 
 def pooled_moments(moments: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Mean and standard deviation of groups of one size, from the mean and the variance of each."""
+    """Compute the overall mean and standard deviation of equally large groups from each group's mean and variance."""
     mean, variance = torch.tensor(moments, dtype=torch.float64).T
     return float(mean.mean()), float((variance.mean() + mean.var(correction=0)).sqrt())
 
 
 def fit_to_dict(fit: OveroptimisationFit) -> dict[str, float | None]:
-    """A fit's numbers; None for those that are not finite, which JSON cannot write."""
+    """Convert a fit to a dictionary for JSON, in which None replaces numbers that are not finite."""
     numbers = {name: getattr(fit, name) for name in ("a", "b", "a_error", "b_error", "peak_kl")}
     return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-
-
-def _root(kl: Any) -> Any:
-    """The axis' scale; matplotlib asks for it a little below 0 too."""
-    return abs(kl) ** 0.5
-
-
-def markdown_table(rows: list[list[str]]) -> str:
-    """A Markdown table of padded cells, whose first row is the header."""
-    rows = [[cell(text) for text in row] for row in rows]
-    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
-    header, *body = (
-        "| " + " | ".join(pad(cell, width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    )
-    return "\n".join([header, "| " + " | ".join("-" * (width - 1) + ":" for width in widths) + " |", *body])

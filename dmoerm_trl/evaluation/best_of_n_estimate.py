@@ -1,10 +1,10 @@
 """
-What best of n is expected to give, for many n at once, from N >= n sampled responses a prompt.
+Expected outcome of best of n, for many n at once, from N >= n sampled responses per prompt.
 
-Best of n draws n responses and keeps the one with the highest proxy score. One draw of n wastes N - n responses and is
+Best of n draws n responses and keeps the one with the highest proxy score. A single draw of n wastes N - n responses and is
 noisy; the mean over all C(N, n) subsets is unbiased and uses every response (Nakano et al. 2021, "WebGPT", arXiv
-2112.09332; Coste et al. 2024, "Reward Model Ensembles Help Mitigate Overoptimization", appendix B). It needs no
-enumeration: the response of rank i by proxy score, 1 the lowest, wins in C(i-1, n-1) subsets.
+2112.09332; Coste et al. 2024, "Reward Model Ensembles Help Mitigate Overoptimization", appendix B). The subsets need not be
+enumerated: the response of rank i by proxy score, where 1 is the lowest, wins in C(i-1, n-1) of them.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ import torch
 
 def best_of_n_weights(responses: int, n: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """
-    The chance that the response of each rank wins, in a subset of n drawn without replacement:
+    Compute the probability that the response of each rank wins in a subset of n drawn without replacement:
     `w_i = C(i-1, n-1) / C(N, n)` for the ranks i = 1..N, by the recurrence `w_N = n / N`, `w_i = w_{i+1} (i+1-n) / i`.
 
     Args:
         responses (`int`): N.
         n (`int`): Size of the subset, from 1 to N.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the weights are wanted.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Device of the weights.
 
     Returns:
-        `torch.Tensor` of shape `(N,)`: Ascending by rank, sum 1, in float64. Those of ranks below n are 0, and those
-        far below the top may underflow to 0.
+        `torch.Tensor` of shape `(N,)`: Weights by ascending rank, with sum 1, in float64. Ranks below n have weight 0, and the
+        weights of low ranks may underflow to 0.
 
     Raises:
-        ValueError: n is below 1 or above N.
+        ValueError: If n is below 1 or above N.
     """
     if not 1 <= n <= responses:
         raise ValueError(
@@ -41,33 +41,37 @@ def best_of_n_weights(responses: int, n: int, device: torch.device | str = "cpu"
 
 def best_of_n(scores: torch.Tensor, values: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     """
-    The unbiased estimate, for every n of the grid, of what best of n by `scores` gives in `values`.
+    Estimate without bias, for every n of the grid, the expected `values` of the response that best of n by `scores` chooses.
 
-    The values may be anything that each response has: the gold reward, the score itself (the proxy's curve), the
-    [`win_share`], the length. The responses are sorted once, whatever the grid and however many values. Where scores
-    are equal, each of the responses is as likely to win: their values are replaced by their mean, which is the exact
-    expectation over breaking ties at random.
+    The values may be any quantity of a response: the gold reward, the score itself (the proxy's curve), the [`win_share`], the
+    length. The responses are sorted only once for all n and all values. Responses with equal scores are equally likely to win:
+    their values are replaced by their mean, which is the exact expectation over random tie-breaking.
 
-    Letters: N responses of one prompt, G values of n. Takes O(N (log N + G)) a prompt, and memory for a few float64
-    copies of `values`, whatever the grid. Prompts do not mix: those with another N, or more than fit into memory, are
-    calls of their own.
+    Notation: N responses per prompt, G values of n. The estimate takes O(N (log N + G)) time per prompt, and memory for a few
+    float64 copies of `values`. Prompts are independent of each other: use separate calls for prompts with another N, or if they
+    do not fit into memory together.
 
     Args:
         scores (`torch.Tensor` of shape `(..., N)`): Proxy scores, higher is better.
-        values (`torch.Tensor` of shape `(*extra, ..., N)`): Values of the same responses, after any extra dimensions.
+        values (`torch.Tensor` of shape `(*extra, ..., N)`): Values of the same responses, with any extra leading dimensions.
         grid (`Sequence[int]`): The G values of n, at least one, each from 1 to N, in any order.
 
     Returns:
-        `torch.Tensor` of shape `(*extra, ..., G)`: In float64.
+        `torch.Tensor` of shape `(*extra, ..., G)`: The estimates, in float64.
 
     Raises:
-        ValueError: There is no response or no n, the shapes do not fit, a score or a value is NaN or infinite, or an n
-            is below 1 or above N.
+        ValueError: If there is no response or no n, the shapes do not match, a score or a value is NaN or infinite, or an n is
+            below 1 or above N.
 
     Example:
 
     ```python
-    >>> gold, proxy = best_of_n(scores, torch.stack([gold_rewards, scores]), grid=[1, 2, 4])
+    import torch
+    from dmoerm_trl import best_of_n
+
+    scores = torch.tensor([0.1, 0.7, 0.3])  # by the reward model, of three responses
+    gold = torch.tensor([0.0, 1.0, 2.0])
+    assert best_of_n(scores, gold, grid=[1, 3]).tolist() == [1.0, 1.0]  # the mean of all; that of the best by score
     ```
     """
     if scores.ndim == 0 or scores.numel() == 0:
@@ -94,24 +98,24 @@ def best_of_n(scores: torch.Tensor, values: torch.Tensor, grid: Sequence[int]) -
 
 def win_share(rewards: torch.Tensor, base_rewards: torch.Tensor) -> torch.Tensor:
     """
-    The share of the base policy's responses to the same prompt that each response beats, ties counting half. As the
-    `values` of [`best_of_n`] it gives the win rate of best of n over the base policy.
+    Compute the share of the base policy's responses to the same prompt that each response beats; ties count half. Passed as
+    `values` to [`best_of_n`], it gives the win rate of best of n over the base policy.
 
-    With gold rewards it is the gold win rate. With the proxy's own scores it says how the proxy rates itself: n/(n+1)
-    when no two scores are equal, which is the highest win rate that best of n can have.
+    With gold rewards this is the gold win rate. With the proxy's own scores it is the win rate that the proxy gives itself:
+    n/(n+1) if no two scores are equal, the highest possible win rate of best of n.
 
-    The estimate of the win rate is unbiased where the base's responses are other samples than those chosen from. The
-    same samples may be given where N is large: that shifts the win rate by less than 1.5/N.
+    The estimate of the win rate is unbiased if the base policy's responses are different samples from those to choose from. If
+    N is large, the same samples may be used, which shifts the win rate by less than 1.5/N.
 
     Args:
         rewards (`torch.Tensor` of shape `(..., N)`): Rewards of the responses, higher is better.
         base_rewards (`torch.Tensor` of shape `(..., M)`): Rewards of the base policy's responses to the same prompts.
 
     Returns:
-        `torch.Tensor` of shape `(..., N)`: From 0 to 1, in float64.
+        `torch.Tensor` of shape `(..., N)`: Shares from 0 to 1, in float64.
 
     Raises:
-        ValueError: There is no base response, the prompts differ in number, or a reward is NaN or infinite.
+        ValueError: If there is no base response, the numbers of prompts differ, or a reward is NaN or infinite.
     """
     if base_rewards.ndim == 0 or base_rewards.shape[-1] == 0 or rewards.shape[:-1] != base_rewards.shape[:-1]:
         raise ValueError(
@@ -128,11 +132,11 @@ def win_share(rewards: torch.Tensor, base_rewards: torch.Tensor) -> torch.Tensor
 
 def _mean_over_ties(scores: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """
-    Replaces each value by the mean over the block of equal scores that it stands in.
+    Replace each value by the mean over its block of equal scores.
 
     Args:
-        scores (`torch.Tensor` of shape `(..., N)`): Ascending.
-        values (`torch.Tensor` of shape `(*extra, ..., N)`): In the same order.
+        scores (`torch.Tensor` of shape `(..., N)`): Scores in ascending order.
+        values (`torch.Tensor` of shape `(*extra, ..., N)`): Values in the same order.
     """
     starts = (scores[..., 1:] != scores[..., :-1]).long()
     block = torch.cat([torch.zeros_like(scores[..., :1], dtype=torch.long), starts.cumsum(-1)], dim=-1)

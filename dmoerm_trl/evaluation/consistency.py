@@ -1,4 +1,4 @@
-"""Consistency with the labels: the share of non-tied pairs that the rewards order as the labels do (section 6.2)."""
+"""Consistency with the labels: the share of non-tied pairs that rewards and labels order the same way (section 6.2)."""
 
 from collections.abc import Sequence
 
@@ -36,18 +36,18 @@ _CITATION = """
 
 def pair_agreement(rewards: Sequence[float], ranks: Sequence[int]) -> tuple[float, int]:
     """
-    Counts the pairs of one prompt's K responses that the rewards order as the ranks do.
+    Count the pairs of one prompt's K responses that rewards and ranks order the same way.
 
     Args:
         rewards (`Sequence[float]`): K finite rewards, higher is better.
-        ranks (`Sequence[int]`): K finite ranks, 1 is best. Pairs of equal ranks are left out.
+        ranks (`Sequence[int]`): K finite ranks, 1 is best. Pairs with equal ranks are ignored.
 
     Returns:
-        `tuple[float, int]`: The pairs in agreement, where a pair of equal rewards counts as half, and all pairs whose
-        ranks differ, at most K (K - 1) / 2.
+        `tuple[float, int]`: Number of pairs in agreement, where a pair with equal rewards counts as half, and number of all
+        pairs with different ranks, at most K (K - 1) / 2.
 
     Raises:
-        ValueError: The lengths differ, or a reward or a rank is NaN or infinite.
+        ValueError: If the lengths differ, or a reward or a rank is NaN or infinite.
     """
     rewards, ranks = np.asarray(rewards, dtype=np.float64), np.asarray(ranks, dtype=np.float64)
     if rewards.ndim != 1 or rewards.shape != ranks.shape:
@@ -62,18 +62,19 @@ def pair_agreement(rewards: Sequence[float], ranks: Sequence[int]) -> tuple[floa
 
 def agreement(rewards: Sequence[float], pairs: Sequence[tuple[int, int]]) -> tuple[float, int]:
     """
-    Counts the pairs of one prompt's K responses that the rewards order as the labels do.
+    Count the labelled pairs of one prompt's K responses that the rewards order the same way.
 
     Args:
         rewards (`Sequence[float]`): K finite rewards, higher is better.
-        pairs (`Sequence[tuple[int, int]]`): the indices (better, worse) of labelled pairs, as of
+        pairs (`Sequence[tuple[int, int]]`): Indices (better, worse) of the labelled pairs, see
             [`~dmoerm_trl.data.preference_row.PreferenceRow.pairs_of`].
 
     Returns:
-        `tuple[float, int]`: The pairs in agreement, where a pair of equal rewards counts as half, and all pairs.
+        `tuple[float, int]`: Number of pairs in agreement, where a pair with equal rewards counts as half, and number of all
+        pairs.
 
     Raises:
-        ValueError: A reward is NaN or infinite.
+        ValueError: If a reward is NaN or infinite.
     """
     rewards = np.asarray(rewards, dtype=np.float64)
     if not np.isfinite(rewards).all():
@@ -81,22 +82,26 @@ def agreement(rewards: Sequence[float], pairs: Sequence[tuple[int, int]]) -> tup
             f"got rewards {rewards.tolist()}, need finite numbers because NaN and inf have no order: look for NaN in "
             "the weights or an overflow in half precision."
         )
-    better, worse = rewards[np.asarray(pairs, dtype=int).reshape(-1, 2)].T  # compared: a difference could overflow
+    better, worse = rewards[
+        np.asarray(pairs, dtype=int).reshape(-1, 2)
+    ].T  # compared, because a difference could overflow
     return float((better > worse).sum() + (better == worse).sum() / 2), len(better)
 
 
 class Consistency(evaluate.Metric):
     """
-    The consistency of rewards with labels, as an [`evaluate.Metric`] that needs no download and no network.
+    Consistency of rewards with labels, as an [`evaluate.Metric`] that needs no download and no network.
 
-    Predictions stay in memory, so no cache file is written. Where several processes share the work, pass
+    Predictions stay in memory, so no cache file is written. If several processes share the work, pass
     `keep_in_memory=False` with `num_process`, `process_id` and `experiment_id`, as for any metric of `evaluate`.
 
     Example:
 
     ```python
-    >>> Consistency().compute(predictions=[[0.9, 0.1, 0.4]], references=[[1, 2, 3]])
-    {'consistency': 0.666..., 'low': 0.666..., 'high': 0.666..., 'pairs': 3, 'prompts': 1}
+    from dmoerm_trl import Consistency
+
+    found = Consistency().compute(predictions=[[0.9, 0.1, 0.4]], references=[[1, 2, 3]])
+    assert round(found["consistency"], 3) == 0.667 and found["pairs"] == 3
     ```
     """
 
@@ -111,7 +116,7 @@ class Consistency(evaluate.Metric):
             features=datasets.Features(
                 {
                     "predictions": datasets.Sequence(datasets.Value("float64")),
-                    "references": datasets.Sequence(datasets.Value("float64")),  # int64 would cut 1.5 to 1
+                    "references": datasets.Sequence(datasets.Value("float64")),  # int64 would truncate 1.5 to 1
                 }
             ),
         )
@@ -137,17 +142,19 @@ def pooled(
     agreements: Sequence[tuple[float, int]], confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> dict[str, float | int]:
     """
-    The consistency over prompts.
+    Compute the consistency over prompts and its bootstrap interval.
 
     Args:
-        agreements (`Sequence[tuple[float, int]]`): for each prompt the pairs in agreement and all pairs, as of [`agreement`].
-        confidence, resamples, seed: of the bootstrap, as of [`Consistency`].
+        agreements (`Sequence[tuple[float, int]]`): For each prompt, the result of [`agreement`].
+        confidence (`float`, *optional*, defaults to 0.95): Coverage of the interval, between 0 and 1.
+        resamples (`int`, *optional*, defaults to 1000): Number of bootstrap resamples.
+        seed (`int`, *optional*, defaults to 0): Seed of the bootstrap.
 
     Returns:
-        What [`Consistency`] gives.
+        `dict`: The result of [`Consistency`].
 
     Raises:
-        ValueError: No prompt has a pair, or an option is out of range.
+        ValueError: If no prompt has a pair, or an option is out of range.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"got confidence {confidence}, need a number between 0 and 1, such as 0.95.")
@@ -174,16 +181,15 @@ def _bootstrap_interval(
     agreed: np.ndarray, pairs: np.ndarray, confidence: float, resamples: int, seed: int
 ) -> tuple[float, float]:
     """
-    The percentile bootstrap interval of `agreed.sum() / pairs.sum()`. Prompts are drawn with replacement, the pairs of
-    one prompt always together, because pairs that share responses are not independent.
+    Compute the percentile bootstrap interval of `agreed.sum() / pairs.sum()`. Prompts are drawn with replacement, each with all
+    its pairs, because pairs that share responses are not independent.
 
-    A prompt matters only through its (agreed, pairs), of which few are distinct, so a resample is one draw of how
-    often each distinct outcome occurs: the same distribution as drawing prompts, at a cost that does not grow with
-    their number.
+    A prompt matters only through its (agreed, pairs), which takes few distinct values. So a resample draws how often each
+    distinct value occurs: this has the same distribution as drawing prompts, at a cost that does not grow with their number.
 
     Args:
-        agreed (`np.ndarray` of shape `(prompts,)`): Pairs in agreement.
-        pairs (`np.ndarray` of shape `(prompts,)`): Non-tied pairs, at least 1 each.
+        agreed (`np.ndarray` of shape `(prompts,)`): Number of pairs in agreement.
+        pairs (`np.ndarray` of shape `(prompts,)`): Number of non-tied pairs, at least 1 each.
     """
     outcomes, prompts = np.unique(np.stack([agreed, pairs]), axis=1, return_counts=True)  # (2, O), (O,)
     random = np.random.default_rng(seed)

@@ -1,9 +1,9 @@
 """
-How far an optimised policy is from the policy it started from, in nats: the x-axis of the paper's figure 5.
+KL divergence of an optimised policy from its initial policy, in nats: the x-axis of the paper's figure 5.
 
-Best of n has no log-probabilities of its own, so its KL is a function of n (equation 11) or of n and the winners'
+Best of n has no log-probabilities of its own, so its KL is computed from n (equation 11), or from n and the winners'
 probabilities (Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy", arXiv 2401.01879). The
-KL of a trained policy is estimated on its samples: k1 and k2 (equations 13 and 14) and k3 (Schulman 2020,
+KL of a trained policy is estimated on its samples by k1 and k2 (equations 13 and 14) and k3 (Schulman 2020,
 "Approximating KL divergence", http://joschu.net/blog/kl-approx.html).
 """
 
@@ -16,20 +16,27 @@ import torch
 
 def best_of_n_kl_bound(n: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
     """
-    The KL of best of n as equation 11 has it: `log n - (n - 1) / n`.
+    Compute the KL of best of n by equation 11: `log n - (n - 1) / n`.
 
-    It is exact where no response has a probability worth speaking of and no two have the same score, and an upper
-    bound otherwise (Beirami et al. 2024): it grows without end, while the true KL stays below `-log p(y)` of the best
-    response y.
+    It is exact if every response has a negligible probability and no two have the same score, and an upper bound otherwise
+    (Beirami et al. 2024): it grows without limit, while the true KL stays below `-log p(y)` of the best response y.
 
     Args:
-        n (`int`, `Sequence[int]` or `torch.Tensor` of shape `(...)`): Responses to choose from, at least 1.
+        n (`int`, `Sequence[int]` or `torch.Tensor` of shape `(...)`): Number of responses to choose from, at least 1.
 
     Returns:
-        `torch.Tensor` of shape `(...)`: Nats, in float64.
+        `torch.Tensor` of shape `(...)`: KL in nats, in float64.
 
     Raises:
-        ValueError: An n is below 1.
+        ValueError: If an n is below 1.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import best_of_n_kl_bound
+
+    assert round(float(best_of_n_kl_bound(4)), 3) == 0.636  # nats
+    ```
     """
     n = torch.as_tensor(n, dtype=torch.float64)
     if not (n >= 1).all():
@@ -39,29 +46,39 @@ def best_of_n_kl_bound(n: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
 
 def best_of_n_kl_estimate(log_probs: torch.Tensor, n: int | torch.Tensor) -> torch.Tensor:
     """
-    The tighter estimate of Beirami et al. 2024, section 4, for winners y of best of n. With e = p(y | prompt),
+    Compute the tighter estimate of Beirami et al. 2024, section 4, for winners y of best of n. With e = p(y | prompt), it is the
+    mean over winners of
 
         (1 - e)^n (log n + (n - 1) log(1 - e) - (n - 1) / n) + (1 - (1 - e)^n) log((1 - (1 - e)^n) / e)
 
-    whose mean over winners is the estimate. One value is the exact KL where the best response has probability e and
-    all the others are negligible; so it lies between 0 and equation 11, and falls as e grows. The mean over winners is
-    an upper bound of the exact KL too, below equation 11; so is the one value of the best response there is.
+    A single value is the exact KL if the best response has probability e and all others are negligible; so it lies between 0
+    and equation 11, and falls as e grows. The mean over winners is an upper bound of the exact KL that is below equation 11,
+    and so is the single value of the best possible response.
 
-    The exact mean over the winners of N sampled responses, rather than over one draw of winners, is
+    The exact mean over the winners of N sampled responses, instead of over one draw of winners, is
     `best_of_n(scores, best_of_n_kl_estimate(log_probs, n), [n])`, see
     [`~dmoerm_trl.evaluation.best_of_n_estimate.best_of_n`].
 
     Args:
         log_probs (`torch.Tensor` of shape `(...)`):
-            log p(y | prompt), summed over the tokens, under the distribution that was sampled from: after temperature
-            and top-p, where they were used.
-        n (`int` or `torch.Tensor` that broadcasts with `log_probs`): Responses to choose from, at least 1.
+            log p(y | prompt), summed over the tokens, under the sampling distribution: after temperature and top-p, if
+            they were used.
+        n (`int` or `torch.Tensor` that broadcasts with `log_probs`): Number of responses to choose from, at least 1.
 
     Returns:
-        `torch.Tensor` of the broadcast shape: Nats, in float64.
+        `torch.Tensor` of the broadcast shape: Values in nats, in float64.
 
     Raises:
-        ValueError: An n is below 1, or a log-probability is above 0, NaN or infinite.
+        ValueError: If an n is below 1, or a log-probability is above 0, NaN or infinite.
+
+    Example:
+
+    ```python
+    import torch
+    from dmoerm_trl import best_of_n_kl_estimate
+
+    best_of_n_kl_estimate(torch.tensor([-20.0, -30.0]), 4)  # of two winners with these log-probabilities
+    ```
     """
     if not (log_probs.isfinite() & (log_probs <= 0)).all():
         raise ValueError(
@@ -70,7 +87,7 @@ def best_of_n_kl_estimate(log_probs: torch.Tensor, n: int | torch.Tensor) -> tor
         )
     bound = best_of_n_kl_bound(n).to(log_probs.device)  # log n - (n - 1) / n
     n = torch.as_tensor(n, dtype=torch.float64, device=log_probs.device)
-    # What underflows is as good as the smallest normal number: both terms have reached their limit long before.
+    # Replacing an underflow by the smallest normal number is harmless: both terms reach their limit long before.
     p = log_probs.double().exp().clamp_min(torch.finfo(torch.float64).tiny)
     log_miss = n * torch.log1p(-p)  # none of the n responses is y
     hit = -torch.expm1(log_miss)
@@ -79,7 +96,8 @@ def best_of_n_kl_estimate(log_probs: torch.Tensor, n: int | torch.Tensor) -> tor
 
 def k1(log_ratio: torch.Tensor) -> torch.Tensor:
     """
-    `d = log pi - log pi_ref` itself, equation 13. Unbiased for KL(pi || pi_ref); often negative, of high variance.
+    The log-ratio `d = log pi - log pi_ref` itself (equation 13), an unbiased estimator of KL(pi || pi_ref) that is often
+    negative and has a high variance.
 
     Args:
         log_ratio (`torch.Tensor` of shape `(...)`): d, on samples of pi (not of pi_ref).
@@ -89,8 +107,8 @@ def k1(log_ratio: torch.Tensor) -> torch.Tensor:
 
 def k2(log_ratio: torch.Tensor) -> torch.Tensor:
     """
-    `d^2 / 2`, equation 14. Never negative, of low variance, biased by the third order of d: for two Gaussians of one
-    variance, whose KL is K, its mean is K + K^2 / 2.
+    The estimator `d^2 / 2` (equation 14). It is never negative, has a low variance, and is biased in the third order of d: for
+    two Gaussians with the same variance and KL K, its mean is K + K^2 / 2.
 
     Args:
         log_ratio (`torch.Tensor` of shape `(...)`): d, on samples of pi (not of pi_ref).
@@ -100,12 +118,12 @@ def k2(log_ratio: torch.Tensor) -> torch.Tensor:
 
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
     """
-    `exp(-d) - 1 + d`, Schulman 2020. Unbiased and never negative. Its variance is below k1's while d is small, and
-    above it where pi has moved far: exp(-d) has a heavy tail.
+    The estimator `exp(-d) - 1 + d` (Schulman 2020), which is unbiased and never negative. Its variance is lower than that of k1
+    for small d, and higher if pi has moved far from pi_ref, because exp(-d) has a heavy tail.
 
     Args:
-        log_ratio (`torch.Tensor` of shape `(...)`): d, on samples of pi (not of pi_ref). With the opposite sign the
-            result would be biased and still look sound: positive, and 0 for equal policies.
+        log_ratio (`torch.Tensor` of shape `(...)`): d, on samples of pi (not of pi_ref). With the opposite sign, the result
+            would be biased but look plausible: positive, and 0 for equal policies.
     """
     return torch.expm1(-log_ratio) + log_ratio
 
@@ -113,23 +131,23 @@ def k3(log_ratio: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class KLEstimate:
     """
-    An estimate of KL(pi || pi_ref), in nats.
+    Estimate of KL(pi || pi_ref), in nats.
 
     Args:
-        per_sequence (`torch.Tensor` of shape `(sequences,)`): One value a sampled sequence. Gather these across
-            processes and build the estimate anew; means and errors cannot be gathered.
+        per_sequence (`torch.Tensor` of shape `(sequences,)`): One value per sampled sequence. To combine
+            processes, gather these and build a new estimate; means and errors cannot be gathered.
     """
 
     per_sequence: torch.Tensor
 
     @property
     def mean(self) -> float:
-        """The estimate."""
+        """The estimate: the mean over sequences."""
         return self.per_sequence.mean().item()
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, for sequences drawn independently; NaN for one sequence, which says nothing of the spread."""
+        """Standard error of the mean, for independently sampled sequences; NaN for a single sequence."""
         if len(self.per_sequence) == 1:
             return math.nan
         return self.per_sequence.std().item() / math.sqrt(len(self.per_sequence))
@@ -137,27 +155,37 @@ class KLEstimate:
 
 def policy_kl(log_probs: torch.Tensor, ref_log_probs: torch.Tensor, mask: torch.Tensor) -> dict[str, KLEstimate]:
     """
-    Estimates KL(pi || pi_ref) of whole responses sampled from pi: [`k1`], [`k2`] and [`k3`] of every token, summed over
-    the tokens of the response.
+    Estimate KL(pi || pi_ref) on complete responses sampled from pi: [`k1`], [`k2`] and [`k3`] of each token, summed over the
+    tokens of the response.
 
-    The sum over tokens is unbiased wherever the estimator of one token is, because the KL of a response is the
-    expected sum of its tokens' KL. Equation 14, read as the square of the whole response's log-ratio, is another
-    number, with a bias that grows with the length: `k2(estimates["k1"].per_sequence)`.
+    The sum over tokens is unbiased if the estimator for one token is, because the KL of a response is the expected sum of its
+    tokens' KL. Applying equation 14 to the log-ratio of the entire response instead gives a different number,
+    `k2(estimates["k1"].per_sequence)`, whose bias grows with the length.
 
-    Letters: B sequences, T tokens at most.
+    Notation: B sequences of at most T tokens.
 
     Args:
-        log_probs (`torch.Tensor` of shape `(B, T)`): log pi of each sampled token, under the same temperature as
+        log_probs (`torch.Tensor` of shape `(B, T)`): log pi of each sampled token, at the same temperature as
             `ref_log_probs`.
         ref_log_probs (`torch.Tensor` of shape `(B, T)`): log pi_ref of the same tokens.
-        mask (`torch.Tensor` of shape `(B, T)`): 1 or True for the tokens of the response, its end included; 0 or
-            False for the prompt and the padding, where the log-probabilities may be anything.
+        mask (`torch.Tensor` of shape `(B, T)`): 1 or True for the tokens of the response, including its end token; 0
+            or False for the prompt and the padding, where any log-probabilities are allowed.
 
     Returns:
-        `dict[str, KLEstimate]`: Of `"k1"`, `"k2"` and `"k3"`, in float32 (in float64, if that is what was given).
+        `dict[str, KLEstimate]`: Estimates `"k1"`, `"k2"` and `"k3"`, in float32 (in float64 for float64 inputs).
 
     Raises:
-        ValueError: The shapes differ, there is no sequence, or a log-probability under the mask is NaN or infinite.
+        ValueError: If the shapes differ, there is no sequence, or a log-probability under the mask is NaN or infinite.
+
+    Example:
+
+    ```python
+    import torch
+    from dmoerm_trl import policy_kl
+
+    log_p, log_q, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.0]]), torch.ones(1, 2)
+    estimates = policy_kl(log_p, log_q, mask)
+    ```
     """
     if log_probs.ndim != 2 or len(log_probs) == 0 or not log_probs.shape == ref_log_probs.shape == mask.shape:
         raise ValueError(

@@ -1,15 +1,15 @@
-"""The rows of the paper's table 3: the scores that each method of a finished training gives the test rows."""
+"""Scores of the test rows by each method of a finished run: the rows of the paper's table 3."""
 
 from collections.abc import Sequence
 
 import torch
 
 from ..data.rows import PreferenceRow
-from ..modeling.modeling import DMoERMForSequenceClassification
+from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
+from ..scoring.aggregation import mean_reward, uncertainty_weighted_reward, worst_case_reward
+from ..scoring.batch import route_encodings, score_encodings
 from ..tasks import OVERALL
 from ..training.pipeline import Pipeline
-from .ensembles import mean_reward, uncertainty_weighted_reward, worst_case_reward
-from .scoring import route_encodings, score_encodings
 from .table import LENGTH_ONLY, length_scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,15 +17,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def method_scores(run: Pipeline, rows: Sequence[PreferenceRow]) -> dict[str, list[list[float]]]:
     """
-    Scores rows by all methods of a finished training.
+    Score rows by all methods of a finished run.
 
     Args:
-        run (`Pipeline`): the training. Its ensemble members were normalised to zero mean and unit variance.
+        run (`Pipeline`): The run. The rewards of its ensemble members are normalised to zero mean and unit variance.
         rows (`Sequence[PreferenceRow]`): R rows, such as `run.rows("test")`.
 
     Returns:
-        `dict`: method -> R lists of rewards: single, mean, WCO and UWO (equations 8 to 10), DMoERM-w/o-Outer, DMoERM and
-        the length-only baseline; those that the recipe did not train are absent.
+        `dict`: Method -> R lists of rewards, for single, mean, WCO and UWO (equations 8 to 10), DMoERM-w/o-Outer, DMoERM and
+        the length-only baseline. Methods that the recipe did not train are absent.
     """
     encodings, report = run.formatter.encode_rows(rows)
     if report.cut_rows:
@@ -56,7 +56,7 @@ def method_scores(run: Pipeline, rows: Sequence[PreferenceRow]) -> dict[str, lis
 
 
 def router_accuracy(run: Pipeline, rows: Sequence[PreferenceRow]) -> float:
-    """Share of the rows of the DMoERM's tasks whose prompt the router sends to the row's task."""
+    """Compute the share of rows whose prompt the router sends to the row's task, ignoring rows of tasks unknown to the DMoERM."""
     model = run.load("model").to(DEVICE)
     tasks = list(model.config.tasks)
     rows = [row for row in rows if row.task in tasks]

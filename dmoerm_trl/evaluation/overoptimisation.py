@@ -1,8 +1,8 @@
 """
-How gold reward rises and falls as a policy moves away from where it started: the two fits of Gao et al. 2023, "Scaling
-Laws for Reward Model Overoptimization", ICML (their equations for best of n and for reinforcement learning).
+Fits of the gold reward, which rises and falls as a policy moves away from its initial policy: the equations for best of n and
+for reinforcement learning of Gao et al. 2023, "Scaling Laws for Reward Model Overoptimization", ICML.
 
-Letters: d = sqrt(KL(pi || pi_init)); R(d) the gain in gold reward over the initial policy, so that R(0) = 0.
+Notation: d = sqrt(KL(pi || pi_init)); R(d) is the gain in gold reward over the initial policy, so that R(0) = 0.
 """
 
 import math
@@ -19,16 +19,15 @@ _BENDS = {
 @dataclass(frozen=True)
 class OveroptimisationFit:
     """
-    A fitted curve of the gain in gold reward: `R(d) = d (a - b d)` for best of n, `R(d) = d (a - b log d)` for RL.
+    Fitted curve of the gain in gold reward: `R(d) = d (a - b d)` for best of n, `R(d) = d (a - b log d)` for RL.
 
     Args:
         optimiser (`str`): `"best_of_n"` or `"rl"`.
-        a (`float`): How steeply gold rises: the slope at d = 0 for best of n, R(1) for RL.
-        b (`float`): How strongly it is bent down. Overoptimisation shows as b > 0.
-        a_error (`float`): Standard error of `a` by ordinary least squares, which takes the points as independent and
-            of one variance: too small for points that share their samples or their run. NaN where there are only two
-            points.
-        b_error (`float`): The same of `b`.
+        a (`float`): Initial rise of the gold reward: the slope at d = 0 for best of n, R(1) for RL.
+        b (`float`): Strength of the downward bend; b > 0 indicates overoptimisation.
+        a_error (`float`): Standard error of `a` by ordinary least squares, which assumes independent points of equal
+            variance: it is too small for points from the same samples or the same run. NaN for only two points.
+        b_error (`float`): Standard error of `b`, likewise.
     """
 
     optimiser: str
@@ -38,16 +37,15 @@ class OveroptimisationFit:
     b_error: float
 
     def gain(self, kl: torch.Tensor) -> torch.Tensor:
-        """R at the KL given, `(...)` nats, in float64."""
+        """Compute R at the given KL, of shape `(...)` in nats; in float64."""
         d = torch.as_tensor(kl, dtype=torch.float64).sqrt()
         return self.a * d - self.b * _BENDS[self.optimiser](d)
 
     @property
     def peak_kl(self) -> float:
         """
-        The KL, in nats, at which R is greatest: `(a / 2b)^2` for best of n, `exp(2 (a/b - 1))` for RL. 0 where R falls
-        from the start, infinite where it never stops rising. Beyond the largest KL that was fitted it is an
-        extrapolation.
+        The KL, in nats, at which R is greatest: `(a / 2b)^2` for best of n, `exp(2 (a/b - 1))` for RL. It is 0 if R falls
+        from the start, and infinite if R never stops rising. Beyond the largest fitted KL, it is an extrapolation.
         """
         if self.b < 0 or (self.b == 0 and self.a > 0):
             return math.inf
@@ -60,19 +58,20 @@ class OveroptimisationFit:
 
 def fit_overoptimisation(kl: torch.Tensor, gain: torch.Tensor, optimiser: str) -> OveroptimisationFit:
     """
-    Fits Gao et al.'s curve by least squares. Both are linear in a and b, so the solution is exact and needs no start.
+    Fit the curve of Gao et al. by least squares. Both curves are linear in a and b, so the solution is exact and needs no
+    starting point.
 
     Args:
-        kl (`torch.Tensor` of shape `(points,)`): Nats, not negative, at least two of them distinct and above 0.
-        gain (`torch.Tensor` of shape `(points,)`): Mean gold reward less that of the initial policy. A point at KL 0
-            adds nothing to the fit, and its gain is 0.
-        optimiser (`str`): `"best_of_n"` or `"rl"`: which of the two curves.
+        kl (`torch.Tensor` of shape `(points,)`): KL in nats, not negative, with at least two distinct values above 0.
+        gain (`torch.Tensor` of shape `(points,)`): Mean gold reward minus that of the initial policy. A point at KL
+            0 has gain 0 and does not affect the fit.
+        optimiser (`str`): `"best_of_n"` or `"rl"`, which selects the curve.
 
     Returns:
-        [`OveroptimisationFit`].
+        [`OveroptimisationFit`]: The fitted curve.
 
     Raises:
-        ValueError: The shapes differ, a number is NaN or infinite, a KL is negative, a gain at KL 0 is not 0, or there
+        ValueError: If the shapes differ, a number is NaN or infinite, a KL is negative, a gain at KL 0 is not 0, or there
             are fewer than two distinct KL above 0.
     """
     if optimiser not in _BENDS:
@@ -97,7 +96,7 @@ def fit_overoptimisation(kl: torch.Tensor, gain: torch.Tensor, optimiser: str) -
         raise ValueError(
             f"got kl {kl.tolist()}, need at least two distinct ones above 0 because the curve has two unknowns."
         )
-    # by Gram and Schmidt, in plain sums: the last digits of LAPACK's solution depend on where in memory it works
+    # Gram-Schmidt in plain sums, because the last digits of LAPACK's solution depend on memory alignment
     gain, first = gain[moved], kl[moved].sqrt()
     second = -_BENDS[optimiser](first)
     share = (first * second).sum() / first.square().sum()

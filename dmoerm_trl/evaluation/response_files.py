@@ -1,6 +1,5 @@
-"""Prompts, and responses that were written elsewhere, from files in any format that rows are read from."""
+"""Import of existing responses, from files in any format that rows can be read from."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,64 +7,32 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..data.preference_row import RowError, check_characters, short
-from ..data.prepare.scores import number
-from ..data.rows import prompt_of, records_of
+from ..data.ranks import number
 from ..data.trl_pairs import response_of
+from ..generation.prompts import prompt_key, prompt_records
 from .response_store import RESPONSES, ResponseStore, Shard
-
-_OF_RESPONSES = ("response", "responses", "gold", "chosen", "rejected", "messages")
-"""Fields of a record that are not its prompt's."""
-
-
-def read_prompts(path: str | os.PathLike, count: int | None = None, task: str | None = None) -> list[dict]:
-    """
-    The distinct prompts of a file in the order of their first occurrence, each with the other fields of that record. The
-    file may hold prompts alone, preference rows in any accepted format (recipes/DATA.md), or responses.
-
-    Args:
-        path (`str`): a file or folder, as of [`~dmoerm_trl.data.rows.load_rows`].
-        count (`int`, *optional*): how many; all if absent.
-        task (`str`, *optional*): only those with this `task`.
-
-    Returns:
-        `list[dict]`: rows with `prompt`, a list of turns.
-
-    Raises:
-        ValueError: for the first record without a prompt, naming the file and the line; or if there are too few prompts.
-    """
-    if count is not None and count < 1:
-        raise ValueError(f"got num_prompts={count}, need at least 1: raise it, or leave it out to take all.")
-    rows: dict[str, dict] = {}
-    for _, record in _records(path):
-        if (task is None or record.get("task") == task) and (count is None or len(rows) < count):
-            fields = {name: value for name, value in record.items() if name not in _OF_RESPONSES}
-            rows.setdefault(_key(record), fields)
-    if len(rows) < (count or 1):
-        of_task = f" of the task {task!r}" if task else ""
-        raise ValueError(
-            f"{path}: got {len(rows)} distinct prompts{of_task}, need {count or 'at least one'}: lower `num_prompts`, or take a file "
-            "with more."
-        )
-    return list(rows.values())
 
 
 def import_responses(store: ResponseStore, rows: Sequence[dict], path: str | os.PathLike, *, gold: bool) -> None:
     """
-    Brings a file of responses into a store: the first n to each prompt. All of it is checked before anything is written.
+    Import the first n responses to each prompt from a file into a store. The file is checked completely before anything is
+    written.
 
     Args:
-        rows (`Sequence[dict]`): the store's prompts; records of others are left out and counted.
-        gold (`bool`): whether the column `gold` comes along.
+        store ([`~dmoerm_trl.evaluation.response_store.ResponseStore`]): Store to write to.
+        rows (`Sequence[dict]`): Prompts of the store; records with other prompts are skipped and counted.
+        path (`str` or `os.PathLike`): File of the responses.
+        gold (`bool`): Whether to import the column `gold` too.
 
     Raises:
-        ValueError: a prompt has fewer than n responses, or a record lacks what it needs.
+        ValueError: If a prompt has fewer than n responses, or a record is invalid.
     """
     missing = set(store.missing(RESPONSES))
     if not missing:
         return
     counts, waiting = [0] * len(rows), [[] for _ in rows]
-    for place, prompt, record in _responses_of(rows, path, "checking"):
-        _answer(place, prompt, record, gold)
+    for place, prompt, record in _matching_records(rows, path, "checking"):
+        _extract(place, prompt, record, gold)
         counts[prompt] += 1
     if (fewest := min(counts)) < store.n:
         prompt = counts.index(fewest)
@@ -77,10 +44,10 @@ def import_responses(store: ResponseStore, rows: Sequence[dict], path: str | os.
     if beyond := sum(counts) - store.n * len(rows):
         print(f"{path}: {beyond} responses are not used: they stand after the first {store.n} to their prompt")
     counts = [0] * len(rows)
-    for place, prompt, record in _responses_of(rows, path, "importing"):
+    for place, prompt, record in _matching_records(rows, path, "importing"):
         if counts[prompt] == store.n:
             continue
-        waiting[prompt].append(_answer(place, prompt, record, gold))
+        waiting[prompt].append(_extract(place, prompt, record, gold))
         shard = Shard(prompt, counts[prompt] // store.shard_size)
         counts[prompt] += 1
         if len(waiting[prompt]) == store.size(shard):
@@ -91,8 +58,8 @@ def import_responses(store: ResponseStore, rows: Sequence[dict], path: str | os.
             waiting[prompt].clear()
 
 
-def _answer(place: str, prompt: int, record: dict, gold: bool) -> dict[str, Any]:
-    """What a store keeps of a record: the text of the response, and its gold reward as a number."""
+def _extract(place: str, prompt: int, record: dict, gold: bool) -> dict[str, Any]:
+    """Extract what the store keeps of a record: the text of the response, and optionally its gold reward as a number."""
     response = record.get("response")
     if not isinstance(response, (str, list)):
         raise ValueError(
@@ -114,29 +81,16 @@ def _answer(place: str, prompt: int, record: dict, gold: bool) -> dict[str, Any]
     return {"response": text, "gold": reward}
 
 
-def _responses_of(rows: Sequence[dict], path: str | os.PathLike, description: str) -> Iterator[tuple[str, int, dict]]:
-    """The records of the rows' prompts, each with its place and the prompt's number."""
-    prompts = {_key(row): number for number, row in enumerate(rows)}
+def _matching_records(
+    rows: Sequence[dict], path: str | os.PathLike, description: str
+) -> Iterator[tuple[str, int, dict]]:
+    """Yield the records with a prompt of `rows`, each with its place and the prompt's number."""
+    prompts = {prompt_key(row): number for number, row in enumerate(rows)}
     others = 0
-    for place, record in tqdm(_records(path), desc=description, unit=" responses", delay=3):
-        if (prompt := prompts.get(_key(record))) is None:
+    for place, record in tqdm(prompt_records(path), desc=description, unit=" responses", delay=3):
+        if (prompt := prompts.get(prompt_key(record))) is None:
             others += 1
         else:
             yield place, prompt, record
     if others and description == "checking":
         print(f"{path}: {others} responses are not used: their prompt is not among the {len(rows)} prompts")
-
-
-def _records(path: str | os.PathLike) -> Iterator[tuple[str, dict]]:
-    """One record at a time with its place, its prompt as turns."""
-    for count, (place, raw) in enumerate(records_of(path), start=1):
-        place = f"{place}, record {count}"
-        try:
-            prompt = prompt_of(raw)
-        except RowError as error:
-            raise ValueError(f"{place}: {error}") from error
-        yield place, {**raw, "prompt": prompt}
-
-
-def _key(row: dict) -> str:
-    return json.dumps(row["prompt"], sort_keys=True)

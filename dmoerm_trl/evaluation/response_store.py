@@ -1,9 +1,9 @@
 """
-Many responses a prompt and their scores, on disk: written shard by shard by several processes, never twice.
+On-disk store of many responses per prompt and their scores, written by several processes in shards, each of them only once.
 
-A shard is a Parquet file that appears whole or not at all, and what stands in it depends on the settings, the prompt and the
-shard's number alone. So a run that was killed goes on with the shards that are not there, and ends with what an unbroken one
-has; and memory holds a shard's texts and a prompt's scores, however many responses there are.
+A shard is a Parquet file that is written atomically and whose content depends only on the settings, the prompt and the shard's
+number. So a killed run resumes with the missing shards, and its result equals that of an uninterrupted run. Memory needs to hold
+only the texts of one shard and the scores of one prompt, however many responses there are.
 """
 
 import hashlib
@@ -24,13 +24,15 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from ..distributed.processes import start_worker
 from ..files import write_json, writing
-from ..workers import start_worker
 
 RESPONSES = "responses"
 
 
 class Shard(NamedTuple):
+    """One file of a part: a range of the responses to a prompt."""
+
     prompt: int
     number: int
 
@@ -39,27 +41,27 @@ class Shard(NamedTuple):
         return f"{self.prompt:05d}-{self.number:05d}.parquet"
 
 
-class Source(Protocol):
-    """What makes texts or scores: hashable, so that a process loads it once, and small, so that it can be sent there."""
+class Loadable(Protocol):
+    """Specification of a sampler or scorer: hashable, so that a process loads it only once, and small enough to send to it."""
 
     def load(self) -> Callable: ...
 
 
 class ResponseStore:
     """
-    n responses to each of P prompts, and scores of them, in one folder:
+    Store of n responses to each of P prompts, and of their scores, in one folder:
 
     ```
-    manifest.json                        what each part below depends on
-    responses/00003-00012.parquet        the 13th shard of the 4th prompt: `response`, and `gold` where it was given
-    <scores>/00003-00012.parquet         `score` of each text that no earlier response to the prompt has
+    manifest.json                        settings that each part below depends on
+    responses/00003-00012.parquet        the 13th shard of the 4th prompt: `response`, and `gold` if it was imported
+    <scores>/00003-00012.parquet         `score` of each text that is not a duplicate of an earlier response to the prompt
     ```
 
     Args:
-        root (`Path`): the folder.
-        prompts (`int`): P.
-        n (`int`): responses a prompt.
-        shard_size (`int`): responses a shard.
+        root (`str` or `os.PathLike`): The folder.
+        prompts (`int`): P, the number of prompts.
+        n (`int`): Responses per prompt.
+        shard_size (`int`, *optional*, defaults to 1000): Responses per shard.
     """
 
     def __init__(self, root: str | os.PathLike, prompts: int, n: int, shard_size: int = 1000):
@@ -70,25 +72,25 @@ class ResponseStore:
     # Shards
 
     def shards(self, prompt: int) -> list[Shard]:
-        """Those of one prompt."""
+        """List the shards of one prompt."""
         return [Shard(prompt, number) for number in range(-(-self.n // self.shard_size))]
 
     def size(self, shard: Shard) -> int:
-        """Its responses; the last of a prompt may have fewer than the others."""
+        """Number of responses of a shard; the last shard of a prompt may be smaller."""
         return min(self.shard_size, self.n - shard.number * self.shard_size)
 
     def missing(self, part: str) -> list[Shard]:
-        """The shards of a part that are still to be written."""
+        """List the shards of a part that are not written yet."""
         folder = self.root / part
-        there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        return [shard for prompt in range(self.prompts) for shard in self.shards(prompt) if shard.file not in there]
+        written = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        return [shard for prompt in range(self.prompts) for shard in self.shards(prompt) if shard.file not in written]
 
     def write(self, part: str, shard: Shard, **columns: Any) -> None:
         """
-        Writes a shard, which is on the disk when this returns.
+        Write a shard; it is on disk when this returns.
 
         Raises:
-            OSError: the disk is full, or another fault of it.
+            OSError: If the disk is full or has another problem.
         """
         path = self.root / part / shard.file
         try:
@@ -102,21 +104,22 @@ class ResponseStore:
             ) from error
 
     def read(self, part: str, shard: Shard, column: str) -> pa.ChunkedArray:
+        """Read a column of a shard."""
         return pq.read_table(self.root / part / shard.file, columns=[column])[column]
 
     def column(self, part: str, prompt: int, column: str) -> np.ndarray:
-        """A numeric column of all shards of a prompt."""
+        """Read a numeric column of all shards of a prompt."""
         return np.concatenate([self.read(part, shard, column).to_numpy() for shard in self.shards(prompt)])
 
     # Texts
 
     def text(self, prompt: int, index: int) -> str:
-        """One response."""
+        """Read one response."""
         number, row = divmod(index, self.shard_size)
         return self.read(RESPONSES, Shard(prompt, number), "response")[row].as_py()
 
     def distinct(self, prompt: int) -> np.ndarray:
-        """Of each of the n responses to a prompt, the number of its text: texts are numbered as they first occur."""
+        """Number the distinct texts among the n responses to a prompt by first occurrence, and return each response's number."""
         numbers: dict[bytes, int] = {}
         result = np.empty(self.n, dtype=np.int64)
         for shard in self.shards(prompt):
@@ -126,17 +129,17 @@ class ResponseStore:
         return result
 
     def scores(self, part: str, prompt: int, distinct: np.ndarray) -> torch.Tensor:
-        """The scores of all responses to a prompt, shape (n,), in float32."""
+        """Read the scores of all responses to a prompt, of shape (n,), in float32."""
         return torch.from_numpy(self.column(part, prompt, "score")[distinct])
 
     # Settings
 
     def claim(self, part: str, settings: dict[str, Any]) -> None:
         """
-        Notes down what a part depends on, which its first shard makes fast: until then the settings may change.
+        Record the settings that a part depends on. They may still change until the first shard of the part is written.
 
         Raises:
-            ValueError: if there are shards of the part from other settings, or `manifest.json` is another file.
+            ValueError: If the part has shards from other settings, or `manifest.json` is not a file of this store.
         """
         path = self.root / "manifest.json"
         try:
@@ -145,8 +148,8 @@ class ResponseStore:
                 raise TypeError("it is another file")
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"{path}: got a file that best of n did not write ({error}), need its own, because it tells what the responses and the "
-                "scores depend on: choose another `output_dir`."
+                f"{path}: got a file that best of n did not write ({error}), need its own, because it records what the responses and "
+                "the scores depend on: choose another `output_dir`."
             ) from error
         settings = {**settings, "prompts": self.prompts, "n": self.n, "shard_size": self.shard_size}
         now = json.loads(json.dumps(settings))
@@ -160,15 +163,15 @@ class ResponseStore:
             write_json(path, {**manifest, part: now})
 
 
-# Filling it
+# Writing responses and scores
 
-Run = Callable[[Callable[..., int], Iterable[tuple]], Iterator[int]]
-"""(function, arguments of each call) -> results, as they come."""
+Submit = Callable[[Callable[..., int], Iterable[tuple]], Iterator[int]]
+"""(function, arguments of each call) -> results, in the order in which they become available."""
 
 
 @contextmanager
-def worker_pool(workers: int) -> Iterator[Run]:
-    """Runs calls in so many processes, each with its share of the threads; one means in this process, in order."""
+def worker_pool(workers: int) -> Iterator[Submit]:
+    """Context manager that runs calls in worker processes, which share the threads equally; one worker is this process itself."""
     if workers == 1:
         try:
             yield lambda function, calls: (function(*call) for call in calls)
@@ -194,8 +197,8 @@ def worker_pool(workers: int) -> Iterator[Run]:
 @contextmanager
 def _own_share(missing: list[Shard], processes: PartialState | None) -> Iterator[list[Shard]]:
     """
-    This process's part of the missing shards. None writes before all know what is missing, and none goes on before all is
-    written.
+    Context manager for this process's share of the missing shards. No process starts writing before all have listed what is
+    missing, and none continues before all are finished.
     """
     if processes is None:
         yield missing
@@ -208,18 +211,21 @@ def _own_share(missing: list[Shard], processes: PartialState | None) -> Iterator
 def write_responses(
     store: ResponseStore,
     rows: Sequence[dict],
-    policy: Source,
+    policy: Loadable,
     seed: int,
-    run: Run,
+    run: Submit,
     processes: PartialState | None = None,
 ) -> None:
     """
-    Generates the responses that are not there yet.
+    Generate the missing responses.
 
     Args:
+        store (`ResponseStore`): Store to write to.
         rows (`Sequence[dict]`): P rows with `prompt`.
-        policy (`Source`): loads as a [`~dmoerm_trl.rl.rollout.Sampler`].
-        processes (`PartialState`, *optional*): those that share the shards. Each calls this.
+        policy (`Loadable`): Specification that loads a [`~dmoerm_trl.generation.samplers.Sampler`].
+        seed (`int`): Seed of the sampling.
+        run (`Submit`): Runs calls, see [`worker_pool`].
+        processes (`PartialState`, *optional*): Processes that share the shards; each of them must call this.
     """
     with _own_share(store.missing(RESPONSES), processes) as missing:
         calls = [(store, policy, rows[shard.prompt]["prompt"], shard, seed) for shard in missing]
@@ -228,7 +234,7 @@ def write_responses(
         _with_progress("generating", run(_generate, calls), done, total)
 
 
-def _generate(store: ResponseStore, policy: Source, prompt: list[dict], shard: Shard, seed: int) -> int:
+def _generate(store: ResponseStore, policy: Loadable, prompt: list[dict], shard: Shard, seed: int) -> int:
     (shard_seed,) = np.random.SeedSequence([seed, *shard]).generate_state(1, np.uint64)
     texts = _loaded(policy)(prompt, store.size(shard), int(shard_seed >> np.uint64(1)))
     store.write(RESPONSES, shard, response=texts)
@@ -239,34 +245,37 @@ def write_scores(
     store: ResponseStore,
     part: str,
     rows: Sequence[dict],
-    scorer: Source,
-    run: Run,
+    scorer: Loadable,
+    run: Submit,
     processes: PartialState | None = None,
 ) -> None:
     """
-    Scores what is not scored yet of the distinct responses, all of which must be there.
+    Score the distinct responses that have no scores yet. All responses must be in the store.
 
     Args:
-        part (`str`): where the scores go.
-        scorer (`Source`): loads as a [`~dmoerm_trl.evaluation.scorers.Scorer`].
-        processes (`PartialState`, *optional*): those that share the shards. Each calls this.
+        store (`ResponseStore`): Store to read from and write to.
+        part (`str`): Part of the store for the scores.
+        rows (`Sequence[dict]`): P rows with `prompt`.
+        scorer (`Loadable`): Specification that loads a [`~dmoerm_trl.scoring.reward_models.Scorer`].
+        run (`Submit`): Runs calls, see [`worker_pool`].
+        processes (`PartialState`, *optional*): Processes that share the shards; each of them must call this.
     """
     with _own_share(store.missing(part), processes) as missing:
         places = {}
         for prompt in {shard.prompt for shard in missing}:
-            _, first = np.unique(store.distinct(prompt), return_index=True)  # the n-th distinct text's first place
-            for number, of_shard in enumerate(np.split(first, np.searchsorted(first, _bounds(store)))):
-                places[Shard(prompt, number)] = of_shard - number * store.shard_size
+            _, first = np.unique(store.distinct(prompt), return_index=True)  # first occurrence of each distinct text
+            for number, indices in enumerate(np.split(first, np.searchsorted(first, _bounds(store)))):
+                places[Shard(prompt, number)] = indices - number * store.shard_size
         calls = [(store, part, scorer, rows[shard.prompt], shard, places[shard]) for shard in missing]
         _with_progress(f"scoring: {part}", run(_score, calls), 0, sum(len(places[shard]) for shard in missing))
 
 
 def _bounds(store: ResponseStore) -> range:
-    """The first response of each shard but the first."""
+    """Index of the first response of each shard except the first."""
     return range(store.shard_size, store.n, store.shard_size)
 
 
-def _score(store: ResponseStore, part: str, scorer: Source, row: dict, shard: Shard, places: np.ndarray) -> int:
+def _score(store: ResponseStore, part: str, scorer: Loadable, row: dict, shard: Shard, places: np.ndarray) -> int:
     texts = store.read(RESPONSES, shard, "response").take(places).to_pylist()
     try:
         scores = _loaded(scorer)(row, texts) if texts else torch.empty(0)
@@ -282,13 +291,13 @@ def _score(store: ResponseStore, part: str, scorer: Source, row: dict, shard: Sh
 
 
 @lru_cache(maxsize=1)
-def _loaded(source: Source) -> Callable:
-    """One model a process at a time."""
-    return source.load()
+def _loaded(spec: Loadable) -> Callable:
+    """Load a model, keeping only one per process."""
+    return spec.load()
 
 
 def _with_progress(description: str, counts: Iterator[int], done: int, total: int) -> None:
-    """Counts texts, at the mean speed of this run: shards differ in size, and distinct texts become rarer."""
+    """Show progress in texts. The speed is the mean of this run, because shards differ in their number of distinct texts."""
     with tqdm(total=total, initial=done, desc=description, unit=" texts", smoothing=0, delay=1) as progress:
         for count in counts:
             progress.update(count)

@@ -1,4 +1,4 @@
-"""The consistency table (the paper's table 3): a row a method, a column a task, then the others and all of them."""
+"""The consistency table (the paper's table 3): one row per method, one column per task, then `others` and `overall`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,20 +6,20 @@ from pathlib import Path
 
 from ..data.rows import PreferenceRow
 from ..files import write_json, write_text
+from ..markdown import column_widths, escape, markdown_table
 from ..tasks import OTHERS, OVERALL
 from .consistency import agreement, pooled
-from .explain import cell, display_width, pad
 
 CEILING = "ceiling"
-"""The row of the gold reward's own consistency with the noisy labels: no reward model can be expected above it."""
+"""Row of the gold reward's consistency with the noisy labels, which no reward model can be expected to exceed."""
 
 LENGTH_ONLY = "length only"
-"""The row of [`length_scores`]."""
+"""Row of [`length_scores`]."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One method's consistency on one column: a share between 0 and 1 with its bootstrap interval over prompts."""
+    """Consistency of one method in one column: a share from 0 to 1 with its bootstrap interval over prompts."""
 
     mean: float
     low: float
@@ -30,10 +30,10 @@ class Cell:
 @dataclass(frozen=True)
 class Table:
     """
-    The consistency of each method on each column.
+    Consistency of each method in each column.
 
     Args:
-        columns (`tuple[str, ...]`): The tasks, `"others"` if there are such rows, `"overall"`.
+        columns (`tuple[str, ...]`): The tasks, then `"others"` if there are such rows, then `"overall"`.
         cells (`dict[str, dict[str, Cell]]`): Method -> column -> cell. A task without rows has no cell.
         confidence (`float`): Coverage of the intervals.
     """
@@ -44,11 +44,11 @@ class Table:
 
     @property
     def pairs(self) -> dict[str, int]:
-        """Column -> the number of its non-tied pairs, the same for all methods."""
+        """Column -> number of non-tied pairs, which is the same for all methods."""
         return {column: cell.pairs for row in self.cells.values() for column, cell in row.items()}
 
     def to_dict(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Method -> column -> `{"mean": , "low": , "high": }`, shares between 0 and 1."""
+        """Convert the table to method -> column -> `{"mean": , "low": , "high": }`, with shares from 0 to 1."""
         return {
             method: {column: {"mean": c.mean, "low": c.low, "high": c.high} for column, c in row.items()}
             for method, row in self.cells.items()
@@ -56,9 +56,9 @@ class Table:
 
     def to_markdown(self) -> str:
         """
-        The table in Markdown, in percent: the best of each column in bold and the second best underlined, both by the
-        number as printed, and an interval for the overall column. The rows `"ceiling"` and `"length only"` are no
-        reward models: they stand apart below and take no part in the contest. So does the number of pairs.
+        Render the table in Markdown, in percent, with an interval in the overall column. The best of each column is bold and the
+        second best underlined, judged by the printed numbers. The rows `"ceiling"` and `"length only"`, which are not reward
+        models, and the numbers of pairs follow in a second table for comparison.
         """
         methods = [method for method in self.cells if method not in (CEILING, LENGTH_ONLY)]
         printed = {
@@ -68,25 +68,26 @@ class Table:
             for column in self.columns
         }
         places = {column: sorted(set(values), key=float, reverse=True)[:2] for column, values in printed.items()}
-        columns = [cell(column) for column in self.columns]
+        columns = [escape(column) for column in self.columns]
         contest = [["method", *columns]]
-        contest += [[cell(method), *(self._text(method, c, places[c]) for c in self.columns)] for method in methods]
+        contest += [[escape(method), *(self._text(method, c, places[c]) for c in self.columns)] for method in methods]
         apart = [["for comparison", *columns]]
-        apart += [[cell(m), *(self._text(m, c, []) for c in self.columns)] for m in self.cells if m not in methods]
+        apart += [[escape(m), *(self._text(m, c, []) for c in self.columns)] for m in self.cells if m not in methods]
         apart += [["pairs", *(str(self.pairs.get(column, "–")) for column in self.columns)]]
 
-        widths = [max(display_width(text) for text in column) for column in zip(*contest, *apart, strict=True)]
+        widths = column_widths([*contest, *apart])
         caption = (
             f"Consistency with the labels, in percent; the brackets hold the {100 * self.confidence:g}% bootstrap "
             "interval over prompts. Best in bold, second best underlined."
         )
-        # A table of the ceiling alone has no contest to print.
-        return "\n".join([*(_lines(contest, widths) if methods else []), *_lines(apart, widths), caption]) + "\n"
+        shown = [contest, apart] if methods else [apart]
+        tables = [markdown_table(table, left=[0], widths=widths) for table in shown]
+        return "\n\n".join([*tables, caption]) + "\n"
 
     def save(self, path_prefix: str | Path) -> tuple[Path, Path]:
         """
-        Writes `<path_prefix>.md`, the output of [`Table.to_markdown`], and `<path_prefix>.json`, with `consistency`
-        (the output of [`Table.to_dict`]), `pairs` (column -> number) and `confidence`. Returns both paths.
+        Write `<path_prefix>.md`, the output of [`Table.to_markdown`], and `<path_prefix>.json`, with `consistency`
+        (the output of [`Table.to_dict`]), `pairs` (column -> number) and `confidence`. Return both paths.
         """
         markdown, content = Path(f"{path_prefix}.md"), Path(f"{path_prefix}.json")
         write_text(markdown, self.to_markdown())
@@ -94,7 +95,7 @@ class Table:
         return markdown, content
 
     def _text(self, method: str, column: str, places: list[str]) -> str:
-        """The cell as printed: `**70.7** [68.1, 73.2]`, the interval for the overall column only."""
+        """Format a cell such as `**70.7** [68.1, 73.2]`; only the overall column has the interval."""
         cell = self.cells[method].get(column)
         if cell is None:
             return "–"
@@ -113,16 +114,16 @@ def consistency_table(
     seed: int = 0,
 ) -> Table:
     """
-    Compares methods on labelled rows.
+    Compare methods on labelled rows.
 
     Args:
         scores (`dict[str, list[list[float]]]`):
-            Method -> the rewards of each row's responses, rows and responses in the order of `rows`.
+            Method -> the rewards of each row's responses, in the order of `rows` and their responses.
         rows (`Sequence[PreferenceRow]`):
-            The labelled rows. Those of task `"others"`, or of none, make the column `"others"`. Two responses with the same
-            text are no pair, whatever their ranks.
+            The labelled rows. Rows with task `"others"` or without a task form the column `"others"`. Two responses with
+            the same text are not a pair, whatever their ranks.
         columns (`Sequence[str]`):
-            The tasks, in the order in which to show them. A task without rows is shown as a dash.
+            The tasks, in the order of the table. A task without rows is shown as a dash.
         confidence (`float`, *optional*, defaults to `0.95`):
             Coverage of the bootstrap intervals over prompts.
         resamples (`int`, *optional*, defaults to `1000`):
@@ -131,11 +132,22 @@ def consistency_table(
             Seed of the bootstrap.
 
     Returns:
-        [`Table`]: Its `"overall"` column takes all pairs of all rows together, so large tasks weigh more; it is not
-        the mean of the other columns.
+        [`Table`]: The table. Its `"overall"` column pools the pairs of all rows, so large tasks weigh more; it is not the
+        mean of the other columns.
 
     Raises:
-        ValueError: A row's task is not among `columns`, or a method's scores do not fit the rows or are not finite.
+        ValueError: If a row's task is not among `columns`, or a method's scores do not match the rows or are not finite.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import consistency_table, load_rows
+
+    rows, _ = load_rows("runs/demo/data/test.jsonl")
+    rows = [row for row in rows if row.pairs_of()]
+    scores = {"length only": [[float(len(text)) for text in row.responses] for row in rows]}
+    print(consistency_table(scores, rows, ["chitchat", "roleplay"], resamples=10).to_markdown())
+    ```
     """
     if not scores:
         raise ValueError("got no scores, need those of at least one method.")
@@ -170,7 +182,7 @@ def consistency_table(
                 raise ValueError(f"method {method!r}, column {OVERALL!r}: prompt {prompt}: {error}") from error
         cells[method] = {}
         for column in (OVERALL, *columns, OTHERS):
-            if column not in indices:  # nothing to be consistent with
+            if column not in indices:  # no pairs
                 continue
             try:
                 result = pooled([agreements[index] for index in indices[column]], confidence, resamples, seed)
@@ -183,17 +195,9 @@ def consistency_table(
 
 def length_scores(rows: Sequence[PreferenceRow]) -> list[list[float]]:
     """
-    The length-only baseline: a response's reward is its number of characters, whatever it says.
+    Score rows by the length-only baseline, whose reward is the number of characters of a response.
 
-    A consistency far from 50% on either side shows that the labels can be guessed from length alone, and a reward
-    model must be well above it before it can be said to have read the text. Characters and not tokens, so that the row
-    is the same for every base model.
+    A consistency far from 50% on either side shows that the labels can be guessed from length alone; only a reward model well
+    above it can be said to have read the text. Characters rather than tokens make the row the same for every base model.
     """
     return [[float(len(response)) for response in row.responses] for row in rows]
-
-
-def _lines(table: list[list[str]], widths: list[int]) -> list[str]:
-    """A Markdown table of padded cells, the first row its header, with an empty line after it."""
-    header, *body = [[pad(text, width) for text, width in zip(row, widths, strict=True)] for row in table]
-    rule = ["-" * width if index == 0 else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
-    return [f"| {' | '.join(row)} |" for row in (header, rule, *body)] + [""]

@@ -1,4 +1,4 @@
-"""How often one policy's responses beat another's (the paper's appendix D.2 and D.3, figures 6 and 7)."""
+"""Win rate of one policy's responses against another's (the paper's appendix D.2 and D.3, figures 6 and 7)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,18 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-Judge = Callable[[Sequence[list[dict]], Sequence[str], Sequence[str]], Sequence[float] | Tensor]
-"""`judge(prompts, firsts, seconds)` -> a number a prompt: above 0 where the first is better, below where the second is."""
+PairPreference = Callable[[Sequence[list[dict]], Sequence[str], Sequence[str]], Sequence[float] | Tensor]
+"""`judge(prompts, firsts, seconds)` -> one number per prompt: above 0 if the first is better, below 0 if the second is."""
 
 
 @dataclass(frozen=True)
 class WinRate:
     """
-    The outcome of one comparison a prompt, in which both responses answer the same prompt.
+    Outcome of comparing two responses on each prompt.
 
-    `rate` counts a tie as half a win. `interval` is Wilson's score interval. Where no prompt tied it is the ordinary one of
-    a share; ties make the outcomes vary less than wins and losses of the same mean would, so with them it is wider than
-    it need be, never too narrow. It takes prompts as independent: give one comparison a prompt.
+    `rate` counts a tie as half a win. `interval` is Wilson's score interval. Without ties it is the usual interval of a share;
+    ties vary less than wins and losses with the same mean, so with ties the interval is wider than necessary, never too narrow.
+    It assumes independent prompts, so count only one comparison per prompt.
     """
 
     wins: int
@@ -35,11 +35,11 @@ class WinRate:
         return (self.wins + self.ties / 2) / self.prompts
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """The bounds of `rate`, from 0 to 1."""
+        """Compute the bounds of `rate`, from 0 to 1."""
         return wilson_interval(self.rate, self.prompts, confidence)
 
     def shares(self, confidence: float = 0.95) -> dict[str, tuple[float, float, float]]:
-        """`"wins"`, `"ties"`, `"losses"` -> the share of prompts and the bounds of its Wilson interval."""
+        """Map `"wins"`, `"ties"` and `"losses"` to their share of the prompts and the bounds of its Wilson interval."""
         shares = {name: count / self.prompts for name, count in asdict(self).items()}
         return {name: (share, *wilson_interval(share, self.prompts, confidence)) for name, share in shares.items()}
 
@@ -53,18 +53,18 @@ class WinRate:
 
 def wilson_interval(share: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
     """
-    Wilson's score interval of a share among `count` trials (Wilson 1927): with z the normal quantile and n the count,
-    `(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`.
+    Compute Wilson's score interval of a share p among n = `count` trials (Wilson 1927),
+    `(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`, where z is the normal quantile.
     """
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     centre, scale = share + z**2 / (2 * count), 1 + z**2 / count
     margin = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     low, high = (centre - margin) / scale, (centre + margin) / scale
-    return max(0.0, min(share, low)), min(1.0, max(share, high))  # within rounding it holds p and is in [0, 1]
+    return max(0.0, min(share, low)), min(1.0, max(share, high))  # despite rounding, contains p and stays in [0, 1]
 
 
 def win_rate(
-    judge: Judge,
+    judge: PairPreference,
     prompts: Sequence[list[dict]],
     responses_a: Sequence[str],
     responses_b: Sequence[str],
@@ -72,16 +72,29 @@ def win_rate(
     both_orders: bool = True,
 ) -> WinRate:
     """
-    How often the responses a are better than the responses b to the same prompts.
+    Count how often the responses a are better than the responses b to the same prompts.
 
     Args:
-        judge ([`Judge`]): a callable, such as [`reward_judge`] or one that asks a language model.
-        prompts (`Sequence[list[dict]]`): one for each pair of responses.
-        both_orders (`bool`): asks a second time with the responses swapped; a judge that then changes its mind has called a
-            tie. Leave it out only for a judge that cannot prefer a position, such as [`reward_judge`].
+        judge ([`PairPreference`]): A callable, such as [`reward_judge`] or one that asks a language model.
+        prompts (`Sequence[list[dict]]`): The prompts, one for each pair of responses.
+        responses_a (`Sequence[str]`): Responses of one policy.
+        responses_b (`Sequence[str]`): Responses of the other policy.
+        both_orders (`bool`, *optional*, defaults to `True`): Whether to ask a second time with the responses swapped; if the
+            judge changes its mind, the pair is a tie. Disable it only for a judge without position bias, such as
+            [`reward_judge`].
 
     Raises:
-        ValueError: if there are no prompts, the lengths differ, or a verdict is missing or NaN.
+        ValueError: If there are no prompts, the lengths differ, or a verdict is missing or NaN.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import reward_judge, win_rate
+
+    prompts = [[{"role": "user", "content": "Hello?"}]]
+    longer = reward_judge(lambda prompts, responses: [float(len(text)) for text in responses])
+    print(win_rate(longer, prompts, ["Hi there!"], ["Hi!"]))
+    ```
     """
     if not prompts or not len(prompts) == len(responses_a) == len(responses_b):
         raise ValueError(
@@ -95,14 +108,23 @@ def win_rate(
     return WinRate(verdicts.count(1), verdicts.count(0), verdicts.count(-1))
 
 
-def reward_judge(scorer: Any, tie: float = 0.0) -> Judge:
+def reward_judge(scorer: Any, tie: float = 0.0) -> PairPreference:
     """
-    A judge that prefers the higher reward.
+    Create a judge that prefers the higher reward.
 
     Args:
         scorer (`Callable`): `scorer(prompts, responses)` -> rewards, such as
-            [`~dmoerm_trl.rl.reward_functions.TextRewards`] or a gold reward.
-        tie (`float`): the greatest difference that is still a tie.
+            [`~dmoerm_trl.scoring.reward_functions.TextRewards`] or a gold reward.
+        tie (`float`, *optional*, defaults to 0): Largest difference in reward that counts as a tie.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import reward_judge
+
+    longer = reward_judge(lambda prompts, responses: [float(len(text)) for text in responses])
+    longer([[{"role": "user", "content": "Hello?"}]], ["Hi there!"], ["Hi!"])
+    ```
     """
 
     def judge(prompts: Sequence[list[dict]], firsts: Sequence[str], seconds: Sequence[str]) -> list[float]:
@@ -113,7 +135,9 @@ def reward_judge(scorer: Any, tie: float = 0.0) -> Judge:
     return judge
 
 
-def _signs(judge: Judge, prompts: Sequence[list[dict]], firsts: Sequence[str], seconds: Sequence[str]) -> list[int]:
+def _signs(
+    judge: PairPreference, prompts: Sequence[list[dict]], firsts: Sequence[str], seconds: Sequence[str]
+) -> list[int]:
     verdicts = [float(verdict) for verdict in judge(prompts, firsts, seconds)]
     if len(verdicts) != len(prompts) or any(math.isnan(verdict) for verdict in verdicts):
         raise ValueError(

@@ -1,6 +1,6 @@
 """
-What asking may cost: a question is not asked unless its dearest answer fits. What it may take is the judge's estimate, so a limit
-is passed only by as much as the estimates of the questions under way are too low.
+Limits on what labelling may cost. A question is asked only if the most expensive answer that the judge estimates for it fits the
+limits, so a limit is exceeded only by as much as the estimates of the pending questions are too low.
 """
 
 import math
@@ -10,9 +10,11 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Prices:
     """
+    Prices of a judge's tokens.
+
     Args:
-        prompt (`float`): of a million tokens of questions.
-        completion (`float`): of a million tokens of answers.
+        prompt (`float`): Price of a million prompt tokens.
+        completion (`float`): Price of a million completion tokens.
     """
 
     prompt: float
@@ -30,16 +32,16 @@ class Prices:
 
 class Budget:
     """
-    Limits on the answers of one judge, those of earlier runs included.
+    Limits on the answers of one judge, including those of earlier runs.
 
     Args:
-        max_calls (`int`, *optional*): questions.
-        max_tokens (`int`, *optional*): tokens of questions and answers.
-        max_cost (`float`, *optional*): in the unit of the prices.
-        prices ([`Prices`], *optional*): needed for `max_cost`.
+        max_calls (`int`, *optional*): Maximum number of questions.
+        max_tokens (`int`, *optional*): Maximum number of prompt and completion tokens together.
+        max_cost (`float`, *optional*): Maximum cost, in the unit of the prices.
+        prices ([`Prices`], *optional*): Prices of the tokens, required by `max_cost`.
 
     Raises:
-        ValueError: for a limit below 0, or one in money without prices.
+        ValueError: For a limit below 0, or `max_cost` without prices.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class Budget:
                 "`price_per_million_completion_tokens` to know what an answer costs: add them."
             )
         self.prices = prices
-        self.calls = self.prompt_tokens = self.completion_tokens = 0  # spent, and what is under way at its dearest
+        self.calls = self.prompt_tokens = self.completion_tokens = (
+            0  # what was spent, and the estimates of pending questions
+        )
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether [`reserve`] needs to know how many tokens a question may take."""
+        """Whether [`reserve`] needs estimates of the tokens of a question."""
         return not self.limits.keys() <= {"max_calls"}
 
     @property
@@ -72,14 +76,14 @@ class Budget:
         return 0.0 if self.prices is None else self.prices.cost(self.prompt_tokens, self.completion_tokens)
 
     def spend(self, *spent: int) -> None:
-        """Adds calls, prompt tokens and completion tokens; negative ones give back what was reserved."""
+        """Add calls, prompt tokens and completion tokens; negative numbers release a reservation."""
         calls, prompt_tokens, completion_tokens = spent
         self.calls += calls
         self.prompt_tokens += prompt_tokens
         self.completion_tokens += completion_tokens
 
     def reserve(self, prompt_tokens: int, completion_tokens: int) -> str | None:
-        """Sets aside what one question may take; if a limit forbids it, nothing, and returns which and how to go on."""
+        """Reserve the estimated cost of one question. If that exceeds a limit, reserve nothing and return the reason."""
         self.spend(1, prompt_tokens, completion_tokens)
         would_be = {"max_calls": self.calls, "max_tokens": self.prompt_tokens + self.completion_tokens}
         would_be["max_cost"] = self.cost

@@ -1,4 +1,4 @@
-"""Chat completions over HTTP: one request, and a reply that is bounded in time and size, whatever the server does."""
+"""Client for chat completions over HTTP. Replies are limited in time and size, whatever the server does."""
 
 import asyncio
 import json
@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 from .. import __version__
 
 MOST_BYTES = 8 << 20
-"""Of a reply, when it is decompressed."""
+"""Maximum size of a decompressed reply."""
 
 MOST_TOKENS = 10_000_000
-"""Of one question or answer: a server that counts more cannot count."""
+"""Maximum number of tokens of one question or answer that is believed; a higher count from a server is ignored."""
 
 
 class BrokenReply(Exception):
-    """There is no reply, or none that could be read. Its text may hold what the server sent."""
+    """Raised if no reply came, or an unreadable one. The message may contain what the server sent."""
 
     def __init__(self, kind: str, text: str):
         super().__init__(text)
@@ -26,7 +26,7 @@ class BrokenReply(Exception):
 
 
 class Reply(NamedTuple):
-    """What came back: its content as JSON, or as text where it is none."""
+    """A reply of the server; `content` is the decoded JSON, or text if it is not JSON."""
 
     status: int
     headers: Mapping[str, str]
@@ -34,7 +34,7 @@ class Reply(NamedTuple):
 
     @property
     def error(self) -> dict[str, Any]:
-        """What it says of an error, with `message` and `code` where it has them; empty where it says nothing of one."""
+        """The error that the reply reports, with `message` and `code` if it has them; empty if it reports none."""
         reply = self.content
         if isinstance(reply, str):
             return {} if self.status == 200 else {"message": _TAG.sub(" ", reply)}
@@ -48,14 +48,15 @@ class Reply(NamedTuple):
 
 class Client:
     """
-    Posts to `base_url` and `/chat/completions`; follows no redirect, and sends the key nowhere else.
+    Client that posts to `/chat/completions` under `base_url`. It follows no redirects, so the key is sent to no other address.
 
     Args:
-        base_url (`str`), key (`str`, *optional*): where, and what for.
-        timeout (`float`): seconds for a whole reply, from the request to its last byte.
+        base_url (`str`): Address of the server.
+        key (`str`, *optional*): API key.
+        timeout (`float`): Seconds allowed for a complete reply, from the request to the last byte.
 
     Raises:
-        ImportError: if the package `openai` is missing, whose HTTP client is made for many requests at once.
+        ImportError: If the package `openai` is missing, whose HTTP client is designed for many concurrent requests.
     """
 
     def __init__(self, base_url: str, key: str | None, timeout: float):
@@ -72,18 +73,18 @@ class Client:
 
     async def post(self, body: bytes) -> Reply:
         """
-        One request.
+        Send one request.
 
         Raises:
-            BrokenReply: if no reply came, or not in time, or one that is too long or no HTTP.
+            BrokenReply: If no reply came in time, or the reply is too long or not valid HTTP.
         """
         try:
             return await asyncio.wait_for(self._post(body), self._timeout)
         except asyncio.TimeoutError:
-            raise BrokenReply("time-out", f"no whole reply within timeout={self._timeout:g} s") from None
+            raise BrokenReply("time-out", f"no complete reply within timeout={self._timeout:g} s") from None
         except BrokenReply:
             raise
-        except Exception as error:  # the HTTP libraries have too many kinds of them to list
+        except Exception as error:  # the HTTP libraries raise too many types to list
             raise BrokenReply("broken connection", f"{type(error).__name__}: {error}") from None
 
     async def _post(self, body: bytes) -> Reply:
@@ -98,7 +99,7 @@ class Client:
                 content += part if inflate is None else inflate(part, MOST_BYTES + 1 - len(content))
                 if len(content) > MOST_BYTES:
                     raise BrokenReply("broken reply", f"a reply of more than {MOST_BYTES >> 20} MiB")
-            return Reply(reply.status_code, reply.headers, _content(bytes(content), reply.headers))
+            return Reply(reply.status_code, reply.headers, _decode(bytes(content), reply.headers))
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -106,10 +107,10 @@ class Client:
 
 def read_text(choice: Mapping[str, Any]) -> str:
     """
-    The text of a completion, that of its parts, or why the model refuses; empty where there is none.
+    Extract the text of a completion: its content, its joined parts, or the refusal; empty if it has none of them.
 
     Raises:
-        AttributeError, LookupError, TypeError, ValueError: if it is no completion.
+        AttributeError, LookupError, TypeError, ValueError: If `choice` is not a completion.
     """
     message = choice["message"]
     text = message.get("content")
@@ -117,12 +118,12 @@ def read_text(choice: Mapping[str, Any]) -> str:
         text = "".join(part["text"] for part in text if part["type"] == "text")
     text = message.get("refusal") or "" if text is None or text == "" else text
     if not isinstance(text, str) or choice.get("finish_reason") == "error":
-        raise ValueError("it is no text")
+        raise ValueError("it is not text")
     return text
 
 
 def read_tokens(usage: Any, estimate: tuple[int, int]) -> list[int]:
-    """The tokens of question and answer as the server counts them, or the estimate where it does not count."""
+    """Numbers of prompt and completion tokens that the server reports, with the estimate in place of missing ones."""
     names = ("prompt_tokens", "completion_tokens")
     counts = [usage.get(name) if isinstance(usage, dict) else None for name in names]
     return [
@@ -131,8 +132,8 @@ def read_tokens(usage: Any, estimate: tuple[int, int]) -> list[int]:
     ]
 
 
-def _content(content: bytes, headers: Mapping[str, str]) -> Any:
-    """The JSON of a reply, in the encoding that its headers name or else the one that JSON tells; its text if it is none."""
+def _decode(content: bytes, headers: Mapping[str, str]) -> Any:
+    """Decode a reply as JSON, in the encoding named in its headers or else the detected one; return text if it is not JSON."""
     named = re.search(r"charset=[\s\"']*([\w.:-]+)", headers.get("content-type", ""))
     for encoding in ([named[1]] if named else []) + [json.detect_encoding(content)]:
         with suppress(LookupError, ValueError, RecursionError):

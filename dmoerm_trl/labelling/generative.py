@@ -1,4 +1,4 @@
-"""The generative baseline (appendix B.3.3): a judge that compares whole responses, as a row of the consistency table."""
+"""The generative baseline (appendix B.3.3): a judge that compares responses overall, as a row of the consistency table."""
 
 import asyncio
 import os
@@ -10,33 +10,33 @@ from itertools import combinations
 from tqdm.auto import tqdm
 
 from ..data.preference_row import PreferenceRow
-from .answers import AnswerStore
-from .asking import Asking, Stopped, interrupts, together
+from .answer_store import AnswerStore
 from .budget import Budget
+from .comparisons import agreed, distinct_responses
 from .judges import Judge, JudgeError, Question
-from .plan import agreed, distinct_responses
+from .question_queue import QuestionQueue, Stopped, gather_answers, stop_on_interrupt
 from .report import Tally, failed_requests
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What a judge made of rows."""
+    """Verdicts of a judge on a set of rows."""
 
     scores: list[list[float]]
-    """Row by row, the pairs that each response won; an undecided pair is half a win for both. What
-    [`~dmoerm_trl.evaluation.table.consistency_table`] takes as one method."""
+    """Number of pairs that each response won, row by row; an undecided pair is half a win for both. In the format of one
+    method of [`~dmoerm_trl.evaluation.table.consistency_table`]."""
     pairs: int
-    """Pairs of responses that were compared; of a text that a row has twice, one."""
+    """Number of pairs of responses compared; a duplicate of a text in a row is not compared."""
     undecided: int
-    """Those on which the judge did not agree with itself in any round."""
+    """Number of pairs on which the two answers disagreed in every round."""
     answers: int
-    """Answers from which they come, of all rounds; those of earlier calls too."""
+    """Number of answers used, in all rounds, including those stored by earlier calls."""
     unreadable: int
-    """Those of them that could not be read, or were none."""
+    """Number of these answers that could not be read or made no choice."""
     fault: str | None = None
-    """What makes the answers worthless, if something surely does."""
+    """Why the answers are worthless, if that is statistically certain."""
     failures: Mapping[str, int] = field(default_factory=dict)
-    """Kind -> requests of this call that failed and were made again."""
+    """Kind of failure -> number of requests of this call that failed and were retried."""
 
     def __str__(self) -> str:
         counts = f"{self.pairs} pairs, {self.undecided} of them undecided; {self.answers} answers, {self.unreadable} unreadable"
@@ -54,29 +54,29 @@ def generative_verdicts(
     stop_early: bool = True,
 ) -> Verdicts:
     """
-    Has a judge compare all pairs of each row's responses: overall, twice with the positions swapped, and anew until both
-    answers agree, as the paper does, but `max_rounds` times at most. Then the pair is undecided, a tie.
+    Let a judge compare all pairs of each row's responses overall, in both orders. As in the paper, a pair is asked again until
+    both answers agree, but at most `max_rounds` times; after that it is undecided and counts as a tie.
 
-    With two responses a row the table's consistency is exactly that of the judge's decisions. With K > 2 the table sees the
-    order by pairs won: where the judge is not transitive, a pair may then count against its own decision, and two responses
-    with as many wins count as a tie. All pairs are asked, those too that the labels leave tied: without them the numbers of
-    wins would tell the labels.
+    With two responses per row, the consistency in the table is exactly that of the judge's decisions. With K > 2 responses, the
+    table uses their order by pairs won: if the judge is not transitive, a pair may count against the judge's own decision on it,
+    and two responses with equally many wins count as a tie. Pairs that are tied in the labels are asked too, because otherwise
+    the numbers of wins would leak the labels.
 
-    Zero-shot is a judge without an `example`, one-shot one with it. `dict(scores, **{"one-shot judge": verdicts.scores})` adds
-    the row to those of [`~dmoerm_trl.evaluation.methods.method_scores`].
+    A judge without an `example` is zero-shot, one with an example is one-shot. `dict(scores, **{"one-shot judge":
+    verdicts.scores})` adds the judge to the scores of [`~dmoerm_trl.evaluation.methods.method_scores`].
 
     Args:
-        judge ([`~dmoerm_trl.labelling.judges.Judge`]): with a temperature above 0, if `max_rounds` is above 1.
-        rows (`Sequence[PreferenceRow]`): test rows.
-        max_rounds (`int`): how often a pair is asked about, two questions each time.
-        answers (`str`): a file for the answers, from which another call goes on without asking anything again.
-        budget ([`~dmoerm_trl.labelling.budget.Budget`], *optional*): of what the answers may cost.
-        stop_early (`bool`): whether asking stops when it is sure that the answers are worth nothing, because nearly all of
-            them name the same position or cannot be read.
+        judge ([`~dmoerm_trl.labelling.judges.Judge`]): The judge; its temperature must be above 0 if `max_rounds` is above 1.
+        rows (`Sequence[PreferenceRow]`): Test rows.
+        max_rounds (`int`, *optional*, defaults to 1): Maximum number of rounds per pair, with two questions each.
+        answers (`str`, *optional*, defaults to `":memory:"`): File of the answers; a later call resumes from it.
+        budget ([`~dmoerm_trl.labelling.budget.Budget`], *optional*): Limits on what the answers may cost.
+        stop_early (`bool`, *optional*, defaults to `True`): Whether to stop as soon as it is statistically certain that the
+            answers are worthless, because nearly all of them name the same position or cannot be read.
 
     Raises:
-        JudgeError: if asking stopped before the end, by Ctrl-C too; what came is in `answers`.
-        ValueError: if another round would get the same answers again.
+        JudgeError: If asking stopped before the end, also by Ctrl-C; the answers received so far are in `answers`.
+        ValueError: If further rounds would only repeat the same answers.
     """
     check_rounds(judge, max_rounds)
     return asyncio.run(_judge_rows(judge, rows, max_rounds, answers, budget or Budget(), stop_early))
@@ -84,10 +84,10 @@ def generative_verdicts(
 
 def check_rounds(judge: Judge, max_rounds: int) -> None:
     """
-    Checks how often a judge may be asked about a pair.
+    Check that a judge can be asked about a pair for so many rounds.
 
     Raises:
-        ValueError: if another round would get the same answers again.
+        ValueError: If further rounds would only repeat the same answers.
     """
     if max_rounds < 1 or (max_rounds > 1 and not judge.samples):
         raise ValueError(
@@ -104,28 +104,28 @@ async def _judge_rows(
     budget: Budget,
     stop_early: bool,
 ) -> Verdicts:
-    seen = Tally()  # of the first round: those that follow are of the pairs that are hard to tell
+    seen = Tally()  # first round only: later rounds contain just the hard pairs
     choices: Counter[int | None] = Counter()
 
     async def judge_pair(row: PreferenceRow, pair: tuple[int, int]) -> int | None:
-        """The index of the response that is better whatever its position, or None."""
+        """Index of the response that is preferred in both positions, or None."""
         first, second = (row.responses[index] for index in pair)
         for round in range(max_rounds):
             forth = Question(row.prompt, first, second, None, row.task, round)
             back = replace(forth, first=second, second=first)
-            given = tuple(answer.verdict for answer in await together(map(asking.answer, (forth, back))))
+            given = tuple(answer.verdict for answer in await gather_answers(map(queue.answer, (forth, back))))
             choices.update(given)
             if round == 0:
                 seen.add(pair, given)
                 if stop_early:
-                    asking.stop_if_worthless(seen)
+                    queue.stop_if_worthless(seen)
             winner = agreed(pair, *given)
             if winner is not None:
                 return winner
         return None
 
     async def judge_row(row: PreferenceRow) -> list[int | None]:
-        winners = await together(judge_pair(row, pair) for pair in combinations(distinct_responses(row), 2))
+        winners = await gather_answers(judge_pair(row, pair) for pair in combinations(distinct_responses(row), 2))
         bar.update()
         return winners
 
@@ -133,17 +133,17 @@ async def _judge_rows(
         budget.spend(*answers.spent)
         if stop_early:
             answers.forget_given_up()
-        asking = Asking(judge, answers, budget)
-        with interrupts(asking):
+        queue = QuestionQueue(judge, answers, budget)
+        with stop_on_interrupt(queue):
             try:
-                async with asking:
-                    winners = await together(map(judge_row, rows))
+                async with queue:
+                    winners = await gather_answers(map(judge_row, rows))
             except Stopped:
-                raise JudgeError(f"{asking.stopped}. {bar.n} of {len(rows)} rows are judged.") from None
+                raise JudgeError(f"{queue.stopped}. {bar.n} of {len(rows)} rows are judged.") from None
             finally:
                 await judge.close()
-    decided = [winner for of_row in winners for winner in of_row]
-    scores = [_wins(row, of_row) for row, of_row in zip(rows, winners, strict=True)]
+    decided = [winner for row_winners in winners for winner in row_winners]
+    scores = [_wins(row, row_winners) for row, row_winners in zip(rows, winners, strict=True)]
     failures = dict(getattr(judge, "failures", {}))
     return Verdicts(scores, len(decided), decided.count(None), choices.total(), choices[None], seen.fault(), failures)
 

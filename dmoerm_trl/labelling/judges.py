@@ -1,7 +1,7 @@
 """
-Judges: who says which of two responses is better, at one capability point or overall (section 4.3).
+Judges, which decide which of two responses is better, at one capability point or overall (section 4.3).
 
-| kind | what it is | the rest of its settings |
+| kind | what it is | its other settings |
 | --- | --- | --- |
 | `server` | a language model behind an OpenAI-compatible server | [`~dmoerm_trl.labelling.server_judge.ServerJudge`] |
 | `model` | a language model of transformers, on this machine | [`~dmoerm_trl.labelling.local_judges.ModelJudge`] |
@@ -19,15 +19,16 @@ from typing import Any, Literal, NamedTuple, Protocol
 @dataclass(frozen=True)
 class Question:
     """
-    Which of two responses to a prompt is better?
+    The question which of two responses to a prompt is better.
 
     Args:
-        prompt (`list[dict]`): turns with `role` and `content`, oldest first; the last is the user's.
-        first (`str`): the response that is shown as number 1.
-        second (`str`): the response that is shown as number 2.
-        point (`str`, *optional*): the capability point to judge by alone; None: overall.
-        task (`str`, *optional*): the prompt's task, for judges that read it.
-        round (`int`): 0; 1 and more where the same is asked again, so that a judge that samples draws anew.
+        prompt (`list[dict]`): Turns with `role` and `content`, oldest first; the last turn is the user's.
+        first (`str`): Response shown as number 1.
+        second (`str`): Response shown as number 2.
+        point (`str`, *optional*): The only capability point to judge by; None to judge overall.
+        task (`str`, *optional*): Task of the prompt, for judges that use it.
+        round (`int`, *optional*, defaults to 0): 0 for the first time, and 1 or more if the same question is repeated, so that a
+            judge that samples draws a new answer.
     """
 
     prompt: list[dict]
@@ -39,14 +40,14 @@ class Question:
 
 
 class Answer(NamedTuple):
-    """What a judge said to one question."""
+    """Answer of a judge to one question."""
 
     choice: Literal[1, 2] | None
-    """The better response; None where the answer cannot be read or the judge does not prefer one."""
+    """The better response; None if the answer cannot be read or the judge prefers neither."""
     text: str
-    """The answer in the judge's own words, or why there is none, for the record."""
+    """The answer in the judge's own words, or the reason why there is no answer; kept as a record."""
     prompt_tokens: int = 0
-    """Tokens of the question as the server billed them or the model read them; an estimate where a server does not say."""
+    """Tokens of the question, as billed by the server or read by the model; an estimate if the server does not report them."""
     completion_tokens: int = 0
 
     @property
@@ -56,33 +57,47 @@ class Answer(NamedTuple):
 
 
 class Tie(Answer):
-    """The answer of a judge that gives both responses the same score: it can be read, and prefers neither."""
+    """A readable answer that prefers neither response, because the judge gives both the same score."""
 
     verdict = 0
 
 
 class JudgeError(RuntimeError):
-    """Asking on is pointless: a wrong key, an unknown model, a server that is gone. Its text holds no secret."""
+    """Raised if further questions are pointless: wrong key, unknown model, unreachable server. The message holds no secret."""
 
 
 class RefusesAll(JudgeError):
-    """The judge refuses every question by now, so those that it refused before may be answered when it is mended."""
+    """Raised if the judge now refuses every question, so that earlier refused questions may be answered once it is repaired."""
 
 
 class Judge(Protocol):
     """
-    Answers questions.
+    Interface of a judge, which answers questions.
 
     Attributes:
-        identity (`dict`): JSON of all that the answers depend on beside the question: kind, model, template, sampling. Neither
-            a key nor an address is in it.
-        batch_size (`int`): the questions to give to one call of `ask`.
-        concurrency (`int`): the calls of `ask` to have under way at once.
-        samples (`bool`): whether another `round` of a question may be answered otherwise.
-        answered (`bool`): whether it is known to have answered a question. Who asks sets it by what earlier runs stored, so that
-            a judge can tell what goes wrong with one question from what does with all.
-        wanted (`str`, *optional*): what an answer needs to have so that it can be read, for messages.
-        failures (`Mapping[str, int]`, *optional*): kind -> requests that failed and were made again.
+        identity (`dict`): Everything besides the question that the answers depend on, as JSON: kind, model, template, sampling.
+            It contains neither a key nor an address.
+        batch_size (`int`): Number of questions to pass to one call of `ask`.
+        concurrency (`int`): Number of concurrent calls of `ask`.
+        samples (`bool`): Whether another `round` of a question may get another answer.
+        answered (`bool`): Whether the judge is known to have answered a question. The caller sets it from the stored answers, so
+            that the judge can distinguish a problem with one question from a problem with all.
+        wanted (`str`, *optional*): Form of a readable answer, for messages.
+        failures (`Mapping[str, int]`, *optional*): Kind of failure -> number of requests that failed and were retried.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import Judge
+
+    class Longest:  # a Judge of your own: which of two responses is longer
+        identity, batch_size, concurrency, samples, answered = {"kind": "longest"}, 100, 1, False, True
+
+        async def ask(self, questions):
+            return [...]
+
+    judge: Judge = Longest()
+    ```
     """
 
     identity: dict[str, Any]
@@ -93,28 +108,36 @@ class Judge(Protocol):
 
     async def ask(self, questions: Sequence[Question]) -> list[Answer]:
         """
-        One answer a question, in their order. Any number of questions may be asked: more than `batch_size` take longer.
+        Answer each question, in order. More than `batch_size` questions are allowed, but take longer.
 
         Raises:
-            JudgeError: where asking on is pointless.
+            JudgeError: If further questions are pointless.
         """
 
     def estimate_tokens(self, question: Question) -> tuple[int, int]:
-        """The tokens of the question and the most that its answer may have, without asking; zeros for what has none."""
+        """Estimate the tokens of the question and the maximum of its answer, without asking; zeros if nothing is billed."""
 
     async def close(self) -> None:
-        """Gives connections back."""
+        """Close connections."""
 
 
 def judge_from_config(config: Mapping[str, Any]) -> Judge:
     """
-    The judge that a recipe describes.
+    Create the judge described by a recipe.
 
     Args:
-        config (`Mapping`): `kind`, one of the table above, and the arguments of its class.
+        config (`Mapping`): `kind`, see the table of this module, and the arguments of its class.
 
     Raises:
-        ValueError: for an unknown kind, an unknown or a missing setting, or one that is out of range.
+        ValueError: For an unknown kind, or a setting that is unknown, missing or out of range.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import judge_from_config
+
+    judge = judge_from_config({"kind": "function", "function": "dmoerm_trl.labelling.heuristics:weak"})
+    ```
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"`judge` of the recipe: got a {type(config).__name__}, need `kind` and its settings.")
@@ -138,17 +161,17 @@ def judge_from_config(config: Mapping[str, Any]) -> Judge:
 
 def check_setting(name: str, value: Any, good: bool, need: str) -> None:
     """
-    Checks a setting of a judge.
+    Check a setting of a judge.
 
     Raises:
-        ValueError: if it is not good; it shows the value.
+        ValueError: If `good` is false; the message shows the value.
     """
     if not good:
         raise ValueError(f"`judge` of the recipe: got {name}={value!r}, need {need}: change it.")
 
 
-def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """Checks that a setting of a judge is a whole number of at least `least`, and of at most `most`."""
+def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Check that a setting of a judge is a whole number from `least` to `most`."""
     good = type(value) is int and value >= least and (most is None or value <= most)
     need = f"a whole number, {least} or more" if most is None else f"a whole number from {least} to {most}"
     check_setting(name, value, good, need)
@@ -160,4 +183,4 @@ _KINDS = {
     "reward_model": "local_judges:RewardJudge",
     "function": "local_judges:FunctionJudge",
 }
-"""Kind -> its class, imported only when it is wanted."""
+"""Kind -> class, imported only when it is used."""

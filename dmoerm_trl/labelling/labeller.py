@@ -1,10 +1,10 @@
 """
-Buys capability labels (section 4.3): a judge compares responses at each capability point, twice with the positions swapped,
-and a label is kept where both answers agree.
+Capability labels from a judge (section 4.3). The judge compares pairs of responses at each capability point, in both orders, and
+a label is kept if both answers agree.
 
-Three passes over the rows, one row at a time, each of which can be made alone: [`Labeller.estimate`] counts what is still to
-be asked, [`Labeller.ask`] asks it and stores the answers, and [`Labeller.write`] makes labelled rows and a report of what is
-stored, and of that alone. So whatever ends the asking, the answers that came are there, and the next run goes on from them.
+Labelling takes three independent passes over the rows, which stream one row at a time: [`Labeller.estimate`] counts the open
+questions, [`Labeller.ask`] asks them and stores the answers, and [`Labeller.write`] writes labelled rows and a report from the
+stored answers only. Whatever interrupts the asking, the answers received so far are kept, and the next run continues from them.
 """
 
 import asyncio
@@ -17,35 +17,36 @@ from tqdm.auto import tqdm
 
 from ..data.preference_row import PreferenceRow
 from ..data.rows import write_rows
-from .answers import AnswerStore
-from .asking import Asking, Stopped, interrupts, together
+from .answer_store import AnswerStore
 from .budget import Budget, Prices
+from .comparisons import Pair, Plan, agreed, both_orders, distinct_responses
 from .judges import Judge, Question
-from .plan import Pair, Plan, agreed, both_orders, distinct_responses
+from .question_queue import QuestionQueue, Stopped, gather_answers, stop_on_interrupt
 from .report import Report, Tally
 
 Choices = tuple[int | None, int | None]
-"""What a judge said of a pair: in the pair's order, and with the positions swapped."""
+"""The two verdicts on a pair: in the pair's order, and with the positions swapped."""
 
 
 @dataclass
-class Estimate:
+class CostEstimate:
     """
-    What is still to be asked. With `order: all` the calls are exact, with `order: sort` they are the most there can be; tokens
-    of answers are the most there can be.
+    Estimate of the open questions. The number of calls is exact with `order: all` and an upper bound with `order: sort`; the
+    number of completion tokens is an upper bound.
     """
 
     rows: int = 0
     questions: int = 0
-    """Those of all rows, answered or not; questions that are the same count once."""
+    """Distinct questions of all rows, answered or not."""
     calls: int = 0
-    """Those without an answer."""
+    """Distinct questions without an answer."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
     labelled: int = 0
-    """How often a row has labels of a point already."""
+    """Number of combinations of row and point that have labels already."""
 
     def to_text(self, prices: Prices | None = None) -> str:
+        """Describe the estimate in one line, with the cost if there are prices."""
         parts = [f"{self.rows:,} rows, {self.questions:,} questions, {self.calls:,} of them still to be asked"]
         if self.prompt_tokens:
             parts.append(
@@ -60,22 +61,22 @@ class Estimate:
 
 class Labeller:
     """
-    Labels rows.
+    Labels rows by asking a judge.
 
     Args:
         rows (`Callable[[], Iterable[PreferenceRow]]`):
-            Reads the rows, anew with each call; they need not fit into memory.
-        plan ([`~dmoerm_trl.labelling.plan.Plan`]):
-            Which questions a row needs.
+            Function that reads the rows from the start on each call; they need not fit into memory.
+        plan ([`~dmoerm_trl.labelling.comparisons.Plan`]):
+            Selection of the questions.
         judge ([`~dmoerm_trl.labelling.judges.Judge`]):
-            Who is asked.
-        answers ([`~dmoerm_trl.labelling.answers.AnswerStore`]):
-            The judge's.
+            The judge to ask.
+        answers ([`~dmoerm_trl.labelling.answer_store.AnswerStore`]):
+            Store of the judge's answers.
         budget ([`~dmoerm_trl.labelling.budget.Budget`], *optional*):
-            What the answers may cost; what those of earlier runs cost is added to it.
+            Limits on what the answers may cost, to which the cost of earlier runs is added.
         stop_early (`bool`, *optional*, defaults to `True`):
-            Whether asking stops when it is sure that the answers are worth nothing, because nearly all of them name the same
-            position or cannot be read.
+            Whether to stop as soon as it is statistically certain that the answers are worthless, because nearly all of them
+            name the same position or cannot be read.
     """
 
     def __init__(
@@ -94,17 +95,20 @@ class Labeller:
             answers.forget_given_up()
         self.budget.spend(*answers.spent)
 
-    # What is to be asked
+    # Estimate
 
-    def estimate(self, rows: Callable[[], Iterable[PreferenceRow]] | None = None, *, tokens: bool = True) -> Estimate:
+    def estimate(
+        self, rows: Callable[[], Iterable[PreferenceRow]] | None = None, *, tokens: bool = True
+    ) -> CostEstimate:
         """
-        Counts what is still to be asked, and asks nothing.
+        Count the open questions without asking any.
 
         Args:
-            rows (`Callable`, *optional*): reads the rows in the place of `self.rows`, for one that reports what it reads.
-            tokens (`bool`): whether to count tokens too, which takes longer.
+            rows (`Callable`, *optional*, defaults to `self.rows`): Function that reads the rows, such as one that also reports
+                on them.
+            tokens (`bool`, *optional*, defaults to `True`): Whether to estimate tokens too, which takes longer.
         """
-        estimate = Estimate()
+        estimate = CostEstimate()
         read = tqdm((rows or self.rows)(), desc="counting questions", unit=" rows", delay=3)
         for row, points in self._planned(read):
             estimate.rows += 1
@@ -126,8 +130,8 @@ class Labeller:
 
     def _planned(self, rows: Iterable[PreferenceRow]) -> Iterator[tuple[PreferenceRow, dict[str, int]]]:
         """
-        The rows; beside each the points at which it is asked about, and how many of the `max_pairs` of its prompt the rows
-        before it take there. One pass at a time: the store counts, so that prompts need not fit into memory.
+        Yield each row with the points to ask about, and for each point the number of the prompt's `max_pairs` that earlier rows
+        use. Only one pass may run at a time, because the counts are kept in the store; so prompts need not fit into memory.
         """
         self.answers.start_counting()
         for row in rows:
@@ -139,8 +143,8 @@ class Labeller:
 
     def _questions(self, row: PreferenceRow, point: str, taken: int) -> Iterator[tuple[Question | None, Question]]:
         """
-        The questions of a row at a point, as far as the answers determine them; then for each that may follow `None`. Beside
-        each stands the question by which its tokens are estimated.
+        Yield the questions of a row at a point that the stored answers determine, then `None` for each question that may
+        follow. Each comes with the question from which to estimate its tokens.
         """
         made, complete = 0, True
         for pair, choices in self._replay(row, point, taken):
@@ -152,7 +156,7 @@ class Labeller:
                 yield from ((None, question) for question in both_orders(row, tuple(longest), point))
 
     def _replay(self, row: PreferenceRow, point: str, taken: int) -> Iterator[tuple[Pair, Choices | None]]:
-        """The comparisons that the stored answers lead to. The last ones lack answers, unless all is answered."""
+        """Yield the comparisons that follow from the stored answers; the last ones have no verdicts unless all are answered."""
         comparisons, verdicts = self.plan.comparisons(row, point, taken), None
         with suppress(StopIteration):
             while True:
@@ -171,17 +175,17 @@ class Labeller:
 
     def ask(self, calls: int | None = None, on_answer: Callable[[], None] | None = None) -> str | None:
         """
-        Asks what is not answered, until it is, or the budget is spent, or the judge is gone or worth nothing, or Ctrl-C.
+        Ask the open questions, until all are answered, the budget is spent, the judge is unreachable or worthless, or Ctrl-C.
 
         Args:
-            calls (`int`, *optional*): how many calls it will take, for the progress bar; counted if absent.
-            on_answer (`Callable[[], None]`, *optional*): called after every new answer.
+            calls (`int`, *optional*): Number of calls to show in the progress bar; counted if absent.
+            on_answer (`Callable[[], None]`, *optional*): Called after every new answer.
 
         Returns:
-            Why it stopped, or `None`. All answers that came are stored, whether it stopped or raises.
+            Why asking stopped, or `None` if all questions are answered. The answers received are stored in any case.
         """
         calls = self.estimate(tokens=False).calls if calls is None else calls
-        # Without smoothing, the time that remains is told at this run's mean speed: retries and pauses are part of it.
+        # smoothing=0 estimates the remaining time from the mean speed of this run, which includes retries and pauses.
         with tqdm(total=calls, desc="asking", unit=" answers", smoothing=0, disable=not calls) as bar:
             return asyncio.run(self._ask(bar, on_answer or (lambda: None)))
 
@@ -194,33 +198,33 @@ class Labeller:
 
         seen = Tally()
 
-        def look_at(pair: Pair, choices: Choices) -> None:
+        def count_verdicts(pair: Pair, choices: Choices) -> None:
             seen.add(pair, choices)
             if self.stop_early:
-                asking.stop_if_worthless(seen)
+                queue.stop_if_worthless(seen)
 
         async def ask_pair(row: PreferenceRow, pair: Pair, point: str) -> None:
-            answers = await together(map(asking.answer, both_orders(row, pair, point)))
-            look_at(pair, tuple(answer.verdict for answer in answers))
+            answers = await gather_answers(map(queue.answer, both_orders(row, pair, point)))
+            count_verdicts(pair, tuple(answer.verdict for answer in answers))
 
         async def ask_point(row: PreferenceRow, point: str, taken: int) -> None:
             steps = list(self._replay(row, point, taken))
             stored = [step for step in steps if step[1] is not None]
             for step in stored:
-                look_at(*step)
+                count_verdicts(*step)
             while missing := [pair for pair, choices in steps if choices is None]:
-                await together(ask_pair(row, pair, point) for pair in missing)
+                await gather_answers(ask_pair(row, pair, point) for pair in missing)
                 steps = list(self._replay(row, point, taken))
-            if len(stored) < len(steps):  # a sort may need fewer than were counted
+            if len(stored) < len(steps):  # sorting may need fewer comparisons than were counted
                 bar.total -= 2 * (self.plan.most_comparisons(row, taken) - len(steps))
 
         async def ask_row(row: PreferenceRow, points: dict[str, int]) -> None:
             try:
-                await together(ask_point(row, point, taken) for point, taken in points.items())
+                await gather_answers(ask_point(row, point, taken) for point, taken in points.items())
             except Stopped:
                 pass
             except Exception as error:
-                asking.fail(error)
+                queue.fail(error)
             finally:
                 window.release()
 
@@ -229,38 +233,38 @@ class Labeller:
             try:
                 for row, points in self._planned(self.rows()):
                     await window.acquire()
-                    if asking.stopped is not None:
+                    if queue.stopped is not None:
                         break
                     task = asyncio.create_task(ask_row(row, points))
                     rows.add(task)
                     task.add_done_callback(rows.discard)
-                    await asyncio.sleep(0)  # rows whose answers are all stored wait for nothing
-            except Exception as error:  # of a file that has changed
-                asking.fail(error)
+                    await asyncio.sleep(0)  # lets a row whose answers are all stored finish at once
+            except Exception as error:  # such as a file that has changed
+                queue.fail(error)
             await asyncio.gather(*rows)
 
         window = asyncio.Semaphore(max(2, self.judge.concurrency * self.judge.batch_size))
-        asking = Asking(self.judge, self.answers, self.budget, answered)
-        with interrupts(asking):
+        queue = QuestionQueue(self.judge, self.answers, self.budget, answered)
+        with stop_on_interrupt(queue):
             try:
-                async with asking:
+                async with queue:
                     await ask_rows()
             finally:
                 await self.judge.close()
-        return asking.stopped
+        return queue.stopped
 
     # Labels
 
     def write(self, path: str | os.PathLike) -> Report:
-        """Writes the [`labelled`] rows, and reports on them. The file appears whole or not at all."""
+        """Write the [`labelled`] rows and return a report on them. The file is written atomically."""
         report = Report(spent=self.answers.spent, cost=None if self.budget.prices is None else self.budget.cost)
         write_rows(tqdm(self.labelled(report), desc="writing", unit=" rows", delay=3), path)
         return report
 
     def labelled(self, report: Report) -> Iterator[PreferenceRow]:
         """
-        The rows whose questions are all answered, with the labels on which both answers agree as `capability_pairs`; none is
-        inferred from others. What was answered is added to `report`, that of the rows left out too, and how many these are.
+        Yield the rows whose questions are all answered. Their `capability_pairs` get the labels on which both answers agree; no
+        label is inferred from others. All answered pairs, also those of incomplete rows, are counted in `report`.
         """
         for row, points in self._planned(self.rows()):
             ranked, labels, complete = set(row.pairs_of()), {}, True

@@ -1,4 +1,4 @@
-"""Judges on this machine: a language model, a reward model, a Python function."""
+"""Judges that run locally: a language model, a reward model, a Python function."""
 
 import asyncio
 import inspect
@@ -16,33 +16,37 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ..data.formatting import Formatter
 from ..data.preference_row import short
-from ..evaluation.scorers import ScorerSource, file_digest, weights_digest
-from ..modeling.forest import passes
-from ..modeling.loading import loading
-from ..rl.reward_functions import TextRewards
-from ..rl.rollout import check_chat_template, check_dtype
-from .judges import Answer, JudgeError, Question, Tie, check_whole
+from ..generation.samplers import check_chat_template, check_dtype
+from ..modeling.load_errors import loading
+from ..modeling.prefix_tree import passes
+from ..scoring.reward_functions import TextRewards
+from ..scoring.reward_models import ScorerSpec, file_digest, weights_digest
+from .judges import Answer, JudgeError, Question, Tie, check_integer
 from .template import Template
 
 
 class ModelJudge:
     """
-    Asks a causal language model of transformers, by its own chat template, and takes the likelier of the answers 1 and 2.
+    Judge that asks a causal language model of transformers with its own chat template, and takes the likelier of the answers 1
+    and 2. Equally likely answers are a tie.
 
-    Both likelihoods come from one forward pass over the question: nothing is sampled, every answer can be read, and a
-    response that holds text of the kind "Answer: 1" meets no parser. A model that has to reason first is better asked
-    through a server. Answers of equal likelihood are a tie.
+    Both likelihoods come from one forward pass over the question. Nothing is sampled and nothing is parsed, so every answer can
+    be read, and text such as "Answer: 1" in a response has no effect on reading it. A model that has to reason before it answers
+    should be asked through a server instead.
 
     Args:
-        model (`str`): folder or hub name.
-        template (`str`), example (`str`, *optional*): see [`~dmoerm_trl.labelling.template.Template`].
-        max_length (`int`): tokens of a question; a longer one is not asked and has no choice.
-        tokens_per_batch (`int`): tokens of a forward pass, padding left out of account; questions of like length share one.
-        batch_size (`int`): questions to give to one call of `ask`.
-        dtype (`str`): in which the model computes.
+        model (`str`): Folder or hub name of the model.
+        template (`str`, *optional*, defaults to `"en"`): See [`~dmoerm_trl.labelling.template.Template`].
+        example (`str`, *optional*): See [`~dmoerm_trl.labelling.template.Template`].
+        max_length (`int`, *optional*, defaults to 8192): Maximum tokens of a question; a longer one is not asked and gets no
+            choice.
+        tokens_per_batch (`int`, *optional*, defaults to 16384): Token budget of a forward pass, not counting padding; questions
+            of similar length are batched together.
+        batch_size (`int`, *optional*, defaults to 64): Number of questions to pass to one call of `ask`.
+        dtype (`str`, *optional*, defaults to `"float32"`): Data type of the model.
 
     Raises:
-        ValueError: if a setting is out of range, or the chat template shows no difference between the answers.
+        ValueError: If a setting is out of range, or the chat template renders both answers the same.
     """
 
     concurrency = 1
@@ -62,9 +66,9 @@ class ModelJudge:
         dtype: str = "float32",
     ):
         check_dtype(dtype)
-        check_whole("max_length", max_length, 1)
-        check_whole("tokens_per_batch", tokens_per_batch, 1)
-        check_whole("batch_size", batch_size, 1)
+        check_integer("max_length", max_length, 1)
+        check_integer("tokens_per_batch", tokens_per_batch, 1)
+        check_integer("batch_size", batch_size, 1)
         self.batch_size, self._max_length, self._tokens_per_batch = batch_size, max_length, tokens_per_batch
         self._template = Template(template, example=example)
         with loading(model, "a causal language model"):
@@ -116,7 +120,7 @@ class ModelJudge:
 
     @torch.no_grad()
     def _log_likelihoods(self, questions: Sequence["_Encoded"]) -> list[list[float]]:
-        """The log-likelihoods of the answers 1 and 2 to each question."""
+        """Compute the log-likelihoods of the answers 1 and 2 to each question."""
         ids = {"input_ids": [question.input_ids for question in questions]}
         batch = self._tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(self._model.device)
         output = self._model.generate(
@@ -132,7 +136,7 @@ class ModelJudge:
         return log_likelihoods.gather(1, tokens).tolist()
 
     def _encode(self, question: Question) -> "_Encoded":
-        """The two chats that end in the answers 1 and 2, up to where they part: so any chat template and tokenizer will do."""
+        """Tokenize the chats that end in the answers 1 and 2, up to the first difference; works with any template and tokenizer."""
         turns = self._template.messages(question)
         one, two = (
             self._tokenizer.apply_chat_template(
@@ -150,19 +154,19 @@ class ModelJudge:
 
 
 def _preferred(first: float, second: float, *record: Any) -> Answer:
-    """The answer that prefers the higher score."""
+    """Build the answer that prefers the higher score."""
     return Tie(None, *record) if first == second else Answer(1 if first > second else 2, *record)
 
 
 class _Encoded(NamedTuple):
-    """A question as tokens, and the tokens of its two answers."""
+    """Token ids of a question, and the token ids of its two answers."""
 
     input_ids: list[int]
     answers: tuple[int, int]
 
 
 class _Text(NamedTuple):
-    """What is scored: one response at one point."""
+    """A response to score at a point."""
 
     prompt: list[dict]
     response: str
@@ -171,7 +175,7 @@ class _Text(NamedTuple):
 
 
 class _ScoreJudge(ABC):
-    """Prefers the response with the higher score; equal scores are a tie, and one that is None is no choice."""
+    """Base of judges that prefer the response with the higher score; equal scores are a tie, and a score of None is no choice."""
 
     concurrency = 1
     samples = False
@@ -184,11 +188,11 @@ class _ScoreJudge(ABC):
         return 0, 0
 
     async def close(self) -> None:
-        return None  # there is nothing to give back
+        return None  # there is nothing to close
 
     def _answer(self, questions: Sequence[Question]) -> list[Answer]:
         pairs = [[_Text(q.prompt, text, q.point, q.task) for text in (q.first, q.second)] for q in questions]
-        texts = {repr(text): text for pair in pairs for text in pair}  # the other order has the same ones
+        texts = {repr(text): text for pair in pairs for text in pair}  # both orders contain the same texts
         scores = dict(zip(texts, self._score(list(texts.values())), strict=True))
         answers = []
         for first, second in ((scores[repr(first)], scores[repr(second)]) for first, second in pairs):
@@ -199,42 +203,43 @@ class _ScoreJudge(ABC):
 
     @abstractmethod
     def _score(self, texts: list[_Text]) -> list[float | None]:
-        """A score for each text, None where there is none."""
+        """Score each text; None if a text has no score."""
 
 
 class RewardJudge(_ScoreJudge):
     """
-    Prefers the higher reward. A DMoERM judges a capability point by its own score for it, which is no choice where its router
-    sends the prompt to a task without the point; any other reward model has one reward, whatever the point.
+    Judge that prefers the higher reward of a reward model. A DMoERM judges a capability point by its score at the point, and
+    makes no choice if its router sends the prompt to a task without the point. Any other reward model gives the same reward at
+    all points.
 
     Args:
-        model (`str`): folder or hub name of a reward model, which is read by its own tokenizer and chat template.
-        max_length (`int`): tokens of prompt and response; older turns are cut. A question with a response that is too long by
-            itself has no choice, nor has one whose turns the chat template refuses.
-        batch_size (`int`): questions to give to one call of `ask`.
-        dtype (`str`): in which the model computes.
+        model (`str`): Folder or hub name of a reward model, used with its own tokenizer and chat template.
+        max_length (`int`, *optional*, defaults to 2048): Maximum tokens of prompt and response; the oldest turns are truncated.
+            A question gets no choice if a response alone is too long, or if the chat template rejects the turns.
+        batch_size (`int`, *optional*, defaults to 64): Number of questions to pass to one call of `ask`.
+        dtype (`str`, *optional*, defaults to `"float32"`): Data type of the model.
     """
 
     wanted = "two responses that fit max_length, at a point of the task to which the router sends the prompt"
 
     def __init__(self, model: str, *, max_length: int = 2048, batch_size: int = 64, dtype: str = "float32"):
-        check_whole("max_length", max_length, 1)
-        check_whole("batch_size", batch_size, 1)
-        source = ScorerSource(model, max_length, dtype)
-        if source.is_program:
+        check_integer("max_length", max_length, 1)
+        check_integer("batch_size", batch_size, 1)
+        spec = ScorerSpec(model, max_length, dtype)
+        if spec.is_program:
             raise ValueError(f"got model={model!r}, need a reward model: judge by the kind 'function' instead.")
         self.batch_size = batch_size
-        self.identity = {"kind": "reward_model", **source.settings()}
+        self.identity = {"kind": "reward_model", **spec.settings()}
         with loading(model, "a reward model"):
             tokenizer = AutoTokenizer.from_pretrained(model)
-        if source.is_standardised:
+        if spec.is_standardised:
             with loading(model, "a reward model"):
                 dmoerm = AutoModelForSequenceClassification.from_pretrained(model, dtype=getattr(torch, dtype))
             self._formatter = Formatter.for_model(dmoerm.config, tokenizer, max_length)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._rewards = TextRewards(dmoerm.to(device), self._formatter)
         else:
-            self._rewards, self._scorer = None, source.load()
+            self._rewards, self._scorer = None, spec.load()
             if tokenizer.pad_token_id is None:  # as the scorer does
                 tokenizer.pad_token = tokenizer.eos_token
             self._formatter = Formatter(tokenizer, max_length)
@@ -246,7 +251,7 @@ class RewardJudge(_ScoreJudge):
         return [next(answers) if fault is None else Answer(None, f"no answer: {fault}") for fault in faults]
 
     def _fault(self, question: Question) -> str | None:
-        """Why a response cannot be put into tokens."""
+        """Describe why a response cannot be tokenized, if so."""
         try:
             self._formatter.encode_responses(question.prompt, [question.first, question.second])
         except ValueError as error:
@@ -254,11 +259,11 @@ class RewardJudge(_ScoreJudge):
         return None
 
     def _score(self, texts: list[_Text]) -> list[float | None]:
-        scores = self._one_reward(texts) if self._rewards is None else self._points(texts)
+        scores = self._plain_rewards(texts) if self._rewards is None else self._point_scores(texts)
         return [None if math.isnan(score) else score for score in scores]
 
-    def _points(self, texts: list[_Text]) -> list[float]:
-        """The rewards of a DMoERM, or its scores for the texts' points; NaN where a task lacks the point."""
+    def _point_scores(self, texts: list[_Text]) -> list[float]:
+        """Score texts by a DMoERM: at their points, or by the reward if they have none; NaN if the task lacks the point."""
         names = ["reward", *self._rewards.points]
         wanted = ["reward" if text.point is None else text.point for text in texts]
         if unknown := set(wanted) - set(names):
@@ -270,8 +275,8 @@ class RewardJudge(_ScoreJudge):
         columns = torch.tensor([names.index(name) for name in wanted])
         return table.gather(1, columns.unsqueeze(1)).squeeze(1).tolist()
 
-    def _one_reward(self, texts: list[_Text]) -> list[float]:
-        """The rewards, the responses to a prompt together, each once whatever its points."""
+    def _plain_rewards(self, texts: list[_Text]) -> list[float]:
+        """Score texts by a plain reward model, prompt by prompt, scoring each response once for all points."""
         groups: dict[str, list[_Text]] = {}
         for text in texts:
             groups.setdefault(repr(text.prompt), []).append(text)
@@ -285,44 +290,44 @@ class RewardJudge(_ScoreJudge):
 
 class FunctionJudge(_ScoreJudge):
     """
-    Prefers the higher score that a Python function gives.
+    Judge that prefers the response with the higher score of a Python function.
 
     Args:
         function (`str`): `"module:function"`, called as `function(prompt=, response=, point=, task=)`, with the prompt as
-            turns. It returns a number, higher is better at the point, or None where it has no opinion. It is called in one
-            thread at a time, and its result must depend on its arguments alone.
-        batch_size (`int`): questions to give to one call of `ask`.
+            turns. It returns a number, higher is better at the point, or None if it has no opinion. It is never called
+            concurrently, and its result must depend on its arguments only.
+        batch_size (`int`, *optional*, defaults to 256): Number of questions to pass to one call of `ask`.
 
     Raises:
-        ValueError: if there is no such function, or it cannot be called so.
+        ValueError: If the function does not exist or cannot be called this way.
     """
 
     wanted = "a number for each response"
 
     def __init__(self, function: str, *, batch_size: int = 256):
-        check_whole("batch_size", batch_size, 1)
+        check_integer("batch_size", batch_size, 1)
         try:
             self._function = resolve_name(str(function))
-        except Exception as error:  # its module is a program: it may raise anything
+        except Exception as error:  # importing its module may raise anything
             raise ValueError(
                 f"got function={function!r}, need an importable module:function: {error}. Put its folder on PYTHONPATH."
             ) from error
         try:
             inspect.signature(self._function).bind(prompt=[], response="", point="", task="")
-        except (TypeError, ValueError) as error:  # ValueError: of some that are built in
+        except (TypeError, ValueError) as error:  # ValueError: some built-in functions have no signature
             raise ValueError(
                 f"{function}: {error}. It is called as function(prompt=, response=, point=, task=): give it `**_` for those "
                 "that it does not read."
             ) from error
         try:
-            source = Path(inspect.getsourcefile(inspect.unwrap(self._function)))
-        except TypeError as error:  # of a partial, a callable object, a function that is built in
+            file = Path(inspect.getsourcefile(inspect.unwrap(self._function)))
+        except TypeError as error:  # for a partial, a callable object, a built-in function
             raise ValueError(
                 f"got function={function!r}, a {type(self._function).__name__} without a file of its own, need a function whose "
-                "file tells when it changes: call this one from a `def`."
+                "file shows when it changes: call this one from a `def`."
             ) from error
         self.batch_size, self._name = batch_size, function
-        self.identity = {"kind": "function", "function": function, "sha256 of its file": file_digest([source])}
+        self.identity = {"kind": "function", "function": function, "sha256 of its file": file_digest([file])}
 
     def _score(self, texts: list[_Text]) -> list[float | None]:
         return [self._score_one(text) for text in texts]
@@ -331,7 +336,7 @@ class FunctionJudge(_ScoreJudge):
         response = f"the response {text.response[:80]!r} at {text.point!r}"
         try:
             score = self._function(**text._asdict())
-        except Exception as error:  # as above
+        except Exception as error:  # user code may raise anything
             said = f"{type(error).__name__}: {error}"
             raise JudgeError(f"{self._name}: got {said} for {response}, need a number or None: mend it.") from error
         if score is None:

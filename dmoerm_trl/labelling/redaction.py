@@ -1,4 +1,4 @@
-"""Takes secrets out of what a server says, which may echo them: as they are, in part, or in another encoding."""
+"""Redaction of secrets that a server may echo in its replies: verbatim, in part, or in another encoding."""
 
 import base64
 import html
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from urllib.parse import unquote
 
 PART = 8
-"""Characters of a secret that are not shown in a row; a shorter secret is hidden as a whole."""
+"""Length of the shortest part of a secret that is hidden; a shorter secret is hidden only as a whole."""
 
 HIDDEN = "[key]"
 
@@ -16,13 +16,13 @@ _LOWER = {capital: capital + 32 for capital in range(ord("A"), ord("Z") + 1)}  #
 
 class Redaction:
     """
-    Hides secrets in texts.
+    Callable that hides secrets in texts.
 
-    It knows them in upper and lower case, backwards, in base64 and in hexadecimal. Where a text spells one in escapes, such as
-    `%73`, `\\u0073` or `&#115;`, the whole text is hidden.
+    Secrets are recognised in any case, reversed, in base64 and in hexadecimal. If a text contains one in escapes, such as
+    `%73`, `\\u0073` or `&#115;`, the entire text is hidden.
 
     Args:
-        secrets (`Iterable[str]`): what must not be shown.
+        secrets (`Iterable[str]`): Secrets to hide.
     """
 
     def __init__(self, secrets: Iterable[str]):
@@ -51,12 +51,12 @@ class Redaction:
 
 
 def looks_secret(text: str) -> bool:
-    """Whether a text may be a key or a password: a long word that is not made of small letters alone."""
+    """Whether a text may be a key or a password: a long word with other characters than lower-case letters and `_.-`."""
     return len(text) >= PART and not re.search(r"\s", text) and not re.fullmatch(r"[a-z_.-]+", text)
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """A secret as it may be written. What stands before it shifts base64 by one or two bytes, and changes its ends."""
+    """Yield the spellings of a secret. In base64, preceding text shifts it by up to two bytes and changes its first and last characters."""
     yield secret
     if len(secret) < PART:
         return
@@ -69,8 +69,8 @@ def _forms(secret: str) -> Iterator[str]:
 
 
 def _unescaped(text: str) -> Iterator[str]:
-    """The text with escapes of each kind resolved, and of all kinds."""
-    for _ in range(3):  # an escape may be escaped itself
+    """Yield the text with its escapes of all kinds resolved once, twice and three times."""
+    for _ in range(3):  # escapes may be nested
         text = html.unescape(unquote(_ESCAPE.sub(lambda found: chr(int(found[1] or found[2], 16)), text)))
         yield text
 

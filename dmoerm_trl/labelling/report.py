@@ -1,4 +1,4 @@
-"""What a judge's labels are worth: how often it agreed with itself, which position it favours, how it ranks."""
+"""Quality of a judge's labels: agreement with itself, position bias, agreement with the rows' ranks."""
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -8,16 +8,16 @@ from typing import Any
 
 from ..evaluation.win_rate import wilson_interval
 from ..files import write_json, write_text
-from ..messages import markdown
-from .answers import Spent
-from .plan import Pair, agreed
+from ..markdown import escape, markdown_table
+from .answer_store import Spent
+from .comparisons import Pair, agreed
 
 EARLY = 50
-"""Answers after which a hopeless judge is found out."""
+"""Number of answers from which on a hopeless judge can be detected."""
 HOPELESS = 0.9
-"""A judge is hopeless if it surely (Wilson's 95% interval) says one and the same in more than this share of its answers."""
+"""A judge is hopeless if the lower bound (Wilson's 95% interval) on the share of one kind of answer is above this."""
 FEW = 100
-"""Fewer labels at a point than this are worth a warning: an expert is to be trained on them."""
+"""Fewer labels than this at a point cause a warning, because an expert is trained on them."""
 
 
 @dataclass
@@ -25,45 +25,45 @@ class Tally:
     """
     Counts over the pairs that a judge was asked about, each in both orders.
 
-    Where both answers of every counted pair can be read, a judge that does not look at the position names the first one in
-    exactly half of its answers, whatever it prefers.
+    If both answers to each counted pair can be read, a judge without position bias names the first position in exactly half of
+    its answers, whatever it prefers.
     """
 
     pairs: int = 0
     agreed: int = 0
-    """Pairs in which both answers prefer the same response: the labels that are kept."""
+    """Pairs in which both answers prefer the same response; these are the labels."""
     unreadable: int = 0
-    """Pairs in which an answer could not be read, or the judge had none."""
+    """Pairs with an answer that is unreadable or makes no choice."""
     answers_first: int = 0
-    """Answers that name the first position, of the `readable_answers`."""
+    """Answers that name the first position, among the `readable_answers`."""
     ranked: int = 0
-    """Agreed pairs that the row's `ranks` order too."""
+    """Agreed pairs that are not tied in the row's `ranks`."""
     as_ranked: int = 0
-    """Those of them that the ranks order in the same way."""
+    """Agreed pairs that the ranks order the same way."""
     ties: int = 0
-    """Pairs in which an answer gives both responses the same score; only judges that score can."""
+    """Pairs in which an answer gives both responses the same score; only from judges that score."""
 
     @property
     def disagreed(self) -> int:
-        """Pairs in which the answers prefer different responses: dropped, as section 4.3 has it."""
+        """Pairs in which the answers prefer different responses, which are dropped (section 4.3)."""
         return self.pairs - self.agreed - self.unreadable - self.ties
 
     @property
     def readable_answers(self) -> int:
-        """The answers of the pairs that have two, and no tie."""
+        """Number of answers of the pairs with two readable answers and no tie."""
         return 2 * (self.pairs - self.unreadable - self.ties)
 
     def add(self, pair: Pair, choices: tuple[int | None, int | None], ranked: Collection[Pair] = ()) -> int | None:
         """
-        Counts one pair.
+        Count one pair.
 
         Args:
-            pair: the indices of two responses.
-            choices: the verdicts of the answers, first in the pair's order, then with the positions swapped.
-            ranked: the pairs (better, worse) of the row's ranks.
+            pair (`Pair`): Indices of the two responses.
+            choices (`tuple`): Verdicts of the two answers: in the pair's order, and with the positions swapped.
+            ranked (`Collection[Pair]`, *optional*): The pairs (better, worse) that the row's ranks order.
 
         Returns:
-            The index of the response that both answers prefer, or `None`.
+            Index of the response that both answers prefer, or `None`.
         """
         better = agreed(pair, *choices)
         self.pairs += 1
@@ -86,7 +86,7 @@ class Tally:
         )
 
     def early_fault(self) -> str | None:
-        """The [`fault`] if there are answers enough to stop at it."""
+        """Return [`fault`] if there are enough answers to stop because of it."""
         return self.fault() if 2 * self.pairs >= EARLY else None
 
     def is_unreadable(self) -> bool:
@@ -94,7 +94,7 @@ class Tally:
         return _is_hopeless(self.unreadable, self.pairs)
 
     def fault(self) -> str | None:
-        """What makes the answers worthless, with its numbers, if something surely does."""
+        """Describe, with numbers, why the answers are worthless, if that is statistically certain."""
         readable, second = self.readable_answers, self.readable_answers - self.answers_first
         for share, count, says, of in (
             (self.unreadable, self.pairs, "has an answer that cannot be read, or prefers neither response,", "pairs"),
@@ -109,26 +109,27 @@ class Tally:
 
 @dataclass
 class Report:
-    """What a labelling came to. `points` has a [`Tally`] for every task and capability point."""
+    """Outcome of labelling. `points` has a [`Tally`] for each task and capability point."""
 
     rows: int = 0
     incomplete: int = 0
-    """Rows that are not written because questions of theirs are not answered."""
+    """Rows that are not written because some of their questions are not answered."""
     points: dict[tuple[str, str], Tally] = field(default_factory=lambda: defaultdict(Tally))
-    """Of all pairs with both answers, those of incomplete rows too."""
+    """Counts over all pairs with both answers, including those of incomplete rows."""
     spent: Spent = Spent(0, 0, 0)
     cost: float | None = None
     stopped: str | None = None
-    """Why questions are not answered."""
+    """Why asking stopped, if it did."""
     failures: Mapping[str, int] = field(default_factory=dict)
-    """Kind -> requests of this run that failed and were made again."""
+    """Kind of failure -> number of requests of this run that failed and were retried."""
 
     @property
     def total(self) -> Tally:
+        """Sum over all tasks and points."""
         return sum(self.points.values(), Tally())
 
     def warnings(self) -> list[str]:
-        """What a reader must not overlook, with the numbers."""
+        """List what a reader must not overlook, with numbers."""
         warnings = [] if not (fault := self.total.fault()) else [f"All points: {fault}."]
         for (task, point), tally in self.points.items():
             name = f"Task {task!r}, point {point!r}"
@@ -144,14 +145,14 @@ class Report:
         return warnings
 
     def to_markdown(self) -> str:
+        """Render the report in Markdown."""
         kinds = ["agreed", "disagreed", *(["ties"] if self.total.ties else []), "unreadable"]
-        header = ["task", "point", "pairs", *kinds, "first position", "as ranked"]
-        lines = ["| " + " | ".join(header) + " |", "| --- | --- |" + " ---: |" * (len(header) - 2)]
+        rows = [["task", "point", "pairs", *kinds, "first position", "as ranked"]]
         for (task, point), tally in [*self.points.items(), (("all", ""), self.total)]:
-            cells = [markdown(task), markdown(point), str(tally.pairs)]
+            cells = [escape(task), escape(point), str(tally.pairs)]
             cells += [_share(getattr(tally, kind), tally.pairs) for kind in kinds]
             cells += [_share(tally.answers_first, tally.readable_answers), _share(tally.as_ranked, tally.ranked)]
-            lines.append("| " + " | ".join(cells) + " |")
+            rows.append(cells)
         took = f"{self.spent.calls:,} answers, {self.spent.prompt_tokens:,} + {self.spent.completion_tokens:,} tokens"
         cost = "" if self.cost is None else f", cost {self.cost:,.2f}"
         return "\n".join(
@@ -160,11 +161,11 @@ class Report:
                 "",
                 f"{self.rows:,} rows written, {self.incomplete:,} left out because questions of theirs are not answered.",
                 f"The judge's answers so far: {took}{cost}.",
-                *([f"{markdown(failed_requests(self.failures))}."] if self.failures else []),
+                *([f"{escape(failed_requests(self.failures))}."] if self.failures else []),
                 "",
-                *([f"Asking stopped: {markdown(self.stopped)}.", ""] if self.stopped else []),
-                *(f"**Warning.** {markdown(warning)}\n" for warning in self.warnings()),
-                *lines,
+                *([f"Asking stopped: {escape(self.stopped)}.", ""] if self.stopped else []),
+                *(f"**Warning.** {escape(warning)}\n" for warning in self.warnings()),
+                markdown_table(rows, left=(0, 1), padded=False),
                 "",
                 "Each pair is asked about twice, with the positions swapped, and its label is kept where the answers agree.",
                 "First position: answers that name it, of the pairs whose answers can both be read; 50% is no bias. As ranked:",
@@ -176,6 +177,8 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """Convert the report to a dictionary for JSON."""
+
         def entry(tally: Tally) -> dict[str, Any]:
             counts = asdict(tally) | {"disagreed": tally.disagreed, "readable_answers": tally.readable_answers}
             return {name: count for name, count in counts.items() if name != "ties" or self.total.ties}
@@ -192,13 +195,13 @@ class Report:
         }
 
     def save(self, folder: Path) -> None:
-        """Writes `report.md` and `report.json`, for their owner alone: they may quote answers."""
+        """Write `report.md` and `report.json`, readable only by their owner because they may quote answers."""
         write_text(folder / "report.md", self.to_markdown(), private=True)
         write_json(folder / "report.json", self.to_dict(), private=True)
 
 
 def failed_requests(failures: Mapping[str, int]) -> str:
-    """What became of requests that failed, in words."""
+    """Describe the requests that failed and were retried."""
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in sorted(failures.items()))
     return f"Requests of this run that failed and were made again: {kinds}"
 

@@ -1,4 +1,4 @@
-"""A judge behind a server that speaks the OpenAI protocol: a hosted one, or vLLM, llama.cpp, Ollama and their like."""
+"""Judge behind an OpenAI-compatible server: a hosted API, or vLLM, llama.cpp, Ollama and the like."""
 
 import asyncio
 import json
@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 
 from ..messages import quoted
 from .completions import BrokenReply, Client, Reply, read_text, read_tokens
-from .judges import Answer, JudgeError, Question, RefusesAll, check_setting, check_whole
-from .reading import WANTED, WANTED_STRUCTURED, read_choice
+from .judges import Answer, JudgeError, Question, RefusesAll, check_integer, check_setting
+from .parsing import WANTED, WANTED_STRUCTURED, read_choice
 from .redaction import Redaction, looks_secret
 from .server_settings import digests, read_address, read_extra_body, read_key, secrets_of
 from .template import Template
 
 BYTES_PER_TOKEN = 3
-"""Of UTF-8, for estimates without the model's tokenizer: few, so that most estimates are too high rather than too low."""
+"""UTF-8 bytes per token, to estimate tokens without the model's tokenizer. Low, so that most estimates are too high."""
 
 SHOWN = 300
-"""Characters of what a server says that a message shows."""
+"""Maximum number of characters of a server's text that an error message shows."""
 
-_TRY_AGAIN = {408, 409, 425, 429}  # and all from 500 on
+_RETRYABLE = {408, 409, 425, 429}  # and every status from 500 on
 _NO_MONEY = {"insufficient_quota", "billing_hard_limit_reached"}
 _THIS_QUESTION = {"context_length_exceeded", "content_filter"}
 _MAY_BE_THIS_QUESTION = {400, 413, 422}
@@ -44,44 +44,50 @@ _SCHEMA = {
 
 class ServerJudge:
     """
-    Asks a language model by the chat completions of the OpenAI protocol; needs `pip install "dmoerm-trl[label]"`.
+    Judge that asks a language model by OpenAI-compatible chat completions; requires `pip install "dmoerm-trl[label]"`.
 
-    What may pass (5xx, time-outs, dropped connections, broken or endless replies) is counted in `failures` and tried again,
-    after a time that doubles with each retry and is drawn between its half and its whole, or after the server's Retry-After. A 429 holds back all requests, for a
-    time that doubles until the next answer comes. A question that is too long for the model, or that the server's filter
-    refuses, is answered without a choice; so is any that it refuses with status 400, 413 or 422 while it answers others, up
-    to 500 in a row. A redirect is not followed: the key is for this server.
+    Transient failures (5xx, time-outs, dropped connections, broken or endless replies) are counted in `failures` and retried,
+    after the server's Retry-After or else after a delay that doubles with each retry and is drawn between half of it and all of
+    it. A 429 pauses all requests, for a time that doubles until the next answer arrives. A question that is too long for the
+    model or refused by the server's content filter is answered without a choice, and so is a question refused with status 400,
+    413 or 422 while others are answered, up to 500 in a row. Redirects are not followed, because the key is meant for this server
+    only.
 
-    A message shows the server's host and what it said on one line, without the key, what looks like a secret in the path of
-    `base_url` or in `extra_body`, and control characters.
+    Error messages show the server's host and its text on one line, without the key, anything that looks like a secret in the path
+    of `base_url` or in `extra_body`, and control characters.
 
     Args:
-        base_url (`str`): such as `https://api.openai.com/v1` or `http://localhost:8000/v1`. It is not part of the judge's
-            identity: the same model elsewhere is the same judge.
-        model (`str`): the model's name on the server.
-        api_key_env (`str`, *optional*): the environment variable that holds the key; None for a server that wants none.
-        template (`str`), example (`str`, *optional*), structured (`bool`): see
-            [`~dmoerm_trl.labelling.template.Template`]; `structured` needs a server that knows `response_format` with
-            `json_schema`.
-        temperature (`float`): of the sampling.
-        seed (`int`, *optional*): of the sampling, sent with `round` added; None where the server does not know seeds.
-        max_tokens (`int`): of an answer. One that is cut off there is unreadable: models that reason first need more.
-        extra_body (`Mapping`, *optional*): more fields of the request, such as
-            `{"chat_template_kwargs": {"enable_thinking": false}}`; null leaves a field out, as in
-            `{"max_tokens": null, "max_completion_tokens": 16}`; one of these two has to be there. The identity has digests in
-            the place of its texts, which may be secrets.
-        concurrency (`int`): requests under way at once.
-        requests_per_minute (`float`, *optional*), tokens_per_minute (`float`, *optional*): limits to keep to, evenly; tokens
-            are those of [`estimate_tokens`].
-        timeout (`float`): seconds for a whole reply, from the request to its last byte.
-        retries (`int`): of one question, after which the server counts as gone; of 429s, in a row without any answer.
-        first_wait (`float`), longest_wait (`float`): seconds before the first retry, and the most before any: a
-            server whose Retry-After says more counts as gone.
+        base_url (`str`): Address of the server, such as `https://api.openai.com/v1` or `http://localhost:8000/v1`. It is not part
+            of the judge's identity: the same model on another server is the same judge.
+        model (`str`): Name of the model on the server.
+        api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable that holds the key; None for a server
+            without keys.
+        template (`str`, *optional*, defaults to `"en"`): See [`~dmoerm_trl.labelling.template.Template`].
+        example (`str`, *optional*): See [`~dmoerm_trl.labelling.template.Template`].
+        structured (`bool`, *optional*, defaults to `False`): See [`~dmoerm_trl.labelling.template.Template`]; requires a server
+            that supports `response_format` with `json_schema`.
+        temperature (`float`, *optional*, defaults to 0): Temperature of the sampling.
+        seed (`int`, *optional*): Seed of the sampling, to which `round` is added; None for a server without seeds.
+        max_tokens (`int`, *optional*, defaults to 16): Maximum tokens of an answer. A truncated answer is unreadable, so models
+            that reason first need more.
+        extra_body (`Mapping`, *optional*): Further fields of the request, such as
+            `{"chat_template_kwargs": {"enable_thinking": false}}`. The value null removes a field, as in
+            `{"max_tokens": null, "max_completion_tokens": 16}`; one of these two fields is required. The judge's identity holds
+            digests of the texts in it, because they may be secrets.
+        concurrency (`int`, *optional*, defaults to 16): Maximum number of concurrent requests.
+        requests_per_minute (`float`, *optional*): Rate limit, kept by spacing requests evenly.
+        tokens_per_minute (`float`, *optional*): Rate limit on the tokens of [`estimate_tokens`], kept likewise.
+        timeout (`float`, *optional*, defaults to 120): Seconds allowed for a complete reply, from the request to the last byte.
+        retries (`int`, *optional*, defaults to 6): Maximum number of retries of one question, and of 429s in a row without any
+            answer, before the server counts as gone.
+        first_wait (`float`, *optional*, defaults to 1): Seconds before the first retry.
+        longest_wait (`float`, *optional*, defaults to 300): Maximum seconds before a retry. A server whose Retry-After is longer
+            counts as gone.
 
     Raises:
-        ImportError: if the package `openai` is missing.
-        JudgeError: if the key is missing or cannot be sent.
-        ValueError: if a setting is out of range.
+        ImportError: If the package `openai` is missing.
+        JudgeError: If the key is missing or cannot be sent.
+        ValueError: If a setting is out of range.
     """
 
     batch_size = 1
@@ -114,9 +120,9 @@ class ServerJudge:
         check_setting("structured", structured, isinstance(structured, bool), "true or false")
         check_setting("temperature", temperature, _is_number(temperature) and temperature >= 0, "a number, 0 or more")
         check_setting("seed", seed, seed is None or type(seed) is int, "a whole number, or none")
-        check_whole("max_tokens", max_tokens, 1)
-        check_whole("concurrency", concurrency, 1, 1000)
-        check_whole("retries", retries, 0)
+        check_integer("max_tokens", max_tokens, 1)
+        check_integer("concurrency", concurrency, 1, 1000)
+        check_integer("retries", retries, 0)
         for name, value in (("timeout", timeout), ("first_wait", first_wait), ("longest_wait", longest_wait)):
             check_setting(name, value, _is_number(value) and value > 0, "a number of seconds above 0")
         for name, value in (("requests_per_minute", requests_per_minute), ("tokens_per_minute", tokens_per_minute)):
@@ -147,12 +153,12 @@ class ServerJudge:
         self._redact = Redaction([key or "", *filter(looks_secret, address.path.split("/")), *secrets_of(extra)])
         self._client = Client(base_url, key, timeout)
         self._slots = asyncio.Semaphore(concurrency)
-        self._requests, self._tokens = _Pace(requests_per_minute), _Pace(tokens_per_minute)
-        self._go_on_at = self._counted_until = 0.0  # on the event loop's clock
+        self._requests, self._tokens = _RateLimiter(requests_per_minute), _RateLimiter(tokens_per_minute)
+        self._go_on_at = self._counted_until = 0.0  # in the event loop's time
         self._pauses = 0  # in a row, since the last answer
         self.answered = False
         self._refused = 0  # questions in a row, since the last answer
-        self._cut = 0  # answers that were longer than max_tokens
+        self._truncated = 0  # answers that were longer than max_tokens
         self.failures: Counter[str] = Counter()
         self._under_way, self._one_ended = 0, asyncio.Event()
 
@@ -161,7 +167,7 @@ class ServerJudge:
 
     @property
     def wanted(self) -> str:
-        cut = f"; {self._cut} answers were cut off there" if self._cut else ""
+        cut = f"; {self._truncated} answers were cut off there" if self._truncated else ""
         form = WANTED_STRUCTURED if self._structured else WANTED
         return f"{form}, within max_tokens={self._longest_answer}{cut}"
 
@@ -170,7 +176,7 @@ class ServerJudge:
         try:
             return list(await asyncio.gather(*tasks))
         finally:
-            for task in tasks:  # those that are left where one raised
+            for task in tasks:  # those still running after another raised
                 task.cancel()
 
     def estimate_tokens(self, question: Question) -> tuple[int, int]:
@@ -216,7 +222,7 @@ class ServerJudge:
                 raise outcome
             self.failures[outcome.kind] += 1
             if outcome.for_all:
-                is_new = sent >= self._counted_until  # what was sent before or in a pause calls for no second one
+                is_new = sent >= self._counted_until  # a request sent before or during a pause does not extend it
                 self._pauses += is_new
                 tries, share = max(self._pauses, 1), 1.0
                 gone = (
@@ -248,43 +254,43 @@ class ServerJudge:
                 await asyncio.sleep(wait)
 
     async def _refuses_all(self) -> bool:
-        """Whether a refusal is of any question, because none is answered: neither before, nor of those under way."""
+        """Whether the server refuses every question: none was answered before, and none of those under way is."""
 
-        def may_be_of_one() -> bool:
+        def may_be_this_question() -> bool:
             return self.answered and self._refused < _MOST_REFUSED
 
         self._under_way -= 1
         self._one_ended.set()
         try:
-            while self._under_way and not may_be_of_one():
+            while self._under_way and not may_be_this_question():
                 self._one_ended.clear()
                 await self._one_ended.wait()
         finally:
             self._under_way += 1
-        if not may_be_of_one():
+        if not may_be_this_question():
             return True
         self._refused += 1
         return False
 
-    async def _request(self, body: bytes, estimate: tuple[int, int]) -> "Answer | _Later | JudgeError":
+    async def _request(self, body: bytes, estimate: tuple[int, int]) -> "Answer | _Retry | JudgeError":
         try:
             reply = await self._client.post(body)
         except BrokenReply as broken:
-            return _Later(broken.kind, self._said(str(broken)))
+            return _Retry(broken.kind, self._quote_reply(str(broken)))
         status, headers, _ = reply
         error = reply.error
         if status == 200 and not error:
             return self._read(reply, estimate)
-        code, message = error.get("code"), self._said(str(error.get("message") or ""))
-        if status == 200:  # some gateways hand on the error of another server so
+        code, message = error.get("code"), self._quote_reply(str(error.get("message") or ""))
+        if status == 200:  # some gateways forward the error of another server this way
             status = code if type(code) is int and 400 <= code < 600 else 500
         code, reason = str(code), f"status {status} ({message})" if message else f"status {status}"
         if not 300 <= status < 600:
-            return _Later("broken reply", reason)
+            return _Retry("broken reply", reason)
         if code in _THIS_QUESTION or (status == 400 and "maximum context length" in message):
             return Answer(None, f"no answer: {reason}")
-        if (status in _TRY_AGAIN or status >= 500) and code not in _NO_MONEY:
-            return _Later(f"status {status}", reason, _retry_after(headers), for_all=status == 429)
+        if (status in _RETRYABLE or status >= 500) and code not in _NO_MONEY:
+            return _Retry(f"status {status}", reason, _retry_after(headers), for_all=status == 429)
         if status in _MAY_BE_THIS_QUESTION and not await self._refuses_all():
             return Answer(None, f"no answer: {reason}")
         where = "name its environment variable in `api_key_env`"
@@ -300,7 +306,7 @@ class ServerJudge:
         }
         way = "need a request that it takes: change the judge's settings, such as structured or extra_body"
         if status < 400:
-            elsewhere = re.match(r"[\w+.-]*://([^/?#]+)", self._said(headers.get("location", "")))
+            elsewhere = re.match(r"[\w+.-]*://([^/?#]+)", self._quote_reply(headers.get("location", "")))
             target = elsewhere[1] if elsewhere else "another path"
             way = (
                 f"a redirect to {target}, need an answer, because the key is for this address alone: correct base_url"
@@ -308,45 +314,45 @@ class ServerJudge:
         kind = RefusesAll if status in _MAY_BE_THIS_QUESTION else JudgeError
         return kind(f"{self.host}: got {reason}, {ways.get(status, way)}.")
 
-    def _read(self, reply: Reply, estimate: tuple[int, int]) -> "Answer | _Later":
+    def _read(self, reply: Reply, estimate: tuple[int, int]) -> "Answer | _Retry":
         try:
             choice = reply.content["choices"][0]
             text, finish = read_text(choice), choice.get("finish_reason")
         except (AttributeError, LookupError, TypeError, ValueError):
-            shown = self._said(str(reply.content), 200)
-            return _Later("broken reply", f"what is no chat completion: {shown!r}")
+            shown = self._quote_reply(str(reply.content), 200)
+            return _Retry("broken reply", f"a reply that is not a chat completion: {shown!r}")
         whole = finish not in ("length", "content_filter")
-        self._cut += finish == "length"
+        self._truncated += finish == "length"
         read = read_choice(text, structured=self._structured) if whole else None
         if not text and finish not in (None, "stop"):
             text = f"no answer: finish_reason {finish!r}"
         self._pauses, self._refused, self.answered = 0, 0, True
         return Answer(read, self._redact(text), *read_tokens(reply.content.get("usage"), estimate))
 
-    def _said(self, text: str, most: int = SHOWN) -> str:
-        """What the server said, as a message shows it."""
+    def _quote_reply(self, text: str, most: int = SHOWN) -> str:
+        """Redact and shorten a text of the server for a message."""
         text = quoted(self._redact(_USER.sub("//", text)))
         return text if len(text) <= most else f"{text[:most]}…"
 
 
 _USER = re.compile(r"//[^/\s@]*@")
-"""A user and a password in an address, such as that of a proxy."""
+"""User and password in an address, such as the address of a proxy."""
 
 
-class _Later(NamedTuple):
-    """Why a request failed that may succeed later."""
+class _Retry(NamedTuple):
+    """A failed request that may succeed later."""
 
     kind: str
-    """What is counted."""
+    """Kind of failure, under which it is counted."""
     reason: str
     wait: float | None = None
-    """Seconds, where the server says."""
+    """Seconds to wait, if the server requests them."""
     for_all: bool = False
-    """Whether other requests would fail as well."""
+    """Whether other requests would fail too."""
 
 
-class _Pace:
-    """Spreads what is taken evenly over time; without a limit, nothing waits."""
+class _RateLimiter:
+    """Rate limiter that spaces amounts evenly over time; without a limit, nothing waits."""
 
     def __init__(self, per_minute: float | None):
         self._seconds = 0.0 if per_minute is None else 60 / per_minute
@@ -361,7 +367,7 @@ class _Pace:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that a reply asks to wait, given as such or as a date."""
+    """Seconds to wait according to the Retry-After header, which holds seconds or a date."""
     value = headers.get("retry-after", "")
     with suppress(ValueError):
         seconds = float(value)

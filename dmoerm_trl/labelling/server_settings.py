@@ -1,4 +1,4 @@
-"""Settings of a judge's server that may hold secrets: its address, its key, further fields of the request."""
+"""Settings of a judge's server that may contain secrets: its address, its key, and further fields of the request."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ from .redaction import PART, looks_secret
 
 def read_address(url: Any) -> SplitResult:
     """
-    The parts of `base_url`.
+    Parse `base_url`.
 
     Raises:
-        ValueError: if it is no bare address. It shows nothing of it.
+        ValueError: If it is not a bare address. The message does not show it.
     """
     with suppress(ValueError):
         parts = urlsplit(url) if isinstance(url, str) and url.isprintable() else None
@@ -31,21 +31,22 @@ def read_address(url: Any) -> SplitResult:
 
 def read_key(variable: Any) -> str | None:
     """
-    The key in an environment variable; `None` without a variable.
+    Read the key from an environment variable; `None` if no variable is given.
 
     Raises:
-        JudgeError: if there is none, or one that cannot be sent. Its text holds no secret, not even one that was given in the
-            place of the variable's name.
+        JudgeError: If the variable holds no key, or a key that cannot be sent. The message holds no secret, not even a key given by
+            mistake instead of the variable's name.
+        ValueError: If `variable` is not a name.
     """
     if variable is None:
         return None
     if not isinstance(variable, str) or "\0" in variable:
         raise ValueError(
-            "`judge` of the recipe: got an `api_key_env` that is no name, need that of an environment variable."
+            "`judge` of the recipe: got an `api_key_env` that is not a name, need the name of an environment variable."
         )
     key = os.environ.get(variable, "").strip()
     if not key:
-        usual = re.fullmatch("[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", variable)  # else it may be the key itself
+        usual = re.fullmatch("[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", variable)  # otherwise it may be the key itself
         raise JudgeError(
             f"got no key in the environment variable {variable if usual else 'that `api_key_env` names'}, need one because the "
             "server may ask for it: set it, name another variable in `api_key_env`, or set `api_key_env: null` for a server "
@@ -61,10 +62,10 @@ def read_key(variable: Any) -> str | None:
 
 def read_extra_body(extra: Any) -> dict[str, Any]:
     """
-    Further fields of the request.
+    Check further fields of the request.
 
     Raises:
-        ValueError: if they are none that JSON has, or the judge's own. It names fields and shows no value.
+        ValueError: If a value is not valid in JSON, or a field is set by the judge itself. The message shows no values.
     """
     if extra is None:
         return {}
@@ -74,20 +75,20 @@ def read_extra_body(extra: Any) -> dict[str, Any]:
         )
     if own := extra.keys() & {"messages", "stream", "n"}:
         raise ValueError(
-            f"`judge` of the recipe: got extra_body={{{', '.join(map(repr, own))}}}, need other fields, because a question gets "
-            "one whole answer: remove them."
+            f"`judge` of the recipe: got extra_body={{{', '.join(map(repr, own))}}}, need other fields, because each question "
+            "gets one complete answer: remove them."
         )
     try:
         json.dumps(extra, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError):
         raise ValueError(
-            f"`judge` of the recipe: got extra_body={{{', '.join(map(repr, extra))}}}, need values that JSON has: change them."
+            f"`judge` of the recipe: got extra_body={{{', '.join(map(repr, extra))}}}, need values that JSON can hold: change them."
         ) from None
     return dict(extra)
 
 
 def digests(value: Any) -> Any:
-    """A value of `extra_body` with digests in the place of its texts."""
+    """Replace each text in a value of `extra_body` by its digest."""
     if isinstance(value, str):
         return f"sha256 {hashlib.sha256(value.encode()).hexdigest()[:16]}"
     if isinstance(value, Mapping):
@@ -96,7 +97,7 @@ def digests(value: Any) -> Any:
 
 
 def secrets_of(value: Any, named: bool = False) -> Iterator[str]:
-    """The texts in `extra_body` that look like secrets, or are named so."""
+    """Yield the texts in `extra_body` that look like secrets, or whose field names suggest one."""
     if isinstance(value, str):
         if looks_secret(value) or (named and len(value) >= PART):
             yield value

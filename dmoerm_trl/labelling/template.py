@@ -1,4 +1,4 @@
-"""What a language model is asked: a Jinja template for the question, and a worked example for the one-shot form."""
+"""Prompts of language-model judges: a Jinja template for the question, and a worked example for one-shot prompting."""
 
 import hashlib
 from dataclasses import replace
@@ -14,53 +14,53 @@ from .judges import Question
 
 _FOLDER = Path(__file__).with_name("templates")
 LANGUAGES = ("en", "zh")
-"""Of the package's own templates."""
+"""Languages of the package's own templates."""
 
 
 class Template:
     """
-    Puts questions to a language model as turns of a chat.
+    Template that turns questions into chat messages for a language model.
 
     The template is rendered with `prompt` (the turns, each with `role` and `content`), `first`, `second`, `point` and `task`
-    (or None), `structured` (whether JSON is wanted) and `mark`, a word that occurs in none of the texts and that nobody can
-    foresee who writes one of them: lines that begin with it cannot be forged by a response, nor imitated. It is the same for
-    both orders of two responses.
+    (both may be None), `structured` (whether JSON is required) and `mark`. The mark is a word that occurs in none of the texts
+    and that their authors cannot predict, so a response cannot forge lines that begin with it. It is the same for both orders of
+    two responses.
 
     Args:
-        source (`str`): `"en"`, `"zh"`, or the path of a Jinja file of one's own. Such a file has to show the last turn of the
-            prompt, both responses, and the point where there is one; it may leave out the turns before, and the task.
-        example (`str`, *optional*): for the one-shot form: `"en"`, `"zh"`, or the path of a YAML file with `prompt` (text),
-            `first`, `second`, `choice` (1 or 2), and `point`, at which the choice holds as it does overall.
-        structured (`bool`): asks for a JSON object, where the server holds the model to it.
+        source (`str`, *optional*, defaults to `"en"`): `"en"`, `"zh"`, or the path of your own Jinja file. It must show the last
+            turn of the prompt, both responses, and the point if there is one; it may omit the earlier turns and the task.
+        example (`str`, *optional*): Worked example for one-shot prompting: `"en"`, `"zh"`, or the path of a YAML file with
+            `prompt` (text), `first`, `second`, `choice` (1 or 2), and `point`. The choice must hold at the point and overall.
+        structured (`bool`, *optional*, defaults to `False`): Whether to require a JSON object, for servers that enforce it.
 
     Raises:
-        ValueError: if the template cannot be rendered or leaves out what it has to show, or the example is incomplete.
+        ValueError: If the template does not render or omits what it must show, or the example is incomplete.
     """
 
     def __init__(self, source: str = "en", *, example: str | None = None, structured: bool = False):
         self.source, self.structured = source, structured
         text = _read(source, ".jinja")
         environment = SandboxedEnvironment(
-            undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=self._printed
+            undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=self._check_printed
         )
         try:
             self._template = environment.from_string(text)
         except TemplateSyntaxError as error:
             raise ValueError(f"template {source!r}, line {error.lineno}: {error}, need Jinja: mend it.") from error
-        # A template may be made for capability points alone, or for overall questions alone.
+        # A template may support only questions with a point, or only overall questions.
         self._faults = {pointed: self._fault(pointed) for pointed in (True, False)}
         if all(self._faults.values()):
             raise ValueError(self._faults[True])
         self._example = None if example is None else _read_example(example)
         self.digest = hashlib.sha256(repr((text, self._example, structured)).encode()).hexdigest()
-        """Of all that the questions depend on beside their texts."""
+        """Digest of everything that the messages depend on besides the question."""
 
     def messages(self, question: Question) -> list[dict[str, str]]:
         """
-        The turns to send, the last of the user.
+        Build the chat messages of a question; the last one is the user's.
 
         Raises:
-            ValueError: if the template leaves out what the question has, or prints the point that it does not have.
+            ValueError: If the template omits a part of the question, or prints a point although the question has none.
         """
         if fault := self._faults[question.point is not None]:
             raise ValueError(fault)
@@ -83,7 +83,7 @@ class Template:
             mark=_mark(question),
         ).strip()
 
-    def _printed(self, value: Any) -> Any:
+    def _check_printed(self, value: Any) -> Any:
         if value is None:
             raise TemplateRuntimeError(
                 "it prints a `point` or a `task` that is not there, and has to ask for it first, as in {% if task %}"
@@ -91,7 +91,7 @@ class Template:
         return value
 
     def _fault(self, pointed: bool) -> str | None:
-        """What is wrong with the template for questions of this form, found by asking for words that stand nowhere else."""
+        """Describe what is wrong with the template for questions of this form, found by rendering unique words."""
         words = {name: f"word{index}of{name}" for index, name in enumerate(("prompt", "first", "second", "point"))}
         turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"))]
         turns.append({"role": "user", "content": words["prompt"]})
@@ -99,7 +99,7 @@ class Template:
         form = "with a capability point" if pointed else "about the whole"
         try:
             text = self._render(question)
-        except Exception as error:  # a template is a program: it may raise anything
+        except Exception as error:  # rendering a template may raise anything
             return f"template {self.source!r}, for questions {form}: {error}, need a template that renders: mend it."
         if missing := [name for name in words if words[name] not in text and (pointed or name != "point")]:
             return (
@@ -110,7 +110,7 @@ class Template:
 
 
 def _mark(question: Question) -> str:
-    """A digest of all texts, so that none can hold it; the same in both orders."""
+    """Digest of all texts, which none of them can contain; the same for both orders."""
     texts = [*sorted([question.first, question.second]), *(text for turn in question.prompt for text in turn.values())]
     texts += [question.point or "", question.task or ""]
     marks = (hashlib.sha256(repr((number, texts)).encode()).hexdigest()[:8] for number in count())
@@ -126,7 +126,7 @@ def _read(source: str, ending: str) -> str:
 
 
 def _read_example(source: str) -> tuple[Question, int]:
-    """A worked example and its answer."""
+    """Read a worked example and its answer."""
     try:
         content = yaml.safe_load(_read(source, "_example.yaml"))
     except yaml.YAMLError as error:

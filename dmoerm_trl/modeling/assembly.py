@@ -1,4 +1,4 @@
-"""A DMoERM put together from what the phases leave behind, and taken apart again."""
+"""Assemble a DMoERM from the results of the training phases, and take it apart again."""
 
 import copy
 import re
@@ -14,31 +14,36 @@ from transformers import PreTrainedModel
 
 from ..tasks import slug
 from .experts import adapter_name, lora_config
-from .modeling import DMoERMForSequenceClassification
+from .modeling_dmoerm import DMoERMForSequenceClassification
 from .pretrained import check_finite
-from .quantised import check_full_precision
+from .quantization import check_full_precision
 from .router import Router
 
 SCALE = ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
-"""The settings of a PEFT adapter that decide what its weights add to the base's."""
+"""The settings of a PEFT adapter that determine how its weights change the base."""
 
 
 def with_experts(base: DMoERMForSequenceClassification, points: Sequence[str]) -> DMoERMForSequenceClassification:
     """
-    A task's inner model whose experts are untrained, for phase 2: their LoRA changes nothing, and their heads are the
-    base's head. The aggregator is untrained too.
+    Build a task's inner model with untrained experts, for phase 2.
+
+    The experts' LoRA does not change the output, and their heads are copies of the base's head. The aggregator is
+    untrained too.
 
     Args:
-        base (`DMoERMForSequenceClassification`): a model with one task and no capability points; it is taken over.
+        base (`DMoERMForSequenceClassification`): A model with one task and no capability points; its backbone is
+            reused, not copied.
 
     Raises:
-        ValueError: if the base has no linear module of a LoRA target's name.
+        ValueError: If a LoRA target names no linear module of the base.
     """
     (task,) = base.config.tasks
     config = copy.deepcopy(base.config)
     config.tasks = {task: list(points)}
     model = DMoERMForSequenceClassification(config, dict(base.model.backbones))
-    head = base.model.inner_models[slug(task)].base_head.state_dict()  # its normalisation is not the aggregator's
+    head = base.model.inner_models[
+        slug(task)
+    ].base_head.state_dict()  # without its normalisation, which does not fit the aggregator
     inner = model.model.inner_models[slug(task)]
     for copied in (inner.base_head, *inner.expert_heads.values()):
         copied.load_state_dict(head)
@@ -49,14 +54,16 @@ def add_experts_to(
     base: DMoERMForSequenceClassification, adapters: Mapping[str, str | Path]
 ) -> DMoERMForSequenceClassification:
     """
-    A task's inner model: its base, its experts, and an aggregator that is still to be trained (phase 3).
+    Build a task's inner model from its base and its trained experts, with an untrained aggregator, for phase 3.
 
     Args:
-        base (`DMoERMForSequenceClassification`): a model with one task and no capability points; it is taken over.
-        adapters (`dict`): capability point -> folder of the expert, an ordinary PEFT adapter of `base`.
+        base (`DMoERMForSequenceClassification`): A model with one task and no capability points; its backbone is
+            reused, not copied.
+        adapters (`dict`): Capability point -> folder of its expert, an ordinary PEFT adapter of `base`.
 
     Raises:
-        ValueError: if a folder does not hold exactly the weights of such an expert, as finite floating-point numbers.
+        ValueError: If a folder does not contain exactly the weights of such an expert, as finite floating-point
+            numbers.
     """
     (task,) = base.config.tasks
     model = with_experts(base, list(adapters))
@@ -86,14 +93,24 @@ def assemble(
     inner_models: Mapping[str, DMoERMForSequenceClassification], router: Router
 ) -> DMoERMForSequenceClassification:
     """
-    The whole model from its parts, which it takes over.
+    Assemble the complete model from its parts, whose backbones are reused, not copied.
 
     Args:
-        inner_models (`dict`): task -> a model with that one task. With `share_base` all hold the same base.
-        router (`Router`): trained on the same tasks; its order of the tasks is kept.
+        inner_models (`dict`): Task -> a model with only that task. With `share_base` all of them have the same base.
+        router (`Router`): A router trained on the same tasks; its order of the tasks is kept.
 
     Raises:
-        ValueError: if the router's tasks are not those of `inner_models`, or a base is quantised.
+        ValueError: If the router's tasks are not those of `inner_models`, or a base is quantised.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import DMoERMForSequenceClassification, Router, assemble, inner_model
+
+    model = DMoERMForSequenceClassification.from_pretrained("runs/demo/model")
+    parts = {task: inner_model(model, task) for task in model.config.tasks}
+    again = assemble(parts, Router.from_pretrained("runs/demo/router"))
+    ```
     """
     tasks = list(router.config.tasks)
     if set(tasks) != set(inner_models):
@@ -113,29 +130,61 @@ def assemble(
 
 
 def inner_model(model: DMoERMForSequenceClassification, task: str) -> DMoERMForSequenceClassification:
-    """One task's inner model as a model of its own, with copies of the weights."""
-    return _part(model, task, model.config.tasks[_known(model, task)])
+    """
+    Copy one task's inner model into a model of its own.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import DMoERMForSequenceClassification, inner_model
+
+    model = DMoERMForSequenceClassification.from_pretrained("runs/demo/model")
+    inner_model(model, "chitchat").save_pretrained("chitchat")
+    ```
+    """
+    return _part(model, task, model.config.tasks[_checked_task(model, task)])
 
 
 def base_reward_model(model: DMoERMForSequenceClassification, task: str) -> DMoERMForSequenceClassification:
-    """One task's base as a model of its own, as it left phase 1, with copies of the weights."""
-    return _part(model, _known(model, task), [])
+    """
+    Copy one task's base, as phase 1 trained it, into a model of its own.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import DMoERMForSequenceClassification, base_reward_model
+
+    model = DMoERMForSequenceClassification.from_pretrained("runs/demo/model")
+    base = base_reward_model(model, "chitchat")
+    assert base.config.tasks == {"chitchat": []}
+    ```
+    """
+    return _part(model, _checked_task(model, task), [])
 
 
 def export_expert(model: DMoERMForSequenceClassification, task: str, point: str, folder: str | Path) -> None:
     """
-    Saves one expert as an ordinary PEFT adapter of [`base_reward_model`], which `PeftModel.from_pretrained` loads.
+    Save one expert as an ordinary PEFT adapter of [`base_reward_model`], for `PeftModel.from_pretrained`.
 
     The rewards of that PEFT model are the expert's capability scores.
 
     Raises:
-        ValueError: if the model does not have the task or the task not the point.
+        ValueError: If the model does not have the task, or the task does not have the point.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import DMoERMForSequenceClassification, export_expert
+
+    model = DMoERMForSequenceClassification.from_pretrained("runs/demo/model")
+    export_expert(model, "chitchat", "empathy ability", "runs/expert")
+    ```
     """
-    if point not in model.config.tasks[_known(model, task)]:
+    if point not in model.config.tasks[_checked_task(model, task)]:
         raise ValueError(f"got capability point {point!r}, need one of {model.config.tasks[task]} of task {task!r}.")
     config = lora_config(model.config, model.model.backbones[model.model.backbone_key(task)])
     config.modules_to_save, config.inference_mode = ["base_head"], True
-    state = _state(model, task)
+    state = state_of_task(model, task)
     weights = {name: state[own].detach().cpu().clone() for own, name in expert_names(model, task, point).items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(weights, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -143,7 +192,7 @@ def export_expert(model: DMoERMForSequenceClassification, task: str, point: str,
 
 
 def with_task(base: DMoERMForSequenceClassification, task: str) -> DMoERMForSequenceClassification:
-    """The same base, taken over, under the name of another task: with `share_base` all tasks start from one base."""
+    """Rename the task of a base model, whose backbone is reused; with `share_base` all tasks start from one base."""
     (before,) = base.config.tasks
     if before == task:
         return base
@@ -157,11 +206,11 @@ def with_task(base: DMoERMForSequenceClassification, task: str) -> DMoERMForSequ
 
 
 def expert_names(model: PreTrainedModel, task: str, point: str) -> dict[str, str]:
-    """Names of an expert's weights in a DMoERM -> their names in an ordinary PEFT adapter of the base."""
+    """Map the names of an expert's weights in a DMoERM to their names in an ordinary PEFT adapter of the base."""
     adapter, inner = adapter_name(task, point), f"model.inner_models.{slug(task)}."
     head = f"{inner}expert_heads.{slug(point)}."
     names = {}
-    for name in _state(model, task):
+    for name in state_of_task(model, task):
         if re.search(rf"\.lora_[AB]\.{adapter}\.", name):
             names[name] = "base_model.model." + name.replace(f".{adapter}.", ".")
         elif name.startswith(head):
@@ -170,27 +219,28 @@ def expert_names(model: PreTrainedModel, task: str, point: str) -> dict[str, str
 
 
 def _part(model: DMoERMForSequenceClassification, task: str, points: list[str]) -> DMoERMForSequenceClassification:
+    """Copy one task with some of its capability points into a model of its own."""
     check_full_precision(model.model.backbones[model.model.backbone_key(task)], "take out of a model")
     config = copy.deepcopy(model.config)
     config.tasks, config.router_config = {task: list(points)}, None
     with torch.device("cpu"):
         part = DMoERMForSequenceClassification(config)
-    state, wanted = _state(model, task), part.state_dict()
-    if not points:  # the base's weights stand inside PEFT's layers
+    state, wanted = state_of_task(model, task), part.state_dict()
+    if not points:  # the base's weights are inside PEFT's layers
         inside = f"model.backbones.{model.model.backbone_key(task)}."
         state = {
             inside + name.removeprefix(inside).replace("base_layer.", "") if name.startswith(inside) else name: value
             for name, value in state.items()
         }
-        # the aggregator's normalisation is not the base's
+        # the aggregator's normalisation does not fit the base's head
         state |= {name: wanted[name] for name in wanted if name.endswith(("reward_mean", "reward_std"))}
     copies = {name: state[name].detach().cpu().clone() for name in wanted}
-    part.load_state_dict(copies, assign=True)  # each in its own dtype: the heads are fp32 in a bf16 model too
+    part.load_state_dict(copies, assign=True)  # keeps each dtype: the heads are fp32 in a bf16 model too
     return part.eval()
 
 
-def _state(model: DMoERMForSequenceClassification, task: str) -> dict[str, Tensor]:
-    """The weights of one task under their names in the whole model; its base is loaded if it waits."""
+def state_of_task(model: DMoERMForSequenceClassification, task: str) -> dict[str, Tensor]:
+    """Collect the weights of one task under their names in the complete model, loading its base if necessary."""
     state: dict[str, Tensor] = {}
     key = model.model.backbone_key(task)
     model.model.backbones[key].state_dict(destination=state, prefix=f"model.backbones.{key}.")
@@ -198,7 +248,8 @@ def _state(model: DMoERMForSequenceClassification, task: str) -> dict[str, Tenso
     return state
 
 
-def _known(model: DMoERMForSequenceClassification, task: str) -> str:
+def _checked_task(model: DMoERMForSequenceClassification, task: str) -> str:
+    """Return the task after checking that the model has it."""
     if task not in model.config.tasks:
         raise ValueError(f"got task {task!r}, need one of {list(model.config.tasks)}.")
     return task

@@ -1,4 +1,4 @@
-"""Attention within a forest of packed texts: each token attends to its own text alone."""
+"""Attention for packed sequences: each token attends only to its own text."""
 
 from collections.abc import Callable
 from functools import cache
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from .forest import Forest
+from .prefix_tree import PackedSequences
 
 
-def forest_attention(
+def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    forest: Forest,
+    packed: PackedSequences,
     *,
     last_tokens: bool = False,
     causal: bool = True,
@@ -24,40 +24,43 @@ def forest_attention(
     softcap: float | None = None,
 ) -> Tensor:
     """
-    Scaled dot-product attention of packed texts; the forest's trees do not see each other.
+    Compute the scaled dot-product attention of packed sequences, within each text.
 
-    On the CPU it is one call of PyTorch's attention a node. On a GPU, where calls cost more than tokens, it is one of
-    FlexAttention, which skips what is masked, and for encoders one of PyTorch's over the texts padded to one length.
+    On a CPU this is one call of PyTorch's attention per node of the prefix tree. On a GPU, where calls cost more than
+    tokens, it is a single call: of FlexAttention, which skips masked blocks, or for encoders of PyTorch's attention
+    over texts padded to the same length.
 
     Args:
-        query (`Tensor` of shape (B, heads, T, D)): of the packed tokens, or (B, heads, N, D) with `last_tokens`.
-        key, value (`Tensor` of shape (B, key heads, T, D)): of the packed tokens.
-        last_tokens (`bool`): the queries are those of each text's last token, in the order of `forest.ends`.
-        causal (`bool`): whether a token sees what stands before it alone; without it, no beginnings may be shared.
-        window (`int`, *optional*): how many positions back a token sees, itself included, in a causal model.
+        query (`Tensor` of shape (B, heads, T, D)): Queries of the packed tokens; shape (B, heads, N, D) with
+            `last_tokens`.
+        key, value (`Tensor` of shape (B, key heads, T, D)): Keys and values of the packed tokens.
+        last_tokens (`bool`): Whether the queries are only those of each text's last token, in the order of
+            `packed.ends`.
+        causal (`bool`): Whether a token attends only to the tokens before it. If not, no prefixes may be shared.
+        window (`int`, *optional*): Number of positions that a token of a causal model attends to, itself included.
         softcap (`float`, *optional*): c of `c tanh(scores / c)`, as in Gemma 2.
 
     Returns:
         `Tensor` of shape (B, T or N, heads, D).
     """
     if query.is_cuda and not causal:
-        return _padded_attention(query, key, value, forest, last_tokens, scaling, dropout, softcap)
+        return _padded_attention(query, key, value, packed, last_tokens, scaling, dropout, softcap)
     if query.is_cuda and not dropout:
-        return _flex_attention(query, key, value, forest, last_tokens, scaling, window, softcap)
+        return _flex_attention(query, key, value, packed, last_tokens, scaling, window, softcap)
     attend = _attend if softcap is None else _attend_softly_capped
-    sizes = [node.stop - node.start for node in forest.nodes]
+    sizes = [node.stop - node.start for node in packed.nodes]
     queries = query.split(
-        [1] * len(forest.text_nodes) if last_tokens else sizes, 2
+        [1] * len(packed.text_nodes) if last_tokens else sizes, 2
     )  # its gradient is one concatenation
     keys, values = key.split(sizes, 2), value.split(sizes, 2)
     out = []
-    for index, own in zip(forest.text_nodes if last_tokens else range(len(sizes)), queries, strict=True):
-        seen = (*forest.nodes[index].path, index)
+    for index, own in zip(packed.text_nodes if last_tokens else range(len(sizes)), queries, strict=True):
+        seen = (*packed.nodes[index].path, index)
         k, v = (torch.cat([parts[i] for i in seen], 2) if len(seen) > 1 else parts[index] for parts in (keys, values))
         if last_tokens and causal and window is not None:
             k, v = k[:, :, -window:], v[:, :, -window:]
         masked = causal and not last_tokens and (len(seen) > 1 or (window or k.shape[2]) < k.shape[2])
-        mask = forest.mask(index, window, query.dtype) if masked else None
+        mask = packed.mask(index, window, query.dtype) if masked else None
         out.append(attend(own, k, v, mask, causal and not last_tokens and not masked, scaling, dropout, softcap))
     return torch.cat(out, 2).transpose(1, 2)
 
@@ -69,7 +72,7 @@ def _attend(query, key, value, mask, is_causal, scaling, dropout, softcap) -> Te
 
 
 def _attend_softly_capped(query, key, value, mask, is_causal, scaling, dropout, softcap) -> Tensor:
-    """PyTorch's attention has no place for the cap."""
+    """Compute attention with a cap on the scores, which PyTorch's attention does not support."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -82,31 +85,33 @@ def _attend_softly_capped(query, key, value, mask, is_causal, scaling, dropout, 
     return nn.functional.dropout(weights, dropout) @ value
 
 
-def _padded_attention(query, key, value, forest, last_tokens, scaling, dropout, softcap) -> Tensor:
-    """Of texts that share nothing, each a node, whose tokens all see each other."""
-    sizes = [node.stop - node.start for node in forest.nodes]
+def _padded_attention(query, key, value, packed, last_tokens, scaling, dropout, softcap) -> Tensor:
+    """Compute full attention within texts that share no prefixes, each of which is one node."""
+    sizes = [node.stop - node.start for node in packed.nodes]
     texts, longest = len(sizes), max(sizes)
 
     def padding() -> tuple[Tensor, Tensor, Tensor]:
-        starts, lengths = torch.tensor([[node.start for node in forest.nodes], sizes], device=key.device)
+        starts, lengths = torch.tensor([[node.start for node in packed.nodes], sizes], device=key.device)
         place = torch.arange(longest, device=key.device)
         real = place < lengths.unsqueeze(1)
-        places = starts.unsqueeze(1) + torch.where(real, place, 0)  # a text's first token stands for its padding
+        places = starts.unsqueeze(1) + torch.where(real, place, 0)  # padding repeats the text's first token
         mask = torch.zeros(real.shape, dtype=query.dtype, device=key.device).masked_fill(~real, -torch.inf)
         return places.flatten(), mask[:, None, None], real.flatten().nonzero().squeeze(1)
 
-    places, mask, packed = forest.remembered(("padding", query.dtype), padding)
+    places, mask, packed = packed.remembered(("padding", query.dtype), padding)
 
     def one_length(states: Tensor) -> Tensor:
-        """(B, heads, T, D) -> (B texts, heads, longest, D)"""
-        states = states.index_select(2, places)  # its gradient adds atomically, that of indexing sorts
+        """Pad: (B, heads, T, D) -> (B * texts, heads, longest, D)."""
+        states = states.index_select(2, places)  # faster backward than indexing: it adds atomically instead of sorting
         return states.unflatten(2, (texts, longest)).transpose(1, 2).flatten(0, 1)
 
     queries = query.transpose(1, 2).flatten(0, 1).unsqueeze(2) if last_tokens else one_length(query)
     mask = mask.repeat(len(query), 1, 1, 1)
     attend = _attend if softcap is None else _attend_softly_capped
     out = attend(queries, one_length(key), one_length(value), mask, False, scaling, dropout, softcap)
-    out = out.transpose(1, 2).unflatten(0, (len(query), texts)).flatten(1, 2)  # (B, texts or texts longest, heads, D)
+    out = (
+        out.transpose(1, 2).unflatten(0, (len(query), texts)).flatten(1, 2)
+    )  # (B, texts or texts * longest, heads, D)
     return out if last_tokens else out.index_select(1, packed)
 
 
@@ -115,9 +120,9 @@ def _compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=True)
 
 
-def _flex_attention(query, key, value, forest, last_tokens, scaling, window, softcap) -> Tensor:
-    place = forest.ends if last_tokens else torch.arange(len(forest.reach), device=forest.reach.device)
-    reach, positions = forest.reach, forest.position_ids
+def _flex_attention(query, key, value, packed, last_tokens, scaling, window, softcap) -> Tensor:
+    place = packed.ends if last_tokens else torch.arange(len(packed.reach), device=packed.reach.device)
+    reach, positions = packed.reach, packed.position_ids
 
     def sees(batch, head, q, kv):
         below = (place[q] >= kv) & (place[q] < reach[kv])
@@ -127,9 +132,9 @@ def _flex_attention(query, key, value, forest, last_tokens, scaling, window, sof
         return score if softcap is None else softcap * torch.tanh(score / softcap)
 
     attend, make_mask = flex_attention, create_block_mask
-    if query.is_cuda:  # uncompiled, both would hold a number for each query and key
+    if query.is_cuda:  # uncompiled, both would store a number for each pair of query and key
         attend, make_mask = _compiled(attend), _compiled(make_mask)
-    mask = forest.remembered(
+    mask = packed.remembered(
         ("block mask", last_tokens, window),
         lambda: make_mask(sees, None, None, query.shape[2], key.shape[2], device=query.device),
     )

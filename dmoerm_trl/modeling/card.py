@@ -1,12 +1,12 @@
-"""The model card that stands beside a saved model."""
+"""Write the model card of a saved model."""
 
 import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .configuration import DMoERMConfig
-from .modeling import DMoERMForSequenceClassification
+from .configuration_dmoerm import DMoERMConfig
+from .modeling_dmoerm import DMoERMForSequenceClassification
 
 TEXT = """
 # {title}
@@ -38,7 +38,7 @@ Paper: Shanghaoran Quan, *DMoERM: Recipes of Mixture-of-Experts for Effective Re
 
 
 def write_model_card(model: DMoERMForSequenceClassification, folder: str | Path) -> None:
-    """Writes `README.md` into the folder of a saved model: what it is, how it is used, its tasks and normalisation."""
+    """Write `README.md` into the folder of a saved model: its kind, its usage, its tasks and their normalisation."""
     config, inner_models = model.config, model.model.inner_models.values()
     points = any(config.tasks.values())
     rows = [
@@ -66,13 +66,13 @@ def write_model_card(model: DMoERMForSequenceClassification, folder: str | Path)
 
 
 def _plain(text: str) -> str:
-    """A text as Markdown that shows it as it is: one line, no markup, no HTML, no link."""
+    """Escape a text for Markdown, so that it is shown literally: one line, no markup, no HTML, no link."""
     visible = "".join(character if character.isprintable() else " " for character in text)
     return re.sub(r"([\\`*\[\]<>|&#~!$:@{}])", r"\\\1", " ".join(visible.split()))
 
 
 def _thoughts(config: DMoERMConfig) -> str:
-    """What becomes of the thoughts of a model that reasons."""
+    """Describe whether the thoughts of a reasoning model are scored."""
     opening = config.response_opening
     if opening is None or not opening["thinking"]:
         return "The chat template knows no thoughts: what stands in a response is scored."

@@ -1,4 +1,4 @@
-"""Texts to last-token embeddings (equation 3): all experts in one pass where the backbone can, else one by one."""
+"""Compute last-token embeddings (equation 3): all experts in one pass if the backbone supports it, else one by one."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -10,38 +10,38 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .boundaries import span_mask
 from .experts import active_expert, lora_layers
-from .forest import MIN_SHARED, passes, plant
 from .heads import last_token
-from .one_pass import in_this_pass, last_hidden_states, taking_turns
+from .multi_lora import backbone_lock, in_this_pass, last_hidden_states
 from .positions import long_from, longest_text, within_positions
-from .quantised import is_quantised
-from .spans import span_mask
+from .prefix_tree import MIN_SHARED, pack, passes
+from .quantization import is_quantised
 
 PASS_TOKENS = {"cpu": 4096, "cuda": 65_536}
-"""Packed tokens of one pass in inference, by type of device: it bounds memory, and on a CPU fits the caches."""
+"""Token budget of a pass in inference, by device type; it bounds the memory, and on a CPU fits the caches."""
 
 
 @torch.compiler.disable
 def embeddings(backbone: PreTrainedModel, adapters: Sequence[str], input_ids: Tensor, lengths: Tensor) -> Tensor:
     """
-    The last-token embeddings `z_i` of equation 3 under each expert; the base's alone where there are no experts.
+    Compute the last-token embeddings `z_i` of equation 3 with each expert, or with the base if there are no experts.
 
-    In inference the texts go through in passes of bounded size, in training in one.
+    In inference the texts are split into passes of bounded size; in training there is one pass.
 
     Args:
         adapters (`Sequence[str]`): k adapters of the backbone.
-        input_ids (`Tensor` of shape (B, T)): texts padded on the right.
-        lengths (`Tensor` of shape (B,)): number of tokens of each text.
+        input_ids (`Tensor` of shape (B, T)): Texts padded on the right.
+        lengths (`Tensor` of shape (B,)): Number of tokens of each text.
 
     Returns:
         `Tensor` of shape (B, max(k, 1), H).
 
     Raises:
-        ValueError: if a text is longer than the backbone can read, or the backbone does not embed texts.
+        ValueError: If a text is longer than the backbone can read, or the backbone does not embed texts.
     """
-    way, alone = _ways_of(backbone)
-    rows = _read_alike(backbone, lengths.tolist())
+    way, alone = _support_of(backbone)
+    rows = _group_by_rope(backbone, lengths.tolist())
     if alone:
         rows = [[row] for row in range(len(lengths))]
     elif not torch.is_grad_enabled():
@@ -58,16 +58,16 @@ def embeddings(backbone: PreTrainedModel, adapters: Sequence[str], input_ids: Te
             if way is None:
                 z.append(_one_by_one(backbone, adapters, input_ids[part], lengths[part]))
             else:
-                forest = plant(input_ids[part], lengths[part], share=way.causal)
-                z.append(last_hidden_states(backbone, list(adapters), forest, **way._asdict()))
+                packed = pack(input_ids[part], lengths[part], share=way.causal)
+                z.append(last_hidden_states(backbone, list(adapters), packed, **way._asdict()))
     if len(z) == 1 and rows[0] == list(range(len(lengths))):
         return z[0]
     order = torch.tensor([row for part in rows for row in part], device=lengths.device)
     return torch.cat(z)[order.argsort()]
 
 
-def _read_alike(backbone: PreTrainedModel, lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of the texts that a backbone may read at once: their lengths do not change how it reads the others."""
+def _group_by_rope(backbone: PreTrainedModel, lengths: Sequence[int]) -> list[list[int]]:
+    """Group the indices of texts that may be batched: the longest may determine the rotary frequencies of all."""
     limit = long_from(backbone)
     groups: dict[bool, list[int]] = {}
     for index, length in enumerate(lengths):
@@ -76,49 +76,51 @@ def _read_alike(backbone: PreTrainedModel, lengths: Sequence[int]) -> list[list[
 
 
 def _one_by_one(backbone: PreTrainedModel, adapters: Sequence[str], input_ids: Tensor, lengths: Tensor) -> Tensor:
-    """The plain way: padded texts, a pass for each expert."""
+    """Compute the embeddings without packing: padded texts, and a pass for each expert."""
     input_ids = input_ids[:, : int(lengths.max())]
     mask = span_mask(lengths, input_ids.shape[1])
     z = []
     for name in adapters or [None]:
-        # without experts an adapter that PEFT put on the base stays as it is
+        # without experts, leave an adapter that PEFT added to the base active
         expert = active_expert(backbone, name) if name else nullcontext()
-        with taking_turns, expert:
+        with backbone_lock, expert:
             z.append(last_token(backbone(input_ids=input_ids, attention_mask=mask).last_hidden_state, lengths))
     return torch.stack(z, 1)
 
 
-class Way(NamedTuple):
-    """What a backbone needs to know of packed texts: arguments of [`last_hidden_states`]."""
+class PackingSupport(NamedTuple):
+    """The arguments with which [`last_hidden_states`] runs packed sequences through a backbone."""
 
     causal: bool
     first_position: int
 
 
-_ways: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Way | None, bool]]] = WeakKeyDictionary()
+_known_support: WeakKeyDictionary[nn.Module, dict[tuple, tuple[PackingSupport | None, bool]]] = WeakKeyDictionary()
 
 
-def way_of(backbone: PreTrainedModel) -> Way | None:
+def packing_support(backbone: PreTrainedModel) -> PackingSupport | None:
     """
-    How packed texts go through a backbone, None where they cannot. It is found out by trying, once for each backbone with
-    and without LoRA on each type of device: the embeddings of two short texts, packed, must be those of the texts alone.
+    Determine how a backbone runs packed sequences; None if it cannot.
+
+    This is tested once per backbone, with and without LoRA and on each type of device: the embeddings of two short
+    texts must be the same packed and alone.
 
     Raises:
-        ValueError: for a backbone that does not embed texts.
+        ValueError: If the backbone does not embed texts.
     """
-    return _ways_of(backbone)[0]
+    return _support_of(backbone)[0]
 
 
-def _ways_of(backbone: PreTrainedModel) -> tuple[Way | None, bool]:
-    """[`way_of`], and whether each text has to be read alone, because padding would change its embedding."""
+def _support_of(backbone: PreTrainedModel) -> tuple[PackingSupport | None, bool]:
+    """Return [`packing_support`], and whether each text must run alone, because padding would change its embedding."""
     lora = next(lora_layers(backbone), None)
     kind = lora is not None, backbone.device.type
-    with taking_turns:
-        ways = _ways.setdefault(backbone, {})
+    with backbone_lock:
+        ways = _known_support.setdefault(backbone, {})
         if kind not in ways:
-            way, alone, reason = _try(backbone, [] if lora is None else list(lora.lora_A)[:1] * 2)
+            way, alone, reason = _test_support(backbone, [] if lora is None else list(lora.lora_A)[:1] * 2)
             if way is None and not reason:
-                return None, False  # its embeddings are no numbers, so nothing was found out
+                return None, False  # its embeddings are not finite, so the test is inconclusive
             ways[kind] = way, alone
             if reason:
                 warnings.warn(
@@ -130,20 +132,23 @@ def _ways_of(backbone: PreTrainedModel) -> tuple[Way | None, bool]:
 
 
 @torch.no_grad()
-def _try(backbone: PreTrainedModel, adapters: list[str]) -> tuple[Way | None, bool, str]:
+def _test_support(backbone: PreTrainedModel, adapters: list[str]) -> tuple[PackingSupport | None, bool, str]:
     """
-    The way, or None, whether each text is read alone, and the reason; none where the embeddings of the plain way are no numbers,
-    which the rewards will tell.
+    Test whether packed sequences give the embeddings of the texts alone.
+
+    Returns:
+        The support or None, whether each text must be run alone, and the reason why packing is not supported. There is
+        no reason if even the embeddings without packing are not finite; the check of the rewards reports that.
     """
     causal = is_causal(backbone)
     pad = getattr(backbone.config, "pad_token_id", None)
-    ids = _made_up(backbone, 2 * MIN_SHARED + 5)
+    ids = _test_texts(backbone, 2 * MIN_SHARED + 5)
     longest = ids.shape[1]
     lengths = torch.tensor([longest, longest - 3], device=backbone.device)
     exact = backbone.dtype in (torch.float32, torch.float64) and not is_quantised(backbone)
     tolerance = 1e-3 if exact else 0.1
     reasons = []
-    with _quiet(backbone), torch.autocast(ids.device.type, enabled=False):
+    with _evaluation_mode(backbone), torch.autocast(ids.device.type, enabled=False):
         plain, again = (
             torch.cat([_one_by_one(backbone, adapters, ids[[row]], lengths[[row]]) for row in (0, 1)])
             for _ in range(2)
@@ -151,12 +156,14 @@ def _try(backbone: PreTrainedModel, adapters: list[str]) -> tuple[Way | None, bo
         if not plain.isfinite().all():
             return None, False, ""
         if not _difference(again, plain) < tolerance:
-            raise ValueError(_cannot(backbone, "it draws at random when it reads a text"))
-        for first_position in (0,) if pad is None else (0, pad + 1):  # RoBERTa counts from after its pad token's id
-            way = Way(causal, first_position)
+            raise ValueError(_unsupported(backbone, "it draws at random when it reads a text"))
+        for first_position in (
+            (0,) if pad is None else (0, pad + 1)
+        ):  # RoBERTa's positions start after its pad token's id
+            way = PackingSupport(causal, first_position)
             try:
-                z = last_hidden_states(backbone, adapters, plant(ids, lengths, share=causal), **way._asdict())
-            except Exception as error:  # whatever a foreign architecture makes of packed texts
+                z = last_hidden_states(backbone, adapters, pack(ids, lengths, share=causal), **way._asdict())
+            except Exception as error:  # an unknown architecture may fail in any way
                 reasons.append(str(error))
                 continue
             if (difference := _difference(z, plain)) < tolerance:
@@ -169,29 +176,35 @@ def _try(backbone: PreTrainedModel, adapters: list[str]) -> tuple[Way | None, bo
 @torch.no_grad()
 def is_causal(backbone: PreTrainedModel) -> bool:
     """
-    Whether a backbone's tokens see only what stands before them. It is found out by trying.
+    Test whether a backbone's tokens attend only to the tokens before them.
 
     Raises:
-        ValueError: if it does not make one embedding of each token, of token ids alone.
+        ValueError: If it does not compute one embedding per token from token ids alone.
     """
-    ids = _made_up(backbone, MIN_SHARED)
-    with taking_turns, _quiet(backbone), active_expert(backbone, None), torch.autocast(ids.device.type, enabled=False):
+    ids = _test_texts(backbone, MIN_SHARED)
+    with (
+        backbone_lock,
+        _evaluation_mode(backbone),
+        active_expert(backbone, None),
+        torch.autocast(ids.device.type, enabled=False),
+    ):
         try:
             hidden = backbone(input_ids=ids).last_hidden_state
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise ValueError(_cannot(backbone, f"it fails on token ids alone ({error})")) from error
+            raise ValueError(_unsupported(backbone, f"it fails on token ids alone ({error})")) from error
     if hidden.shape != (*ids.shape, backbone.config.hidden_size):
         shape = tuple(hidden.shape)
         raise ValueError(
-            _cannot(backbone, f"of tokens of shape {tuple(ids.shape)} it makes embeddings of shape {shape}")
+            _unsupported(backbone, f"of tokens of shape {tuple(ids.shape)} it makes embeddings of shape {shape}")
         )
     first, second = hidden[:, : ids.shape[1] // 2].nan_to_num()
     return torch.equal(first, second)
 
 
-def _cannot(backbone: PreTrainedModel, reason: str) -> str:
+def _unsupported(backbone: PreTrainedModel, reason: str) -> str:
+    """Build the message that refuses a backbone."""
     size = getattr(backbone.config, "hidden_size", None)
     return (
         f"got a {type(backbone).__name__}, need a decoder or an encoder that makes one embedding of its hidden size ({size}) of "
@@ -199,12 +212,12 @@ def _cannot(backbone: PreTrainedModel, reason: str) -> str:
     )
 
 
-def _made_up(backbone: PreTrainedModel, length: int) -> Tensor:
-    """Two texts whose first half is the same, shape (2, length), or as long as texts may be."""
+def _test_texts(backbone: PreTrainedModel, length: int) -> Tensor:
+    """Build two texts that share their first half, shape (2, length), or shorter if the backbone needs that."""
     pad = getattr(backbone.config, "pad_token_id", None)
     tokens = [token for token in range(getattr(backbone.config, "vocab_size", None) or 0) if token != pad]
     if not tokens:
-        raise ValueError(_cannot(backbone, "it has no tokens"))
+        raise ValueError(_unsupported(backbone, "it has no tokens"))
     length = min(length, longest_text(backbone) or length)
     ids = torch.tensor([tokens[(5 + place * 7) % len(tokens)] for place in range(length)], device=backbone.device)
     ids = torch.stack([ids, ids.flip(0)])
@@ -213,12 +226,13 @@ def _made_up(backbone: PreTrainedModel, length: int) -> Tensor:
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
+    """Compute the relative difference of two tensors."""
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
 @contextmanager
-def _quiet(backbone: nn.Module) -> Iterator[None]:
-    """Within it the backbone is in evaluation mode."""
+def _evaluation_mode(backbone: nn.Module) -> Iterator[None]:
+    """Context manager in which the backbone is in evaluation mode."""
     modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
     try:
@@ -229,7 +243,7 @@ def _quiet(backbone: nn.Module) -> Iterator[None]:
 
 
 def checkpoint_as_now(layer: nn.Module) -> None:
-    """Has gradient checkpointing run a layer again as it ran first: in the same pass, under the same expert."""
+    """Make gradient checkpointing rerun a layer as it ran first: in the same pass, with the same expert."""
     checkpoint = layer._gradient_checkpointing_func
 
     def checkpoint_with_expert(function: Callable, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""k LoRA experts on one backbone, stored as PEFT adapters (equation 3)."""
+"""The k LoRA experts of one backbone, stored as PEFT adapters (equation 3)."""
 
 import re
 import warnings
@@ -10,19 +10,21 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .configuration import DMoERMConfig
-from .configuration import adapter_name as adapter_name
+from .configuration_dmoerm import DMoERMConfig
+from .configuration_dmoerm import adapter_name as adapter_name
 
 
 def lora_config(config: DMoERMConfig, backbone: PreTrainedModel) -> LoraConfig:
     """
-    PEFT's configuration of one expert on a backbone; the defaults are the paper's table 5.
+    Build PEFT's configuration of one expert; the defaults are those of the paper's table 5.
 
     Raises:
-        ValueError: if `lora_layers` names layers and the backbone has no list of layers.
+        ValueError: If `lora_layers` selects some layers and the backbone has no list of layers.
     """
     targets: list[str] | str = list(config.lora_target_modules)
-    if (indices := config.layers_with_lora) is not None:  # a pattern: PEFT's `layers_to_transform` needs a longer name
+    if (
+        indices := config.layers_with_lora
+    ) is not None:  # a regular expression, because PEFT's `layers_to_transform` needs a longer name
         name = layers_name(backbone).rsplit(".", 1)[-1]
         targets = rf"(.*\.)?{name}\.({'|'.join(map(str, indices))})\.(.*\.)?({'|'.join(map(re.escape, targets))})"
     return LoraConfig(
@@ -35,10 +37,10 @@ def lora_config(config: DMoERMConfig, backbone: PreTrainedModel) -> LoraConfig:
 
 def layers_name(backbone: PreTrainedModel) -> str:
     """
-    Name of the backbone's list of layers, such as `"layers"` or `"encoder.layer"`.
+    Return the name of the backbone's list of layers, such as `"layers"` or `"encoder.layer"`.
 
     Raises:
-        ValueError: if no list has as many modules as its configuration says.
+        ValueError: If no list has as many modules as the configuration has layers.
     """
     count = getattr(backbone.config.get_text_config(), "num_hidden_layers", None)
     for name, module in backbone.named_modules():
@@ -51,7 +53,7 @@ def layers_name(backbone: PreTrainedModel) -> str:
 
 
 def remove_experts(backbone: PreTrainedModel) -> None:
-    """Leaves the base alone, in place: what [`add_experts`] put in is taken out again."""
+    """Remove all LoRA adapters from the backbone, in place; the inverse of [`add_experts`]."""
     for name, layer in list(backbone.named_modules()):
         if isinstance(layer, LoraLayer):
             backbone.set_submodule(name, layer.get_base_layer())
@@ -60,8 +62,10 @@ def remove_experts(backbone: PreTrainedModel) -> None:
 
 def check_target_modules(backbone: nn.Module, target_modules: list[str]) -> None:
     """
+    Check that the LoRA targets name modules of the backbone.
+
     Raises:
-        ValueError: if a LoRA target names no linear module of the backbone; the message lists those that it has.
+        ValueError: If a target names no linear module of the backbone; the message lists the names that exist.
     """
     linear = {name.rsplit(".", 1)[-1] for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
     linear |= {n.split(".")[-1] for n, m in backbone.named_modules() if isinstance(m, LoraLayer)}
@@ -74,10 +78,10 @@ def check_target_modules(backbone: nn.Module, target_modules: list[str]) -> None
 
 def add_experts(backbone: PreTrainedModel, config: DMoERMConfig, names: list[str]) -> None:
     """
-    Puts one untrained LoRA adapter for each of `names` into the backbone, in place.
+    Add one untrained LoRA adapter for each of `names` to the backbone, in place.
 
-    An untrained adapter changes nothing, its B is zero. An adapter that is there already is left as it is. All
-    parameters of the backbone are left trainable, but for those that are quantised.
+    An untrained adapter does not change the output, because its B is zero. Existing adapters are left as they are. All
+    parameters of the backbone become trainable, except quantised ones.
     """
     present = {name for layer in lora_layers(backbone) for name in layer.lora_A}
     names = [name for name in names if name not in present]
@@ -89,23 +93,25 @@ def add_experts(backbone: PreTrainedModel, config: DMoERMConfig, names: list[str
         for name in names:
             inject_adapter_in_model(lora_config(config, backbone), backbone, adapter_name=name)
     for layer in lora_layers(backbone):
-        layer._active_adapter = []  # without a word of an expert the backbone is the base
+        layer._active_adapter = []  # if no expert is selected, the backbone is the base
         for module in layer.modules():
-            module._is_hf_initialized = True  # or transformers would draw B at random
+            module._is_hf_initialized = True  # otherwise transformers would initialise B at random
     for weight in backbone.parameters():
         weight.requires_grad_(weight.is_floating_point())
 
 
 def lora_layers(backbone: nn.Module) -> Iterator[LoraLayer]:
+    """Iterate over the backbone's layers with LoRA."""
     return (module for module in backbone.modules() if isinstance(module, LoraLayer))
 
 
 @contextmanager
 def active_expert(backbone: nn.Module, name: str | None) -> Iterator[None]:
     """
-    Within it the backbone is that of one expert, or the base where `name` is None.
+    Context manager in which the backbone runs with one expert, or as the base if `name` is None.
 
-    PEFT's `set_adapter` would also flip `requires_grad`; what an expert is read for must not decide what is trained.
+    PEFT's `set_adapter` is not used, because it also changes `requires_grad`: running an expert must not change what
+    is trained.
     """
     layers = list(lora_layers(backbone))
     before = [layer._active_adapter for layer in layers]

@@ -1,4 +1,4 @@
-"""Rewards that are numbers, or an error: NaN and infinity have no order, and one of them spoils a batch's mean."""
+"""Refuse rewards that are NaN or infinite: they have no order, and a single one spoils the mean of a batch."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,16 +15,17 @@ def check_rewards(
     values: Tensor, of: Sequence[str] | None = None, *, what: str = "reward", way_out: str = WAY_OUT
 ) -> None:
     """
-    Checks what is about to be given out as rewards or scores.
+    Check that rewards or scores are finite.
 
     Args:
-        values (`Tensor` of shape (N,)): one number a text.
-        of (`Sequence[str]`, *optional*): the N responses, which a message quotes; their places if absent.
-        what (`str`): what the numbers are.
-        way_out (`str`): what the message says to do.
+        values (`Tensor` of shape (N,)): One number per text.
+        of (`Sequence[str]`, *optional*): The N responses, to be quoted in the message; by default it names their
+            indices.
+        what (`str`): Name of the numbers in the message.
+        way_out (`str`): Advice at the end of the message.
 
     Raises:
-        ValueError: if one of them is NaN or infinite.
+        ValueError: If one of them is NaN or infinite.
     """
     bad = (~values.isfinite()).nonzero().flatten().tolist()
     if not bad:
@@ -32,14 +33,14 @@ def check_rewards(
     first, others = bad[0], f" and {len(bad) - 1} more" if len(bad) > 1 else ""
     text = f"text {first + 1} of {len(values)}" if of is None else f"the response {of[first][:80]!r}"
     raise ValueError(
-        f"got {what} {float(values[first])} for {text}{others}, need a number, because a reward that is none spoils its whole "
-        f"batch: {way_out}."
+        f"got {what} {float(values[first])} for {text}{others}, need a number, because a reward that is not finite spoils "
+        f"its whole batch: {way_out}."
     )
 
 
 @contextmanager
 def nan_allowed() -> Iterator[None]:
-    """Within it a model gives out whatever rewards come: to a trainer, which sees that it diverges, or to one who checks them."""
+    """Context manager in which a model may return rewards that are not finite, for callers that check them."""
     token = _nan_allowed.set(True)
     try:
         yield
@@ -48,5 +49,5 @@ def nan_allowed() -> Iterator[None]:
 
 
 def is_nan_allowed() -> bool:
-    """Whether this is within [`nan_allowed`]."""
+    """Return whether [`nan_allowed`] is active."""
     return _nan_allowed.get()

@@ -1,4 +1,4 @@
-"""What stands on the embeddings: pooling, the linear heads (equation 4) and the aggregator (equations 5 and 6)."""
+"""Modules on top of the embeddings: pooling, the linear heads (equation 4) and the aggregator (equations 5 and 6)."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 def last_token(hidden: Tensor, lengths: Tensor) -> Tensor:
     """
-    The embedding of each row's last token, which serves decoders and encoders alike.
+    Select the embedding of each row's last token, for decoders and encoders alike.
 
     Args:
-        hidden (`Tensor` of shape (B, T, H)): hidden states of rows padded on the right.
-        lengths (`Tensor` of shape (B,)): number of tokens of each row.
+        hidden (`Tensor` of shape (B, T, H)): Hidden states of rows padded on the right.
+        lengths (`Tensor` of shape (B,)): Number of tokens of each row.
 
     Returns:
         `Tensor` of shape (B, H).
@@ -21,7 +21,7 @@ def last_token(hidden: Tensor, lengths: Tensor) -> Tensor:
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer computed in fp32 whatever the dtype of its input, of its weights or of autocast."""
+    """A linear layer that computes in fp32, whatever the dtype of its input, its weights or autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -36,7 +36,7 @@ class Aggregator(nn.Module):
     Args:
         experts (`int`): k, the number of experts.
         embedding_size (`int`): H, the size of one expert's embedding.
-        hidden_size (`int`): width of the hidden layer.
+        hidden_size (`int`): Width of the hidden layer.
     """
 
     def __init__(self, experts: int, embedding_size: int, hidden_size: int):
@@ -48,13 +48,15 @@ class Aggregator(nn.Module):
     @torch.no_grad()
     def start_from(self, heads: Sequence[nn.Linear], z: Tensor) -> None:
         """
-        Starts the MLP in the space of the experts' own scores, where there is far less to learn than in the space of
-        their embeddings: the first k hidden units are the standardised scores `w_i z_i + b_i`, the others random mixtures
-        of them with random thresholds, and the output is the mean of the first k. All weights are trained from there.
+        Initialise the MLP from the experts' own scores, which leaves far less to learn than starting from their
+        embeddings.
+
+        The first k hidden units are the standardised scores `w_i z_i + b_i`, the others random mixtures of them with
+        random thresholds, and the output is the mean of the first k. All weights are trained afterwards.
 
         Args:
-            heads (`Sequence[nn.Linear]`): the k heads of phase 2.
-            z (`Tensor` of shape (N, k, H)): embeddings on which the scores are standardised.
+            heads (`Sequence[nn.Linear]`): The k heads of phase 2.
+            z (`Tensor` of shape (N, k, H)): Embeddings on which the scores are standardised.
         """
         k, size = len(heads), z.shape[2]
         width = self.hidden.out_features
@@ -74,7 +76,7 @@ class Aggregator(nn.Module):
         self.output.bias.zero_()
 
     def forward(self, z: Tensor) -> Tensor:
-        """`z` of shape (B, k, H), the experts' embeddings, concatenated as in equation 5 -> shape (B, 1)."""
+        """Aggregate the experts' embeddings `z` of shape (B, k, H), concatenated as in equation 5, to shape (B, 1)."""
         with torch.autocast(z.device.type, enabled=False):  # PReLU is on autocast's list for CUDA
             hidden = self.hidden(z.flatten(1))
             return self.output(nn.functional.prelu(hidden, self.activation.weight.float()))
@@ -82,15 +84,16 @@ class Aggregator(nn.Module):
 
 def nan_of_overflow(logits: Tensor, z: Tensor) -> Tensor:
     """
-    The logits, NaN where an embedding is infinite or NaN: a sigmoid or a softmax would make an ordinary number of infinity.
+    Set the logits to NaN if an embedding is infinite or NaN, because a sigmoid or a softmax would turn infinity into
+    an ordinary number.
 
     Args:
-        logits (`Tensor` of shape (B, n)): what the heads made of the embeddings.
-        z (`Tensor` of shape (B, ..., H)): the embeddings.
+        logits (`Tensor` of shape (B, n)): Outputs of the heads for the embeddings.
+        z (`Tensor` of shape (B, ..., H)): The embeddings.
     """
     return logits.masked_fill(~z.isfinite().flatten(1).all(1, keepdim=True), torch.nan)
 
 
 def activate(logits: Tensor, activation: str) -> Tensor:
-    """The sigma of equations 4 and 6: the logistic function for `"sigmoid"`, the identity for `"none"`."""
+    """Apply the sigma of equations 4 and 6: the logistic function for `"sigmoid"`, the identity for `"none"`."""
     return logits.sigmoid() if activation == "sigmoid" else logits

@@ -1,4 +1,4 @@
-"""The inner layer of one task: the heads of the base and of its experts, the aggregator, the normalisation."""
+"""The inner layer of one task: the heads of its base and its experts, the aggregator, and the normalisation."""
 
 from collections.abc import Sequence
 
@@ -6,22 +6,26 @@ import torch
 from torch import Tensor, nn
 
 from ..tasks import slug
-from .configuration import DMoERMConfig
+from .configuration_dmoerm import DMoERMConfig
 from .experts import adapter_name
 from .heads import Aggregator, Float32Linear, activate, nan_of_overflow
 
 SMALLEST_STD = torch.finfo(torch.float32).eps
-"""Below it, about 1e-7, rewards of an fp32 model differ by rounding alone; above its inverse, normalised ones would."""
+"""
+Smallest standard deviation of rewards, about 1e-7.
+
+Below it the rewards of an fp32 model differ only by rounding; above its inverse the normalised ones would.
+"""
 
 
 class InnerModel(nn.Module):
     """
-    Everything of a task's inner model that stands on the backbone's embeddings. Without capability points it is the head
-    of a single reward model.
+    The part of a task's inner model that turns the backbone's embeddings into the reward. Without capability points it
+    is the head of a single reward model.
 
     Args:
-        config (`DMoERMConfig`): the whole model's configuration.
-        task (`str`): one of `config.tasks`.
+        config (`DMoERMConfig`): Configuration of the complete model.
+        task (`str`): One of `config.tasks`.
     """
 
     def __init__(self, config: DMoERMConfig, task: str):
@@ -40,11 +44,11 @@ class InnerModel(nn.Module):
 
     def capability_scores(self, z: Tensor, points: Sequence[str] | None = None) -> Tensor:
         """
-        Equation 4: `r_i = sigma(w_i z_i + b_i)`.
+        Compute the capability scores of equation 4, `r_i = sigma(w_i z_i + b_i)`.
 
         Args:
-            z (`Tensor` of shape (B, k, H)): the experts' embeddings.
-            points (`Sequence[str]`, *optional*): the k capability points that they are of; all of the task if absent.
+            z (`Tensor` of shape (B, k, H)): The experts' embeddings.
+            points (`Sequence[str]`, *optional*): The experts' k capability points; all of the task by default.
 
         Returns:
             `Tensor` of shape (B, k).
@@ -57,10 +61,11 @@ class InnerModel(nn.Module):
 
     def reward(self, z: Tensor) -> Tensor:
         """
-        Equations 5 and 6, normalised: `(sigma(MLP(z)) - mean) / std`; `sigma(w z + b)` of the base without experts.
+        Compute the normalised reward of equations 5 and 6: `(sigma(MLP(z)) - mean) / std`. Without experts
+        `sigma(w z + b)` of the base's head takes the place of `sigma(MLP(z))`.
 
         Args:
-            z (`Tensor` of shape (B, max(k, 1), H)): the embeddings.
+            z (`Tensor` of shape (B, max(k, 1), H)): The embeddings.
 
         Returns:
             `Tensor` of shape (B, 1), fp32; NaN where an embedding is not finite.
@@ -70,8 +75,10 @@ class InnerModel(nn.Module):
 
     def check_normalisation(self) -> None:
         """
+        Check the numbers that normalise the rewards.
+
         Raises:
-            ValueError: if the rewards are not normalised by numbers that leave them their order.
+            ValueError: If they would not preserve the order of the rewards.
         """
         mean, std = float(self.reward_mean), float(self.reward_std)
         if not (SMALLEST_STD <= std <= 1 / SMALLEST_STD and abs(mean) <= 1 / SMALLEST_STD):
@@ -83,14 +90,14 @@ class InnerModel(nn.Module):
 
     def set_normalisation(self, rewards: Tensor, unit_variance: bool = False) -> None:
         """
-        Stores the numbers that bring the rewards of a reference set to zero mean and, if asked, to unit variance.
+        Set the normalisation so that the rewards of a reference set have zero mean and, optionally, unit variance.
 
         Args:
-            rewards (`Tensor` of shape (N,)): the rewards that this model gives the reference set now.
-            unit_variance (`bool`): whether the rewards are divided by their standard deviation too.
+            rewards (`Tensor` of shape (N,)): The rewards of the reference set under the current normalisation.
+            unit_variance (`bool`): Whether to divide the rewards by their standard deviation too.
 
         Raises:
-            ValueError: if there are none, they are not finite, or unit variance is asked for and they hardly differ.
+            ValueError: If there are no rewards, they are not finite, or `unit_variance` is set and they hardly differ.
         """
         rewards = rewards.double() * self.reward_std.double() + self.reward_mean.double()
         std = rewards.std(correction=0) if len(rewards) else rewards.new_zeros(())

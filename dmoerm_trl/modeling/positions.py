@@ -1,4 +1,4 @@
-"""How long a text may be for a backbone, and from what length on it reads all positions of a text in another way."""
+"""Find the maximum text length of a backbone, and the length from which its rotary frequencies change."""
 
 import re
 from collections.abc import Iterator
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 LEARNED = re.compile(r"(^|\.)(wpe|\w*position\w*)$")
-"""Names of the embeddings of positions."""
+"""Names of learned position embeddings."""
 
 TABLES = ("embed_positions", "pos_encoding")
-"""Attributes that are tables of positions, computed once (GPT-J, CodeGen, CTRL)."""
+"""Attributes that are precomputed tables of positions (GPT-J, CodeGen, CTRL)."""
 
 
 def longest_text(backbone: PreTrainedModel) -> int | None:
     """
-    How many tokens a text may have; None where every position can be computed.
+    Find the maximum number of tokens of a text; None if the backbone can compute every position.
 
-    It is the number of the backbone's learned positions. With "dynamic" rotary positions it is their original range: beyond,
-    they depend on the texts that were read before.
+    The maximum is the number of learned positions. For "dynamic" rotary positions it is their original range, because
+    beyond it they depend on the texts that were read before.
     """
     limit = _declared(backbone)
     dynamic = any(rope.get("rope_type") == "dynamic" and not rope.get("alpha") for rope in _ropes(backbone))
@@ -30,7 +30,7 @@ def longest_text(backbone: PreTrainedModel) -> int | None:
         weight = getattr(module, "weight", None)
         if LEARNED.search(name) and isinstance(weight, Tensor) and not isinstance(module, nn.Linear):
             padding = getattr(module, "padding_idx", None)
-            used = 0 if padding is None else padding + 1  # RoBERTa counts from after its padding
+            used = 0 if padding is None else padding + 1  # RoBERTa's positions start after its pad token's id
             found = len(weight) - getattr(module, "offset", used)
             limits.append(found if limit is None else min(found, limit))
         tables = [getattr(module, table, None) for table in TABLES]
@@ -40,11 +40,13 @@ def longest_text(backbone: PreTrainedModel) -> int | None:
 
 def check_positions(backbone: PreTrainedModel, name: str, max_length: int) -> None:
     """
+    Check that a backbone can read texts of `max_length` tokens.
+
     Args:
-        name (`str`): what the backbone is called in the message.
+        name (`str`): Name of the backbone in the message.
 
     Raises:
-        ValueError: if texts of `max_length` tokens may have more than the backbone has positions for.
+        ValueError: If `max_length` is more than the backbone has positions for.
     """
     limit = longest_text(backbone)
     if limit is not None and max_length > limit:
@@ -57,10 +59,10 @@ def check_positions(backbone: PreTrainedModel, name: str, max_length: int) -> No
 @contextmanager
 def within_positions(backbone: PreTrainedModel, longest: int) -> Iterator[None]:
     """
-    Within it a backbone reads texts.
+    Context manager in which a backbone reads texts of up to `longest` tokens.
 
     Raises:
-        ValueError: if the longest text has more tokens than the backbone has positions for.
+        ValueError: If that is more than the backbone has positions for.
     """
     if (limit := longest_text(backbone)) is not None and longest > limit:
         raise ValueError(_too_long(backbone, longest, limit))
@@ -82,22 +84,22 @@ def _too_long(backbone: PreTrainedModel, longest: int, limit: int) -> str:
 
 
 def _declared(backbone: PreTrainedModel) -> int | None:
-    """The number of positions that its configuration names; a backbone may compute more."""
+    """Return the number of positions in the configuration; a backbone may be able to compute more."""
     limits = (getattr(backbone.config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
     return next((limit for limit in limits if limit is not None), None)
 
 
 def long_from(backbone: PreTrainedModel) -> int | None:
     """
-    The number of tokens up to which a text has the short ones of two sets of rotary frequencies ("longrope", as in Phi-3), None
-    where there is one. All texts that a backbone reads at once have the set of the longest.
+    Find the number of tokens up to which the short of two sets of rotary frequencies is used ("longrope", as in
+    Phi-3); None if there is only one set. The longest text of a batch selects the set for all of them.
     """
     ropes = [rope for rope in _ropes(backbone) if rope.get("rope_type") == "longrope"]
     return min((rope["original_max_position_embeddings"] for rope in ropes), default=None)
 
 
 def _ropes(backbone: PreTrainedModel) -> list[dict[str, Any]]:
-    """The settings of its rotary positions: one for all layers, or one for each kind of layer."""
+    """List the settings of the rotary positions: one for all layers, or one for each type of layer."""
     parameters = getattr(backbone.config, "rope_parameters", None) or {}
     nested = [rope for rope in parameters.values() if isinstance(rope, dict)]
     return nested or [parameters]

@@ -1,4 +1,4 @@
-"""What the router and the reward model have in common as Hugging Face models."""
+"""The base class of the router and the reward model as Hugging Face models."""
 
 from typing import Any
 
@@ -6,14 +6,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .checkpoint import check_floating, stored_weights
-from .configuration import DMoERMConfig
+from .configuration_dmoerm import DMoERMConfig
 from .embedding import checkpoint_as_now
 from .inner import InnerModel
-from .quantised import keep_differentiable, of_bases_alone
+from .quantization import keep_differentiable, of_bases_alone
 
 
 class DMoERMPreTrainedModel(PreTrainedModel):
-    """Heads, aggregator and normalisation stay in fp32; attention is whatever the backbones support."""
+    """
+    Base class of this package's models.
+
+    Heads, aggregator and normalisation stay in fp32. The attention implementation is one that the backbones support.
+    """
 
     config_class = DMoERMConfig
     base_model_prefix = "model"
@@ -36,14 +40,19 @@ class DMoERMPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """
-        `PreTrainedModel.from_pretrained`, safetensors only; a `quantization_config` is for the bases alone.
+        Load a model from safetensors; see `PreTrainedModel.from_pretrained`. A `quantization_config` applies only to
+        the bases.
 
         Raises:
-            ValueError: if the checkpoint lacks a weight (a head, an expert, the router), has one too many, one of another
-                shape, one that is stored as integers or is not finite, or a normalisation that is none.
+            ValueError: If the checkpoint lacks a weight (a head, an expert, the router), has an unexpected one, one of
+                another shape, one that is stored as integers or is not finite, or an invalid normalisation.
         """
         report = kwargs.pop("output_loading_info", False)
-        kwargs = {"use_safetensors": True, **kwargs, "ignore_mismatched_sizes": True}  # the error for these is below
+        kwargs = {
+            "use_safetensors": True,
+            **kwargs,
+            "ignore_mismatched_sizes": True,
+        }  # mismatched sizes are refused below
         if (quantization := kwargs.get("quantization_config")) is not None:
             kwargs["quantization_config"] = of_bases_alone(quantization)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -65,8 +74,10 @@ class DMoERMPreTrainedModel(PreTrainedModel):
 
 def check_finite(model: nn.Module) -> None:
     """
+    Check that all weights of a model are finite.
+
     Raises:
-        ValueError: if a weight of the model, or its normalisation, is NaN or infinite.
+        ValueError: If a weight of the model, or its normalisation, is NaN or infinite.
     """
     for name, weight in model.state_dict().items():
         if not weight.is_meta and not weight.float().sum().isfinite():

@@ -1,9 +1,10 @@
 """
-What stands between the marker that opens an assistant's turn and the response itself: the thoughts of a model that reasons, an
-empty block of thoughts, the name of a channel.
+Normalise the opening of a response: the tokens between the response marker and the response itself, such as the
+thoughts of a reasoning model, an empty block of thoughts, or the name of a channel.
 
-A chat template may write one thing there in its generation prompt and another in a whole chat, and a policy may write its thoughts
-there. All of it is brought into the form of a whole chat here, so that one response has one reward whoever rendered it.
+A chat template may write different openings in its generation prompt and in a complete chat, and a policy may write
+its thoughts there. This module converts all of them to the form of a complete chat, so that a response has the same
+reward however it was rendered.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,15 +16,16 @@ Ids = list[int]
 @dataclass(frozen=True)
 class ResponseOpening:
     """
-    What a chat template writes between the response marker and the response, as token ids.
+    The tokens that a chat template writes between the response marker and the response.
 
     Args:
-        written (`list[int]`): what a whole chat has there when the response has no thoughts.
-        others (`list[list[int]]`): what else may be there, such as the end of the generation prompt.
-        thinking (`list[list[int]]`): the tokens that open thoughts and those that close them; empty where the template knows none.
-        scored (`list[list[int]]`): what a whole chat has before and after thoughts, where they are scored with the response;
-            empty where they are left out.
-        blanks (`list[int]`): the tokens of white space.
+        written (`list[int]`): Opening of a response without thoughts in a complete chat.
+        others (`list[list[int]]`): Other possible openings, such as the end of the generation prompt.
+        thinking (`list[list[int]]`): The tokens that open thoughts and those that close them; empty if the template
+            has no thoughts.
+        scored (`list[list[int]]`): The tokens before and after thoughts in a complete chat, if thoughts are scored
+            with the response; empty if they are removed.
+        blanks (`list[int]`): The tokens that consist of white space.
     """
 
     written: Ids
@@ -34,15 +36,15 @@ class ResponseOpening:
 
     def read(self, ids: Ids, ends: Collection[int]) -> tuple[Ids, Ids]:
         """
-        Splits what follows a response marker.
+        Split the tokens after a response marker into the opening and the response.
 
         Args:
-            ids (`list[int]`): the tokens after the marker.
-            ends (`Collection[int]`): tokens that end a turn.
+            ids (`list[int]`): The tokens after the marker.
+            ends (`Collection[int]`): Tokens that end a turn.
 
         Returns:
-            The opening in its one form, and the response with what follows it. Thoughts reach to the last place before the
-            turn's end that closes them; thoughts that are never closed are read as the response.
+            The normalised opening, and the response with everything after it. Thoughts end at the last closing tokens
+            before the end of the turn; thoughts that are never closed belong to the response.
         """
         thoughts: Ids = []
         if self.thinking:
@@ -61,7 +63,7 @@ class ResponseOpening:
         return [*before_thoughts, *thoughts, *after_thoughts], response
 
     def _without_opening(self, ids: Ids) -> Ids:
-        """Tokens without the openings and the white space that they begin with."""
+        """Return the tokens without the openings and white space at their beginning."""
         openings = sorted([*self.thinking[:1], *self.others], key=len, reverse=True)
         start = 0
         while start < len(ids):
@@ -75,12 +77,12 @@ class ResponseOpening:
 
     def first_marker(self, ids: Sequence[int], end: int, marker: Sequence[int]) -> int:
         """
-        Where the marker ends that opened the turn, in which thoughts may be closed by another marker (gpt-oss).
+        Find the end of the marker that opened the turn, because thoughts may be closed by a second marker (gpt-oss).
 
         Args:
-            ids (`Sequence[int]`): a text's tokens.
-            end (`int`): where the text's last marker ends.
-            marker (`Sequence[int]`): the response marker.
+            ids (`Sequence[int]`): Tokens of a text.
+            end (`int`): Index after the last marker of the text.
+            marker (`Sequence[int]`): The response marker.
         """
         if not self.thinking:
             return end

@@ -5,25 +5,34 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .configuration import DMoERMConfig
+from .configuration_dmoerm import DMoERMConfig
 from .embedding import embeddings
 from .heads import Float32Linear, nan_of_overflow
-from .one_pass import taking_turns
+from .multi_lora import backbone_lock
 from .pretrained import DMoERMPreTrainedModel
 
 REMEMBERED = 4096
-"""Prompts whose route a router remembers."""
+"""Number of prompts whose routes a router caches."""
 
 SAMPLED = 64
-"""Numbers of each weight by which a router sees that it has changed."""
+"""Number of entries of each weight that a router compares to detect a change."""
 
 
 class Router(DMoERMPreTrainedModel):
     """
     `E(t | x)` of equation 1: a backbone and a linear layer over the tasks of `config.tasks`.
 
-    It is given prompts alone, so that no response can choose its own judge. Inside a DMoERM it is frozen and always in
-    evaluation mode; on its own it is trained on task labels by `transformers.Trainer`.
+    It reads only the prompt, so that no response can choose the task that scores it. Inside a DMoERM it is frozen and
+    always in evaluation mode; before that it is trained on task labels with `transformers.Trainer`.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import Router
+
+    router = Router.from_pretrained("runs/demo/router")
+    list(router.config.tasks)
+    ```
     """
 
     base_model_prefix = "backbone"
@@ -43,10 +52,12 @@ class Router(DMoERMPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
     ) -> SequenceClassifierOutput:
         """
+        Compute the logits of the tasks.
+
         Args:
-            input_ids (`Tensor` of shape (B, T)): the prompts' tokens, padded on the right.
-            attention_mask (`Tensor` of shape (B, T)): ones for tokens.
-            labels (`Tensor` of shape (B,), *optional*): index of the task in `config.tasks`.
+            input_ids (`Tensor` of shape (B, T)): Tokens of the prompts, padded on the right.
+            attention_mask (`Tensor` of shape (B, T)): 1 for tokens, 0 for padding.
+            labels (`Tensor` of shape (B,), *optional*): Indices of the tasks in `config.tasks`.
 
         Returns:
             `logits` of shape (B, tasks), fp32, and the cross-entropy with `labels` as `loss`.
@@ -58,17 +69,17 @@ class Router(DMoERMPreTrainedModel):
     @torch.no_grad()
     def probabilities(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """
-        `E(t | x)`, shape (B, tasks); the chosen task of equation 1 is its argmax.
+        Compute `E(t | x)`, shape (B, tasks); its argmax is the chosen task of equation 1.
 
-        The router runs once for each prompt and remembers the last ones, as long as its weights stay as they are.
+        The results of the most recently used prompts are cached as long as the router's weights do not change.
 
         Args:
-            input_ids, attention_mask (`Tensor` of shape (B, T)): as of [`forward`].
+            input_ids, attention_mask (`Tensor` of shape (B, T)): See [`forward`].
         """
         lengths = attention_mask.sum(1).long()
         prompts = [tuple(row[:length]) for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
         known = self._remembered
-        with taking_turns:  # the threads of a server share one memory
+        with backbone_lock:  # the threads of a server share the cache
             versions, sample = self._fingerprint()
             if versions != self._remembered_weights[0] or not torch.equal(sample, self._remembered_weights[1]):
                 known.clear()
@@ -76,7 +87,7 @@ class Router(DMoERMPreTrainedModel):
             if new := {prompt: row for row, prompt in enumerate(prompts) if prompt not in known}:
                 rows = list(new.values())
                 known.update(zip(new, self._logits(input_ids[rows], lengths[rows]).softmax(-1), strict=True))
-            for prompt in prompts:  # those used last come last
+            for prompt in prompts:  # most recently used last
                 known[prompt] = known.pop(prompt)
             result = torch.stack([known[prompt] for prompt in prompts])
             for prompt in list(known)[:-REMEMBERED]:
@@ -84,7 +95,11 @@ class Router(DMoERMPreTrainedModel):
         return result
 
     def _fingerprint(self) -> tuple[tuple, Tensor]:
-        """Places and versions of all weights, and some numbers of each: what is written through `.data` has no version."""
+        """
+        Return the addresses and versions of all weights, and a sample of their entries.
+
+        The sample is needed because writing through `.data` does not change the version.
+        """
         weights = [weight.detach() for weight in self.parameters()]
         versions = tuple((weight.data_ptr(), None if weight.is_inference() else weight._version) for weight in weights)
         sample = [weight.reshape(-1)[:: max(1, weight.numel() // SAMPLED)].float() for weight in weights]

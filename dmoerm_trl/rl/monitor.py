@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.formatting import Formatter
+from ..distributed.processes import is_main
+from ..distributed.sharding import unsharded
 from ..evaluation.kl import KLEstimate, policy_kl
 from ..files import write_text, writing
-from ..training.distributed import is_main
-from .reward_functions import TextScorer
-from .sampling import log_probs, sample
-from .whole import whole
+from ..generation.log_probs import log_probs, sample
+from ..scoring.reward_functions import TextScorer
 
 
 def every(steps: int) -> range:
@@ -70,6 +70,24 @@ class PolicyMonitor(TrainerCallback):
         max_new_tokens, temperature, top_p: of the sampling; take the run's own.
         batch_size (`int`): prompts a forward.
         seed (`int`): of the sampling, the same at every step.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import Formatter, PolicyMonitor, TextRewards, load_policy, load_reward_model
+
+    policy, tokenizer = load_policy("runs/demo/base")
+    monitor = PolicyMonitor(
+        "runs/monitor.jsonl",
+        [[{"role": "user", "content": "Hello?"}]],
+        Formatter(tokenizer, 512),
+        load_policy("runs/demo/base")[0],
+        steps=range(0, 100, 10),
+        proxy=TextRewards(*load_reward_model("runs/demo/model", max_length=512)),
+        max_new_tokens=4,
+    )
+    monitor.measure(policy)["k3"]  # 0: the policy is still the reference
+    ```
     """
 
     def __init__(
@@ -136,7 +154,7 @@ class PolicyMonitor(TrainerCallback):
         was_training, values, texts = policy.training, [], []
         policy.eval()
         starts = range(0, len(self.prompts), self.batch_size)
-        with torch.random.fork_rng(), whole(policy), whole(self.reference):
+        with torch.random.fork_rng(), unsharded(policy), unsharded(self.reference):
             torch.manual_seed(self.seed)
             for start in tqdm(starts, desc="measuring", delay=3, leave=False, disable=not is_main()):
                 batch, written = self._measure_batch(policy, self.prompts[start : start + self.batch_size])

@@ -3,28 +3,38 @@
 import copy
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.chat_template import fix_date
 from ..data.formatting import Formatter
-from ..modeling.modeling import DMoERMForSequenceClassification
+from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
 
 
-def ppo_classes() -> tuple[type, type]:
+def ppo_config() -> type:
     """
-    TRL's `(PPOConfig, PPOTrainer)`, the former so that DeepSpeed can read it.
+    Return the class of a recipe's arguments: TRL's `PPOConfig`, with which a DeepSpeed configuration can be given.
 
     Raises:
-        ImportError: if this TRL has no PPO.
+        ImportError: If this TRL has no PPO.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import ppo_config
+
+    args = ppo_config()(output_dir="runs/ppo", bf16=False)
+    ```
     """
     try:
-        from trl.experimental.ppo import PPOTrainer
+        import trl.experimental.ppo  # noqa: F401
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("trl"):
             raise
@@ -34,7 +44,7 @@ def ppo_classes() -> tuple[type, type]:
         ) from error
     from .ppo_trainer import DeepSpeedPPOConfig
 
-    return DeepSpeedPPOConfig, PPOTrainer
+    return DeepSpeedPPOConfig
 
 
 def check_tokenizers(policy_tokenizer: PreTrainedTokenizerBase, reward_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -146,51 +156,76 @@ def check_arguments(args: Any) -> None:
 
 
 def ppo_trainer(
-    policy: PreTrainedModel,
-    value_model: PreTrainedModel,
-    reward_model: PreTrainedModel,
-    prompts: Sequence[list[dict]],
-    formatter: Formatter,
     args: Any,
+    processing_class: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    ref_model: PreTrainedModel | None,
+    reward_model: PreTrainedModel,
+    train_dataset: Sequence[list[dict]],
+    value_model: PreTrainedModel,
     *,
-    policy_tokenizer: PreTrainedTokenizerBase | None = None,
+    formatter: Formatter | None = None,
     **options: Any,
 ) -> Any:
     """
-    TRL's `PPOTrainer` with a DMoERM as its reward model, after the checks that PPO itself does not make, as a
-    [`~dmoerm_trl.rl.ppo_trainer.ResumablePPOTrainer`].
+    Build TRL's `PPOTrainer` with a DMoERM as its reward model, after the checks that PPO itself does not make; it is a
+    [`~dmoerm_trl.rl.ppo_trainer.ResumablePPOTrainer`]. The arguments are those of `PPOTrainer`, in its order.
 
     Args:
-        policy (`PreTrainedModel`): a causal language model; its frozen copy is the reference.
-        value_model (`PreTrainedModel`): a sequence classification model with one label, trained along; see
-            [`~dmoerm_trl.rl.routes.value_model_of`].
-        reward_model (`PreTrainedModel`): the DMoERM, or any other reward model.
-        prompts (`Sequence[list[dict]]`): turns, the last of the user. The formatter turns them into tokens, as it did in
-            the reward model's training.
-        formatter (`Formatter`): the reward model's.
-        args (`PPOConfig`): as TRL's. Without `stop_token` it becomes `"eos"`: a response that goes on after its end could
-            open a new turn and choose its own judge.
-        policy_tokenizer (`PreTrainedTokenizerBase`, *optional*): the policy's own, compared with the formatter's; without
-            it the formatter's is taken for the policy too.
-        options: `top_p` of the rollout, and further arguments of `PPOTrainer`, such as `ref_model` and `callbacks`.
+        args (`PPOConfig`): TRL's. Without `stop_token` it becomes `"eos"`: a response that goes on after its end could open a new
+            turn and choose its own judge.
+        processing_class (`PreTrainedTokenizerBase`): Tokenizer of the policy; it has to agree with the reward model's.
+        model (`PreTrainedModel`): The policy, a causal language model.
+        ref_model (`PreTrainedModel`, *optional*): The reference; a frozen copy of the policy if None.
+        reward_model (`PreTrainedModel`): The DMoERM, a [`~dmoerm_trl.scoring.ensemble.RewardEnsemble`], or any other reward model.
+        train_dataset (`Sequence[list[dict]]`): Prompts as turns, the last of the user. The formatter turns them into tokens, as in the
+            reward model's training.
+        value_model (`PreTrainedModel`): A sequence classification model with one label, trained along; see
+            [`~dmoerm_trl.rl.value_model.value_model_from`].
+        formatter (`Formatter`, *optional*): The reward model's, if its tokenizer is another object than the policy's.
+        options: `top_p` of the rollout, and further arguments of `PPOTrainer`, such as `callbacks`.
 
     Raises:
-        ImportError: if this TRL has no PPO.
-        ValueError: if `args` has a key that PPO does not read, or the tokenizers do not agree with each other, with the reward
+        ImportError: If this TRL has no PPO.
+        ValueError: If `args` has a key that PPO does not read, or the tokenizers do not agree with each other, with the reward
             model's training, or with the chat template on how a turn ends.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import DMoERMForSequenceClassification, ppo_config, ppo_trainer, value_model_from
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy = AutoModelForCausalLM.from_pretrained("runs/demo/base", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained("runs/demo/base")
+    reward_model = DMoERMForSequenceClassification.from_pretrained("runs/demo/model")
+    args = ppo_config()(output_dir="runs/ppo", total_episodes=2, per_device_train_batch_size=2, response_length=4, bf16=False,
+                        gradient_checkpointing=False, num_sample_generations=0, num_mini_batches=1, save_strategy="no", report_to="none")
+    prompts = [[{"role": "user", "content": text}] for text in ("I feel a bit lonely.", "Tell me a story.")]
+    ppo_trainer(args, tokenizer, policy, None, reward_model, prompts, value_model_from(reward_model, "chitchat")).train()
+    ```
     """
-    ppo_classes()
+    ppo_config()
     from .ppo_trainer import ResumablePPOTrainer
 
+    torch.backends.cuda.matmul.allow_tf32 = True  # the weights are fp32
     check_arguments(args)
     if args.stop_token is None and args.stop_token_id is None:
         args.stop_token = "eos"
-    tokenizer = copy.deepcopy(formatter.tokenizer if policy_tokenizer is None else policy_tokenizer)
+    members = [
+        member
+        for member in getattr(reward_model, "members", [reward_model])
+        if isinstance(member, DMoERMForSequenceClassification)
+    ]
+    if formatter is None and members:
+        formatter = Formatter.for_model(members[0].config, processing_class, sys.maxsize)
+    elif formatter is None:
+        formatter = Formatter(processing_class, sys.maxsize)
+    tokenizer = copy.deepcopy(processing_class)
     tokenizer.padding_side = "left"
     fix_date(tokenizer)  # as the formatter does in the reward model's
-    for member in getattr(reward_model, "members", [reward_model]):
-        if isinstance(member, DMoERMForSequenceClassification):
-            formatter.check_model(member.config)
+    for member in members:
+        formatter.check_model(member.config)
     check_tokenizers(tokenizer, formatter.tokenizer)
     end = formatter.markers.end_of_turn[0]
     if args.stop_token == "eos" and tokenizer.eos_token_id != end:
@@ -199,13 +234,13 @@ def ppo_trainer(
             "chat template ends a turn, because PPO cuts a response at eos, and one that goes on could open a new turn and "
             "choose its own judge: set `eos_token` of the policy's and the reward model's tokenizer."
         )
-    dataset = prompt_dataset(prompts, formatter)
+    dataset = prompt_dataset(train_dataset, formatter)
     options.setdefault("eval_dataset", dataset)  # PPOTrainer needs one, whether it evaluates or not
-    options.setdefault("ref_model", None)
     return ResumablePPOTrainer(
         args=args,
         processing_class=tokenizer,
-        model=policy,
+        model=model,
+        ref_model=ref_model,
         reward_model=reward_model,
         value_model=value_model,
         train_dataset=dataset,

@@ -16,18 +16,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint, unset_hf_deepspeed_config
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-from ..modeling.modeling import DMoERMForSequenceClassification, DMoERMModel
-from ..training.checkpoints import check_checkpoint
-from ..training.distributed import (
-    asks_for_fsdp,
-    check_engine,
-    check_installed,
-    processes,
-    start_deepspeed,
-)
-from .ensemble import RewardEnsemble
-from .sampling import nucleus_rollout
-from .whole import whole
+from ..distributed.engines import check_engine, check_installed, start_deepspeed, wants_fsdp
+from ..distributed.processes import processes
+from ..distributed.sharding import unsharded
+from ..generation.log_probs import nucleus_rollout
+from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification, DMoERMModel
+from ..scoring.ensemble import RewardEnsemble
+from ..training.checkpoints import check_checkpoint, last_checkpoint
 
 
 @dataclass
@@ -64,7 +59,7 @@ class ResumablePPOTrainer(PPOTrainer):
     `eps` counts the episodes before the kill too.
 
     Args:
-        top_p (`float`): of the rollout, see [`~dmoerm_trl.rl.sampling.nucleus_rollout`].
+        top_p (`float`): of the rollout, see [`~dmoerm_trl.generation.log_probs.nucleus_rollout`].
         kwargs: as of `PPOTrainer`, by name.
 
     Raises:
@@ -83,7 +78,7 @@ class ResumablePPOTrainer(PPOTrainer):
         with _reward_models_left_alone():
             super().__init__(**kwargs)
         check_engine(self)
-        if asks_for_fsdp(self):
+        if wants_fsdp(self):
             raise ValueError(
                 "got FSDP, need DeepSpeed or plain data parallelism, because PPOTrainer gives its models to no other engine: "
                 "take recipes/accelerate/deepspeed.yaml."
@@ -95,16 +90,18 @@ class ResumablePPOTrainer(PPOTrainer):
         self.is_fsdp_xla_v1_enabled = self.is_distributed_loading_by_transformers = False
         self.model._keys_to_ignore_on_save = None  # loading a policy with tied weights asks for it
 
-    def train(self, resume_from_checkpoint: str | os.PathLike | None = None) -> None:
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None) -> None:
         """
         Args:
-            resume_from_checkpoint (`str`, *optional*): a folder `checkpoint-N` of this run; see
-                [`~dmoerm_trl.training.checkpoints.last_checkpoint`].
+            resume_from_checkpoint (`str` or `bool`, *optional*): A folder `checkpoint-N` of this run, or True for the last whole one in
+                `output_dir`, if there is one.
 
         Raises:
             ValueError: if the checkpoint is of a run with other numbers of steps or episodes, or under another ZeRO stage or,
                 with ZeRO, on another number of processes.
         """
+        if isinstance(resume_from_checkpoint, bool):
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir) if resume_from_checkpoint else None
         set_seed(self.local_seed)
         batches = self.dataloader
         self.dataloader = _in_order(batches, self.args.seed)
@@ -139,7 +136,7 @@ class ResumablePPOTrainer(PPOTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with whole(self.value_model):
+        with unsharded(self.value_model):
             if self.args.should_save:  # before TRL's, which writes the file that marks a whole checkpoint last
                 self.value_model.save_pretrained(folder / "value_model")
         super()._save_checkpoint(model, trial)
@@ -147,7 +144,7 @@ class ResumablePPOTrainer(PPOTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         before = self.model, self.is_deepspeed_enabled
         self.model, self.is_deepspeed_enabled = self.policy_model, False
-        with whole(self.policy_model):
+        with unsharded(self.policy_model):
             super().save_model(output_dir, _internal_call)
         self.model, self.is_deepspeed_enabled = before
 
@@ -165,7 +162,7 @@ class ResumablePPOTrainer(PPOTrainer):
 
 @contextmanager
 def _reward_models_left_alone() -> Iterator[None]:
-    """Within it PPOTrainer puts no engine of DeepSpeed around our reward models; [`~dmoerm_trl.modeling.dividing`] says why."""
+    """Within it PPOTrainer puts no engine of DeepSpeed around our reward models; [`~dmoerm_trl.distributed.sharding`] says why."""
     prepare = ppo_trainer.prepare_deepspeed
 
     def prepare_others(model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -188,7 +185,7 @@ def _place(reward_model: nn.Module, accelerator: Accelerator) -> None:
                 for weight in module.backbones.parameters():  # not buffers: positions need fp32
                     weight.data = weight.data.to(torch.bfloat16)
             if plugin.zero_stage == 3:
-                module.divide(plugin.deepspeed_config)  # weight by weight, so before they are all on one device
+                module.shard(plugin.deepspeed_config)  # weight by weight, so before they are all on one device
             module.to(accelerator.device)
 
 

@@ -1,19 +1,17 @@
 """Which of a DMoERM's tasks the prompts of a run need; the others' inner models are not kept in memory."""
 
-import copy
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..data.formatting import Formatter
-from ..evaluation.scoring import route_encodings
-from ..modeling.assembly import base_reward_model
-from ..modeling.modeling import DMoERMForSequenceClassification
-from ..modeling.placing import PlacedBases
+from ..modeling.base_placement import PlacedBases
+from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
+from ..scoring.batch import route_encodings
+from ..scoring.ensemble import RewardEnsemble
 
 
 def routed_tasks(
@@ -23,6 +21,15 @@ def routed_tasks(
     Task -> how many of the prompts the router sends there, the most frequent first. Tasks without any are absent.
 
     It runs where the router is, which may be moved to a device by itself, and needs no base.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import load_reward_model, routed_tasks
+
+    model, formatter = load_reward_model("runs/demo/model", max_length=512)
+    routed_tasks(model, [[{"role": "user", "content": "Hello?"}]], formatter)
+    ```
     """
     encodings = [formatter.encode(prompt, "") for prompt in prompts]
     routes = route_encodings(model, encodings, pad_token_id=formatter.tokenizer.pad_token_id).argmax(1)
@@ -37,6 +44,15 @@ def keep_tasks(model: DMoERMForSequenceClassification, tasks: Sequence[str]) -> 
 
     Of a model that was loaded with `resident_tasks`, the kept bases are read now, and the others never. The model can no
     longer be saved.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import DMoERMForSequenceClassification, keep_tasks
+
+    model = DMoERMForSequenceClassification.from_pretrained("runs/demo/model")
+    keep_tasks(model, ["chitchat"])
+    ```
     """
     if unknown := [task for task in tasks if task not in model.config.tasks]:
         raise ValueError(f"got the tasks {unknown}, need some of {list(model.config.tasks)}.")
@@ -51,25 +67,42 @@ def keep_tasks(model: DMoERMForSequenceClassification, tasks: Sequence[str]) -> 
     )
 
 
+def keep_needed_tasks(
+    reward_model: DMoERMForSequenceClassification | RewardEnsemble,
+    prompts: Sequence[list[dict]],
+    formatter: Formatter,
+    device: torch.device | str = "cpu",
+) -> dict[str, int]:
+    """
+    Free the bases and experts of all tasks that none of the prompts is routed to; see [`keep_tasks`].
+
+    Args:
+        device (`torch.device`): Device to which the router is moved, since it reads all prompts.
+
+    Returns:
+        `dict[str, int]`: [`routed_tasks`], of an ensemble those of the last member.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import keep_needed_tasks, load_reward_model
+
+    reward_model, formatter = load_reward_model("runs/demo/model", max_length=512)
+    tasks = keep_needed_tasks(reward_model, [[{"role": "user", "content": "Hello?"}]], formatter)
+    ```
+    """
+    routed: dict[str, int] = {}
+    for member in getattr(reward_model, "members", [reward_model]):
+        if member.model.router is not None:
+            member.model.router.to(device)
+        routed = routed_tasks(member, prompts, formatter)
+        keep_tasks(member, list(routed))
+    return routed
+
+
 def _left_out(kept: list[str], key: str, device: torch.device) -> PreTrainedModel:
     """To ask for a base that was freed is an error that says why it is not there."""
     raise ValueError(
         f"got a prompt that the router sends to the task {key!r}, which was left out to save memory, need one of "
         f"{kept}: give all prompts to `routed_tasks` before `keep_tasks`, or keep this task too."
     )
-
-
-def value_model_of(model: DMoERMForSequenceClassification, task: str) -> PreTrainedModel:
-    """
-    A value model for PPO that starts from a task's base, as it left phase 1, with copies of the weights, in fp32.
-
-    Its head is zero, so that all values start at 0, the mean of normalised rewards.
-    """
-    base = base_reward_model(model, task)
-    backbone = base.model.backbones[base.model.backbone_key(task)]
-    config = copy.deepcopy(backbone.config)
-    config.num_labels = 1
-    value_model = AutoModelForSequenceClassification.from_config(config)
-    getattr(value_model, value_model.base_model_prefix).load_state_dict(backbone.state_dict())
-    nn.init.zeros_(value_model.score.weight)
-    return value_model.float()

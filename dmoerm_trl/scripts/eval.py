@@ -2,19 +2,10 @@
 
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..arguments import Parser
-from ..data.rows import load_rows, merge_same_tokens
-from ..evaluation.methods import method_scores
-from ..evaluation.table import Table, consistency_table
-from ..labelling.budget import Budget
-from ..labelling.generative import check_rounds, generative_verdicts
-from ..labelling.judges import JudgeError, judge_from_config
-from ..tasks import check_name, slug
-from ..training.pipeline import Pipeline
 from ..training.recipe import Recipe
 
 
@@ -53,91 +44,14 @@ class EvalArguments:
             )
 
 
-def evaluate(
-    run: Pipeline,
-    rows: str | None = None,
-    resamples: int = 1000,
-    *,
-    judges: Mapping[str, Mapping[str, Any]] | None = None,
-    max_rounds: int = 1,
-    max_calls: int | None = None,
-    stop_early: bool = True,
-) -> Table:
-    """
-    The consistency table of a finished training, saved as `consistency.md` and `consistency.json` in its folder.
-
-    Args:
-        rows (`str`, *optional*): other rows than the run's test rows.
-        judges (`Mapping`, *optional*): name of a row of the table -> a judge's settings, for the generative baseline of
-            appendix B.3.3; see [`~dmoerm_trl.labelling.generative.generative_verdicts`]. Its answers lie in `judges/`, and
-            none is asked for twice.
-        max_rounds (`int`), max_calls (`int`, *optional*), stop_early (`bool`): of each judge.
-
-    Raises:
-        FileNotFoundError: if the training is not finished.
-        JudgeError: if a judge could not be asked to the end. The table without it is printed and saved by then, and what it
-            answered is there for the next time.
-        ValueError: for a judge named as a method is, or with settings that it does not have.
-    """
-    if not run.finished:
-        raise FileNotFoundError(
-            f"{run.root}: the training is not finished, need its models: run `dmoerm train` first."
-        )
-    asked = {name: judge_from_config(settings) for name, settings in (judges or {}).items()}
-    Budget(max_calls)  # so that a mistake is found before the methods are scored
-    for name, judge in asked.items():
-        check_name(name, "a judge")
-        check_rounds(judge, max_rounds)
-    if rows is None:
-        evaluated = run.rows("test")
-    else:
-        evaluated, report = load_rows(rows, tasks=run.tasks, on_error=run.recipe.on_error)
-        print(report)
-        evaluated, same = merge_same_tokens(evaluated, run.formatter.encode_rows(evaluated)[0])
-        if same:
-            print(f"{same} labelled pairs left out: their responses are the same tokens")
-    ranked = [row for row in evaluated if row.pairs_of()]
-    if len(ranked) < len(evaluated):
-        print(f"{len(evaluated) - len(ranked)} of {len(evaluated)} rows left out: without an overall preference")
-        evaluated = ranked
-    if not evaluated:
-        raise ValueError(
-            f"{rows or run.root / 'data'}: got no row with an overall preference, need one to compare with."
-        )
-    scores = method_scores(run, evaluated)
-
-    def saved() -> Table:
-        table = consistency_table(scores, evaluated, list(run.tasks.tasks), resamples=resamples)
-        table.save(run.root / "consistency")
-        return table
-
-    table = saved()
-    if taken := [name for name in asked if name in scores]:
-        raise ValueError(f"`judges`: got the names {taken}, which are methods of the table, need other ones.")
-    for name, judge in asked.items():
-        print(f"before asking {name}:\n{table.to_markdown()}")  # all that there is if it fails
-        answers = run.root / "judges" / f"{slug(name)}.sqlite"
-        answers.parent.mkdir(exist_ok=True)
-        try:
-            verdicts = generative_verdicts(
-                judge,
-                evaluated,
-                max_rounds=max_rounds,
-                answers=answers,
-                budget=Budget(max_calls),
-                stop_early=stop_early,
-            )
-        except JudgeError as error:
-            raise JudgeError(f"{name}: {error}") from error
-        print(f"{name}: {verdicts}")
-        scores[name] = verdicts.scores
-        table = saved()
-    return table
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = Parser((EvalArguments, Recipe), prog="dmoerm eval", description=__doc__)
     arguments, recipe = parser.parse(argv)
+
+    from ..commands.evaluate import evaluate
+    from ..labelling.judges import JudgeError
+    from ..training.pipeline import Pipeline
+
     run = Pipeline(recipe)
     try:
         print(evaluate(run, **vars(arguments)).to_markdown())

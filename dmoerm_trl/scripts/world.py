@@ -3,9 +3,6 @@
 from dataclasses import dataclass, field
 
 from ..arguments import Parser
-from ..data.rows import write_rows
-from ..data.world import World
-from ..files import check_writable
 
 
 @dataclass
@@ -26,6 +23,11 @@ class WorldArguments:
 
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = Parser((WorldArguments,), prog="dmoerm world", description=__doc__).parse(argv)
+
+    from ..data.rows import write_rows
+    from ..demo.world import World
+    from ..files import check_writable
+
     check_writable(arguments.output)
     world = World(arguments.seed)
     rows = world.rows(arguments.rows_per_task, arguments.rows_of_others)

@@ -10,8 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer
 
+from ..distributed.processes import is_main, wait_for_all
 from ..files import read_json, write_json
-from .distributed import is_main, wait_for_all
 
 CUT_OFF = "a file that was cut off or is of another kind"
 
@@ -129,7 +129,7 @@ def _state(checkpoint: str | Path) -> dict[str, Any]:
 def _is_readable(path: Path) -> bool:
     """Whether a file is there to its end, by its own list of what is in it."""
     if path.suffix == ".safetensors":
-        return is_whole(path)
+        return is_complete(path)
     if path.suffix == ".json":
         return path.is_file() and _is_json(path)
     return path.is_file() and zipfile.is_zipfile(path)
@@ -143,7 +143,7 @@ def _is_json(path: Path) -> bool:
         return False
 
 
-def is_whole(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
     """Whether a safetensors file is there to its end."""
     try:
         with safe_open(path, "pt"):

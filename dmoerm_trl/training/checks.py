@@ -8,10 +8,10 @@ import psutil
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..data.formatting import Formatter
-from ..modeling.configuration import DMoERMConfig
+from ..modeling.configuration_dmoerm import DMoERMConfig
 from ..modeling.experts import check_target_modules
-from ..modeling.loading import loading
-from ..modeling.modeling import DMoERMForSequenceClassification
+from ..modeling.load_errors import loading
+from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from ..modeling.positions import check_positions
 from ..tasks import OVERALL, TaskTable, slug
 from .recipe import Recipe

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from .stages import Manifest, Record, Stage, differences, identities
+from .stages import Manifest, Stage, StageRecord, differences, identities
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Growth:
 
     @classmethod
     def of(
-        cls, stages: Mapping[str, Stage], records: Mapping[str, Record], finished: Manifest, data: Iterable[str]
+        cls, stages: Mapping[str, Stage], records: Mapping[str, StageRecord], finished: Manifest, data: Iterable[str]
     ) -> "Growth":
         """
         Args:

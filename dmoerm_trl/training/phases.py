@@ -19,70 +19,24 @@ from transformers import Trainer, set_seed
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..data.formatting import Encoding, Formatter
-from ..data.rows import PreferenceRow, merge_same_tokens
-from ..evaluation.scoring import map_encodings, score_encodings
+from ..data.rows import PreferenceRow
+from ..distributed.engines import start_deepspeed
 from ..modeling.assembly import add_experts_to
-from ..modeling.configuration import DMoERMConfig
+from ..modeling.boundaries import find_spans
+from ..modeling.configuration_dmoerm import DMoERMConfig
+from ..modeling.initial_weights import load_initial_weights
 from ..modeling.inner import InnerModel
-from ..modeling.modeling import DMoERMForSequenceClassification
+from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from ..modeling.pretrained import DMoERMPreTrainedModel, check_finite
-from ..modeling.quantised import check_full_precision
+from ..modeling.quantization import check_full_precision
 from ..modeling.router import Router
-from ..modeling.spans import find_spans
-from ..modeling.starting import load_start
+from ..scoring.batch import map_encodings, score_encodings
 from ..tasks import slug
-from .distributed import is_main, start_deepspeed
-from .experts import Experts, ExpertsTrainer, history_of, untrained_experts
-from .trainer import PhaseConfig, fit, train
+from .experts_trainer import Experts, ExpertsTrainer, history_of, untrained_experts
+from .ranked_dataset import labelled_encodings, ranked_dataset
+from .ranked_trainer import RankedRewardConfig, fit, train_or_resume
 
 History = list[dict[str, Any]]
-
-
-def ranked_dataset(
-    rows: Sequence[PreferenceRow], formatter: Formatter, points: Sequence[str] | None = None
-) -> Dataset:
-    """
-    The rows as [`RankedRewardTrainer`] takes them; as [`ExpertsTrainer`] does where there are points.
-
-    Args:
-        points (`Sequence[str]`, *optional*): take the labels of these capability points in place of the overall ranks, and
-            only the rows that have a pair of some point.
-
-    Raises:
-        ValueError: if no row has a pair, or none of one of the points.
-    """
-    encodings, pairs = _labelled(rows, formatter, [None] if points is None else points)
-    return Dataset.from_dict(
-        {
-            "input_ids": [[encoding.input_ids for encoding in row] for row in encodings],
-            "prompt_lengths": [[encoding.prompt_length for encoding in row] for row in encodings],
-            "pairs": pairs,
-        }
-    )
-
-
-def _labelled(
-    rows: Sequence[PreferenceRow], formatter: Formatter, points: Sequence[str | None]
-) -> tuple[list[list[Encoding]], list[list[list[int]]]]:
-    """
-    The responses of the rows that have a pair of some point (None: of the overall preference), and their `pairs` of
-    [`collate_ranked`]. Two responses that are the same tokens are no pair, which is counted and said.
-    """
-    kept = [row for row in rows if any(row.pairs_of(point) for point in points)]
-    encodings, _ = formatter.encode_rows(kept)
-    kept, same = merge_same_tokens(kept, encodings)
-    if same and is_main():
-        print(f"{same} labelled pairs are not trained on: their responses are the same tokens")
-    pairs = [[[i, *pair] for i, point in enumerate(points) for pair in row.pairs_of(point)] for row in kept]
-    found = {i for of_row in pairs for i, _, _ in of_row}
-    for i, point in enumerate(points):
-        if i not in found:
-            raise ValueError(
-                f"got {len(rows)} rows and none with a pair of {point or 'the overall preference'}, need one in which a "
-                "response is better than another because there is nothing to learn without: label the rows."
-            )
-    kept = [i for i, of_row in enumerate(pairs) if of_row]
-    return [encodings[i] for i in kept], [pairs[i] for i in kept]
 
 
 def train_router(
@@ -91,7 +45,7 @@ def train_router(
     train_rows: Sequence[PreferenceRow],
     eval_rows: Sequence[PreferenceRow],
     formatter: Formatter,
-    args: PhaseConfig,
+    args: RankedRewardConfig,
     *,
     num_layers: int | None = None,
     balance: float = 0.0,
@@ -110,6 +64,18 @@ def train_router(
     Raises:
         ValueError: if the backbone has fewer layers, or a weight that is not finite, for a budget of tokens, or a `balance`
             that is not within 0 and 1.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import Formatter, RankedRewardConfig, load_rows, train_router
+    from transformers import AutoTokenizer
+
+    rows, _ = load_rows("runs/demo/data/test.jsonl")
+    formatter = Formatter(AutoTokenizer.from_pretrained("runs/demo/base"), max_length=512)
+    args = RankedRewardConfig("runs/router", max_steps=1, eval_steps=1)
+    router, history = train_router("runs/demo/base", ["chitchat", "roleplay"], rows, rows, formatter, args)
+    ```
     """
     if not 0 <= balance <= 1:
         raise ValueError(f"got balance={balance}, need 0 (each row weighs the same) to 1 (each task does).")
@@ -119,7 +85,7 @@ def train_router(
             "router is prompts alone: set `per_device_train_batch_size`."
         )
     set_seed(args.seed)
-    backbone = load_start(base, trust_remote_code=trust_remote_code, num_layers=num_layers).backbone
+    backbone = load_initial_weights(base, trust_remote_code=trust_remote_code, num_layers=num_layers).backbone
     check_finite(backbone)
     router = Router(DMoERMConfig(tasks={task: [] for task in tasks}, router_config=backbone.config), backbone)
     for module in router.modules():
@@ -163,7 +129,7 @@ def train_router(
         compute_metrics=metrics,
         callbacks=args.callbacks,
     )
-    train(trainer)
+    train_or_resume(trainer)
     return router.eval(), trainer.state.log_history
 
 
@@ -196,7 +162,7 @@ def phase1(
     train_rows: Sequence[PreferenceRow],
     eval_rows: Sequence[PreferenceRow],
     formatter: Formatter,
-    args: PhaseConfig,
+    args: RankedRewardConfig,
     *,
     trust_remote_code: bool = False,
     **config: Any,
@@ -207,6 +173,18 @@ def phase1(
 
     Args:
         config: further arguments of [`DMoERMConfig`].
+
+    Example:
+
+    ```python
+    from dmoerm_trl import Formatter, RankedRewardConfig, load_rows, phase1
+    from transformers import AutoTokenizer
+
+    rows, _ = load_rows("runs/demo/data/test.jsonl")
+    formatter = Formatter(AutoTokenizer.from_pretrained("runs/demo/base"), max_length=512)
+    args = RankedRewardConfig("runs/phase1", max_steps=1, eval_steps=1)
+    base, history = phase1("runs/demo/base", "chitchat", rows, rows, formatter, args)
+    ```
     """
     set_seed(args.seed)
     model = DMoERMForSequenceClassification.from_base(
@@ -227,7 +205,7 @@ def phase2(
     train_rows: Sequence[PreferenceRow],
     eval_rows: Sequence[PreferenceRow],
     formatter: Formatter,
-    args: PhaseConfig,
+    args: RankedRewardConfig,
 ) -> tuple[DMoERMForSequenceClassification, dict[str, History]]:
     """
     Trains LoRA experts, one a capability point, all on one stream of the rows that have labels of some of the points. An
@@ -246,6 +224,17 @@ def phase2(
 
     Raises:
         ValueError: for a quantised base under DeepSpeed.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import RankedRewardConfig, base_reward_model, load_reward_model, load_rows, phase2
+
+    model, formatter = load_reward_model("runs/demo/model", max_length=512)
+    rows, _ = load_rows("runs/demo/data/test.jsonl")
+    args = RankedRewardConfig("runs/phase2", max_steps=1, eval_steps=1)
+    experts, histories = phase2(base_reward_model(model, "chitchat"), ["empathy ability"], rows, rows, formatter, args)
+    ```
     """
     if args.deepspeed_plugin is not None:
         check_full_precision(base, "train experts on under DeepSpeed")
@@ -253,7 +242,7 @@ def phase2(
     model = untrained_experts(base, points, args.seed)
     datasets = [ranked_dataset(rows, formatter, points) for rows in (train_rows, eval_rows)]
     trainer = ExpertsTrainer(Experts(model), args, *datasets, formatter.tokenizer)
-    train(trainer)
+    train_or_resume(trainer)
     return model.eval(), {point: history_of(trainer.state.log_history, point) for point in points}
 
 
@@ -263,7 +252,7 @@ def phase3(
     train_rows: Sequence[PreferenceRow],
     eval_rows: Sequence[PreferenceRow],
     formatter: Formatter,
-    args: PhaseConfig,
+    args: RankedRewardConfig,
     *,
     unit_variance: bool = False,
 ) -> tuple[DMoERMForSequenceClassification, History]:
@@ -277,6 +266,19 @@ def phase3(
 
     Returns:
         The inner model, a model of its own with one task, and the log history.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import RankedRewardConfig, base_reward_model, export_expert, load_reward_model, load_rows, phase3
+
+    model, formatter = load_reward_model("runs/demo/model", max_length=512)
+    export_expert(model, "chitchat", "empathy ability", "runs/expert")
+    rows, _ = load_rows("runs/demo/data/test.jsonl")
+    args = RankedRewardConfig("runs/phase3", max_steps=1, eval_steps=1)
+    adapters = {"empathy ability": "runs/expert"}
+    inner, history = phase3(base_reward_model(model, "chitchat"), adapters, rows, rows, formatter, args)
+    ```
     """
     (task,) = base.config.tasks
     set_seed(args.seed)
@@ -284,7 +286,7 @@ def phase3(
     encodings: list[Encoding] = []
     datasets = []
     for rows in (train_rows, eval_rows):
-        (of_rows, pairs), texts = _labelled(rows, formatter, [None]), []
+        (of_rows, pairs), texts = labelled_encodings(rows, formatter, [None]), []
         for row in of_rows:
             texts.append(list(range(len(encodings), len(encodings) + len(row))))
             encodings += row

@@ -19,23 +19,21 @@ from tqdm.auto import tqdm
 
 from ..data.formatting import Formatter
 from ..data.rows import PreferenceRow, load_rows
-from ..files import read_json, write_json
-from ..folders import held
+from ..distributed.processes import check_joined, is_main, processes, start_worker, wait_for_all
+from ..files import locked_folder, read_json, write_json
 from ..modeling.assembly import assemble, export_expert, with_task
 from ..modeling.card import write_model_card
-from ..modeling.modeling import DMoERMForSequenceClassification
-from ..modeling.quantised import quantization
+from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
+from ..modeling.quantization import quantization
 from ..modeling.router import Router
 from ..tasks import OVERALL, slug
-from ..workers import start_worker
 from .checks import check_models, check_places, formatter_of
-from .distributed import check_joined, is_main, processes, wait_for_all
 from .growth import Growth
 from .phases import normalise, phase1, phase2, phase3, train_router
 from .recipe import DEFAULTS, Recipe
 from .rehearsal import rehearse
 from .run_data import DIGESTS, RunData, parts_of, read_run_data
-from .stages import History, Manifest, Record, Stage, identities, identity, records
+from .stages import History, Manifest, Stage, StageRecord, identities, identity, stage_records
 
 
 class Pipeline:
@@ -60,6 +58,15 @@ class Pipeline:
     A finished stage stays if it is made of the same as the recipe says now; see [`~dmoerm_trl.training.growth.Growth`].
 
     Of several processes, started by a launcher, all train each stage together; the main one alone writes.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import Pipeline, Recipe
+
+    run = Pipeline(Recipe("runs/mine", "runs/demo/base", "runs/demo/data/test.jsonl"))
+    run.trainings[:2]  # run.run() trains all of them, or those that are left
+    ```
     """
 
     def __init__(self, recipe: Recipe):
@@ -355,7 +362,7 @@ class Pipeline:
         )
 
     def _growth(self, finished: Manifest, digests: dict[str, Any], changed: Sequence[str]) -> Growth:
-        return Growth.of(self.stages, records(self.stages, digests), finished, changed)
+        return Growth.of(self.stages, stage_records(self.stages, digests), finished, changed)
 
     def _digests_of(self, finished: Manifest) -> dict[str, Any]:
         """Those of the finished stages' rows."""
@@ -425,7 +432,7 @@ class Pipeline:
         meanwhile. The folder is a run's from its first finished stage on; until then the recipe may change at will.
         """
         check_joined(self.recipe.workers)
-        with held(self.root):
+        with locked_folder(self.root):
             self.check()
             finished = Manifest(self.root)
             done = {name for name in self.stages if self._done(name)}
@@ -532,9 +539,9 @@ class Pipeline:
         path = self.root / "data" / DIGESTS
         return read_json(path, f"put it back, or delete {path.parent} to read the rows anew") if path.is_file() else {}
 
-    def _record(self, name: str) -> Record:
+    def _record(self, name: str) -> StageRecord:
         """What a stage is made of."""
-        return records(self.stages, self._digests)[name]
+        return stage_records(self.stages, self._digests)[name]
 
     def _work_folder(self, name: str) -> Path:
         """Where a stage is made: the checkpoints of other settings are elsewhere."""

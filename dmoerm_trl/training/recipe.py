@@ -1,16 +1,17 @@
 """What `dmoerm train --config recipe.yaml` reads."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from ..arguments import fit
 from ..files import file_digest
-from ..modeling.quantised import quantization
 from ..tasks import OVERALL, TaskTable
-from .trainer import PhaseConfig
+
+if TYPE_CHECKING:  # the options are listed without it, which takes seconds to import
+    from .ranked_trainer import RankedRewardConfig
 
 
 @dataclass
@@ -18,7 +19,15 @@ class Recipe:
     """
     One whole training: data, model, the router, the three phases, the baselines. Each key can stand in a YAML file or on
     the command line (a stage's settings there as JSON); the keys of `router`, `phase1`, `phase2`, `phase3` and `baselines` are those of
-    [`~dmoerm_trl.training.trainer.PhaseConfig`], which are those of TRL's `RewardConfig`.
+    [`~dmoerm_trl.training.ranked_trainer.RankedRewardConfig`], which are those of TRL's `RewardConfig`.
+
+    Example:
+
+    ```python
+    from dmoerm_trl import Recipe
+
+    recipe = Recipe("runs/mine", "runs/demo/base", "runs/demo/data/test.jsonl", phase1={"learning_rate": 1e-5})
+    ```
     """
 
     output_dir: str = field(metadata={"help": "Folder of the run. A run that was killed goes on there."})
@@ -136,6 +145,8 @@ class Recipe:
             setattr(self, stage, settings)
         for stage in DEFAULTS:
             self.phase(stage, output_dir=self.output_dir)
+        from ..modeling.quantization import quantization
+
         if quantization(self.load_in_4bit, self.load_in_8bit) and self.phase2.get("deepspeed"):  # not after phase 1
             raise ValueError(
                 f"`phase2` of the recipe: got deepspeed={self.phase2['deepspeed']!r} and a quantised base, need one of them, "
@@ -157,7 +168,7 @@ class Recipe:
         names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers")
         return {name: getattr(self, name) for name in (*names, "aggregator_hidden_size", "activation", "share_base")}
 
-    def phase(self, stage: str, output_dir: str, seed: int | None = None, **more: Any) -> PhaseConfig:
+    def phase(self, stage: str, output_dir: str, seed: int | None = None, **more: Any) -> "RankedRewardConfig":
         """
         The training arguments of one stage: its defaults, overridden by the recipe.
 
@@ -168,7 +179,9 @@ class Recipe:
         Raises:
             ValueError: if the recipe sets a key that training arguments do not have, or a value that they cannot have.
         """
-        fields = PhaseConfig.__dataclass_fields__
+        from .ranked_trainer import RankedRewardConfig
+
+        names = {field.name for field in fields(RankedRewardConfig)}
         if lost := [name for name in ("save_only_model", "ignore_data_skip") if getattr(self, stage).get(name)]:
             raise ValueError(
                 f"`{stage}` of the recipe: got {lost[0]}=True, need False, because a run that was killed would not go on as it was."
@@ -178,7 +191,7 @@ class Recipe:
                 f"`{stage}` of the recipe: got {tokenizers}, need one tokenizer for all stages, because texts are tokenised once: "
                 "set it in the base model's folder."
             )
-        if unknown := set(getattr(self, stage)) - set(fields) | set(getattr(self, stage)) & set(TOP_LEVEL):
+        if unknown := set(getattr(self, stage)) - names | set(getattr(self, stage)) & set(TOP_LEVEL):
             raise ValueError(
                 f"`{stage}` of the recipe: got the unknown keys {sorted(unknown)}, need arguments of trl.RewardConfig "
                 f"(such as learning_rate, num_train_epochs, per_device_train_batch_size) or `patience`; {TOP_LEVEL} are "
@@ -192,14 +205,16 @@ class Recipe:
                 raise ValueError(f"`{stage}` of the recipe: got {name}={value!r}, need {error}.") from error
         seed = self.seed if seed is None else seed
         try:
-            return PhaseConfig(output_dir=output_dir, seed=seed, report_to=self.report_to, **settings)
+            return RankedRewardConfig(output_dir=output_dir, seed=seed, report_to=self.report_to, **settings)
         except UNUSABLE as error:
             raise ValueError(f"`{stage}` of the recipe: {_culprit(settings, output_dir)}{error}") from error
 
     def step_settings(self, stage: str, processes: int) -> dict[str, Any]:
         """A stage's settings on which its result depends; its step has its size, however it is divided over processes."""
+        from .ranked_trainer import RankedRewardConfig
+
         given = {**DEFAULTS[stage], **getattr(self, stage)}
-        own = {name: getattr(PhaseConfig, name) for name in DIVISION} | given
+        own = {name: getattr(RankedRewardConfig, name) for name in DIVISION} | given
         prompts, batches, _ = (own.pop(name) for name in DIVISION)
         kept = {name: own[name] for name in own.keys() & given.keys() - NOT_OF_THE_RESULT}
         size = batches * processes
@@ -224,9 +239,11 @@ class Recipe:
 
 def _culprit(settings: dict[str, Any], output_dir: str) -> str:
     """Names the setting that training arguments cannot have, whatever the others are, if there is one."""
+    from .ranked_trainer import RankedRewardConfig
+
     for name, value in settings.items():
         try:
-            PhaseConfig(output_dir=output_dir, **{name: value})
+            RankedRewardConfig(output_dir=output_dir, **{name: value})
         except UNUSABLE:
             return f"got {name}={value!r}: "
     return ""
@@ -234,7 +251,9 @@ def _culprit(settings: dict[str, Any], output_dir: str) -> str:
 
 @cache
 def _phase_hints() -> dict[str, Any]:
-    return get_type_hints(PhaseConfig)
+    from .ranked_trainer import RankedRewardConfig
+
+    return get_type_hints(RankedRewardConfig)
 
 
 def _share(value: float) -> bool:

@@ -18,9 +18,9 @@ from transformers.utils import logging
 
 from ..data.formatting import Formatter
 from ..data.preference_row import PreferenceRow
+from ..distributed.processes import is_main, processes, wait_for_all
 from ..modeling.assembly import export_expert, with_experts
-from ..modeling.modeling import DMoERMForSequenceClassification
-from .distributed import is_main, processes, wait_for_all
+from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from .phases import phase1, phase2, phase3, train_router
 from .recipe import Recipe
 

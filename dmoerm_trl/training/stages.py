@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ..files import file_digest, write_json
 
 History = list[dict[str, Any]]
-Record = dict[str, Any]
+StageRecord = dict[str, Any]
 """
 What a stage was made of: `settings`, those of the recipe on which it depends; `rows`, a digest of the rows that it reads, of a
 stage of experts one of each point's; `needs`, the [`identities`] of the trainings that it builds on.
@@ -29,14 +29,14 @@ class Stage(NamedTuple):
     rows: tuple[str, ...] = ()  # where the digest of what it reads stands in `RunData.digests`
 
 
-def records(stages: Mapping[str, Stage], digests: Mapping[str, Any]) -> dict[str, Record]:
+def stage_records(stages: Mapping[str, Stage], digests: Mapping[str, Any]) -> dict[str, StageRecord]:
     """
     What each stage is made of now.
 
     Args:
         digests (`Mapping`): those of the rows; of a stage whose digest is not there they are None.
     """
-    found: dict[str, Record] = {}
+    found: dict[str, StageRecord] = {}
     for name, stage in stages.items():
         rows: Any = digests if stage.rows else None
         for key in stage.rows:
@@ -51,19 +51,19 @@ def records(stages: Mapping[str, Stage], digests: Mapping[str, Any]) -> dict[str
     return found
 
 
-def identities(name: str, record: Record) -> dict[str, str]:
+def identities(name: str, record: StageRecord) -> dict[str, str]:
     """Each training of a stage -> what tells whether it is made of the same, with all that it builds on."""
     if isinstance(record["rows"], dict):
         return {f"{name}/{point}": identity({**record, "rows": rows}) for point, rows in record["rows"].items()}
     return {name: identity(record)}
 
 
-def identity(record: Record) -> str:
+def identity(record: StageRecord) -> str:
     """Tells records apart."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(before: Record, now: Record, data: Iterable[str]) -> list[str]:
+def differences(before: StageRecord, now: StageRecord, data: Iterable[str]) -> list[str]:
     """
     The keys of the recipe in which two records differ, but for what they build on.
 
@@ -127,7 +127,7 @@ class Manifest:
         """Whether a stage, or one of its trainings, is finished."""
         return (self.root / name / "history.json").is_file()
 
-    def record(self, name: str) -> Record:
+    def record(self, name: str) -> StageRecord:
         """
         Raises:
             ValueError: if the folder has a stage of which the manifest does not know.

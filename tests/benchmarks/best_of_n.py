@@ -23,8 +23,9 @@ import psutil
 import yaml
 from trl import TrlParser
 
-from dmoerm_trl.data.world import World
-from dmoerm_trl.scripts.demo import RECIPE, DemoArguments, held_out, make_world_and_base, reward_models
+from dmoerm_trl.commands.demo import held_out, make_world_and_base, reward_models
+from dmoerm_trl.demo.world import World
+from dmoerm_trl.scripts.demo import RECIPE, DemoArguments
 from dmoerm_trl.training.pipeline import Pipeline
 from dmoerm_trl.training.recipe import Recipe
 

@@ -41,7 +41,7 @@ def load(source: str, on_error: str, table: str, out: str) -> None:
 
 
 def load_prompts(source: str, out: str) -> None:
-    from dmoerm_trl.evaluation.response_files import read_prompts
+    from dmoerm_trl.generation.prompts import read_prompts
 
     rows = [{"prompt": row["prompt"], "task": row.get("task")} for row in read_prompts(source)]
     Path(out).write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -46,7 +46,7 @@ STAGE = {
 
 JUDGE = {
     "kind": [*NO_CHOICE, None],
-    "function": ["nowhere:f", "dmoerm_trl.labelling.weak:nothing", "no_colon", 3, "", None, "math:pi"],
+    "function": ["nowhere:f", "dmoerm_trl.labelling.heuristics:nothing", "no_colon", 3, "", None, "math:pi"],
     "funktion": ["x"],
 }
 
@@ -290,7 +290,7 @@ def recipe_of(material: Material, name: str) -> dict[str, Any]:
             | {"ensemble_size": 0}
         )
     if name == "label":
-        judge = {"kind": "function", "function": "dmoerm_trl.labelling.weak:content_richness"}
+        judge = {"kind": "function", "function": "dmoerm_trl.labelling.heuristics:content_richness"}
         return {"rows": str(folder / "unlabelled.jsonl"), "tasks": material.train["tasks"], "judge": judge}
     if name == "prepare":
         pairs = [

@@ -80,7 +80,7 @@ def turns_meant(prompt: Any) -> list[dict] | None:
         return None
     turns = [{"role": turn.get("role"), "content": text_meant(turn.get("content"))} for turn in turns]
     texts = [text for turn in turns for text in turn.values()]
-    whole = all(isinstance(text, str) and is_whole(text) for text in texts)
+    whole = all(isinstance(text, str) and is_complete(text) for text in texts)
     return turns if whole and turns[-1]["role"] == "user" and turns[-1]["content"].strip() else None
 
 
@@ -90,7 +90,7 @@ def text_meant(content: Any) -> Any:
     return "".join(parts) if all(isinstance(part, str) for part in parts) else content
 
 
-def is_whole(text: str) -> bool:
+def is_complete(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
@@ -109,7 +109,7 @@ def row_meant(raw: Any) -> dict | None:
     responses, task = raw.get("responses"), raw.get("task")
     if prompt is None or not isinstance(responses, list) or len(responses) < 2:
         return None
-    if not all(isinstance(text, str) and text.strip() and is_whole(text) for text in responses):
+    if not all(isinstance(text, str) and text.strip() and is_complete(text) for text in responses):
         return None
     if task is not None and task not in (*TABLE["tasks"], "others"):
         return None
@@ -150,5 +150,5 @@ def table_meant(table: Any) -> dict | None:
         return None
     lists = [*table["tasks"].values(), table["overall"]]
     names = [*table["tasks"], *(point for points in lists if isinstance(points, list) for point in points)]
-    whole = all(isinstance(name, str) and name.strip() and is_whole(name) for name in names)
+    whole = all(isinstance(name, str) and name.strip() and is_complete(name) for name in names)
     return table if table["tasks"] and all(isinstance(points, list) and points for points in lists) and whole else None

@@ -52,8 +52,11 @@ LIMIT = 300
 """Seconds after which a start is taken to hang."""
 WAYS = ("all", "main", "write", "term", "int")
 PRELOAD = [
-    *(f"dmoerm_trl.scripts.{name}" for name in ("train", "label")),
-    *(f"dmoerm_trl.{name}" for name in ("rl.ppo_trainer", "rl.monitor", "evaluation.best_of_n", "rl.rollout")),
+    *(f"dmoerm_trl.commands.{name}" for name in ("train", "label")),
+    *(
+        f"dmoerm_trl.{name}"
+        for name in ("rl.ppo_trainer", "rl.setup", "rl.monitor", "evaluation.best_of_n", "generation.samplers")
+    ),
     *("trl.trainer.reward_trainer", "trl.experimental.ppo", "openai", "matplotlib.pyplot", "models"),
 ]
 

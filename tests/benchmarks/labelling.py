@@ -23,10 +23,10 @@ import psutil
 
 from dmoerm_trl.data.preference_row import PreferenceRow
 from dmoerm_trl.data.rows import iter_rows, write_rows
-from dmoerm_trl.labelling.answers import AnswerStore
+from dmoerm_trl.labelling.answer_store import AnswerStore
+from dmoerm_trl.labelling.comparisons import Plan
 from dmoerm_trl.labelling.judges import Judge, judge_from_config
 from dmoerm_trl.labelling.labeller import Labeller
-from dmoerm_trl.labelling.plan import Plan
 from dmoerm_trl.tasks import TaskTable
 
 SERVER = Path(__file__).parents[1] / "labelling" / "server.py"
@@ -80,7 +80,7 @@ def measure_speed(folder: Path, questions: int, latency: float, concurrency: int
 
 def measure_memory(folder: Path, pairs: int) -> dict[str, float]:
     write_pairs(folder / "rows.jsonl", pairs)
-    judge = judge_from_config({"kind": "function", "function": "dmoerm_trl.labelling.weak:content_richness"})
+    judge = judge_from_config({"kind": "function", "function": "dmoerm_trl.labelling.heuristics:content_richness"})
     labelling, resident = labeller(folder, judge), []
     read = labelling.rows
 

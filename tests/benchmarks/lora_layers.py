@@ -14,11 +14,12 @@ from pathlib import Path
 
 from world import cell, read_recipe
 
-from dmoerm_trl.data.world import World
-from dmoerm_trl.evaluation.scoring import score_rows
+from dmoerm_trl.commands.demo import make_world_and_base
+from dmoerm_trl.demo.world import World
 from dmoerm_trl.evaluation.table import consistency_table
-from dmoerm_trl.modeling.configuration import LORA_LAYERS
-from dmoerm_trl.scripts.demo import RECIPE, make_world_and_base
+from dmoerm_trl.modeling.configuration_dmoerm import LORA_LAYERS
+from dmoerm_trl.scoring.batch import score_rows
+from dmoerm_trl.scripts.demo import RECIPE
 from dmoerm_trl.tasks import slug
 from dmoerm_trl.training.pipeline import Pipeline
 

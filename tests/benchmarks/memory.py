@@ -1,5 +1,5 @@
 """
-What the phases and scoring take in memory: `dmoerm_trl/training/memory.py`'s estimates beside measurements on a CPU, and
+What the phases and scoring take in memory: `memory_estimates.py`'s estimates beside measurements on a CPU, and
 alone for the recipes' sizes.
 
     python tests/benchmarks/memory.py --json FILE [--cases "phase 1" scoring]
@@ -29,18 +29,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs  # noqa: E402
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs  # noqa: E402
-from speed_measure import environment  # noqa: E402
-from speed_setting import QUICK, TASK, Setting  # noqa: E402
-from tqdm.auto import tqdm  # noqa: E402
-from transformers import PreTrainedConfig, Qwen2Config, Qwen3Config  # noqa: E402
-
-from dmoerm_trl.evaluation.scoring import score_rows  # noqa: E402
-from dmoerm_trl.modeling.assembly import export_expert, with_experts  # noqa: E402
-from dmoerm_trl.modeling.configuration import DMoERMConfig  # noqa: E402
-from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification  # noqa: E402
-from dmoerm_trl.tasks import slug  # noqa: E402
-from dmoerm_trl.training.batches import distinct_tokens  # noqa: E402
-from dmoerm_trl.training.memory import (  # noqa: E402
+from memory_estimates import (  # noqa: E402
     Memory,
     Run,
     Shape,
@@ -53,8 +42,19 @@ from dmoerm_trl.training.memory import (  # noqa: E402
     scoring_memory,
     shape_of,
 )
+from speed_measure import environment  # noqa: E402
+from speed_setting import QUICK, TASK, Setting  # noqa: E402
+from tqdm.auto import tqdm  # noqa: E402
+from transformers import PreTrainedConfig, Qwen2Config, Qwen3Config  # noqa: E402
+
+from dmoerm_trl.modeling.assembly import export_expert, with_experts  # noqa: E402
+from dmoerm_trl.modeling.configuration_dmoerm import DMoERMConfig  # noqa: E402
+from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification  # noqa: E402
+from dmoerm_trl.scoring.batch import score_rows  # noqa: E402
+from dmoerm_trl.tasks import slug  # noqa: E402
+from dmoerm_trl.training.batches import distinct_tokens  # noqa: E402
 from dmoerm_trl.training.phases import phase1, phase2, phase3  # noqa: E402
-from dmoerm_trl.training.trainer import PhaseConfig  # noqa: E402
+from dmoerm_trl.training.ranked_trainer import RankedRewardConfig  # noqa: E402
 
 SMALL = Setting(
     hidden_size=512,
@@ -206,7 +206,7 @@ LOADED: dict[str, Callable[[Shape], float]] = {
 def prepare(what: str, prompts: int, options: dict[str, Any], setting: Setting, folder: str) -> Callable[[], Any]:
     """Loads the models that a case stands on, and returns what is to be measured."""
     rows, arguments = setting.rows(2 * prompts, 2), setting.model_arguments("all")
-    args = PhaseConfig(
+    args = RankedRewardConfig(
         output_dir=folder,
         max_steps=2,
         eval_steps=2,

@@ -43,18 +43,20 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dmoerm_trl.commands.demo import held_out, reward_models
 from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.evaluation.best_of_n import BestOfN, run_best_of_n
-from dmoerm_trl.evaluation.best_of_n_curves import fit_to_dict, markdown_table
+from dmoerm_trl.evaluation.best_of_n_curves import fit_to_dict
 from dmoerm_trl.evaluation.overoptimisation import fit_overoptimisation
 from dmoerm_trl.evaluation.response_store import worker_pool
-from dmoerm_trl.evaluation.scorers import weights_digest
 from dmoerm_trl.evaluation.win_rate import WinRate, wilson_interval
-from dmoerm_trl.rl.curves import draw_policy_curves, read_seeds
-from dmoerm_trl.rl.prompts import load_prompts
-from dmoerm_trl.rl.reward_functions import gold_rewards
-from dmoerm_trl.rl.rollout import PolicySource, generate
-from dmoerm_trl.scripts.demo import RECIPE, held_out, reward_models
+from dmoerm_trl.generation.prompts import load_prompts
+from dmoerm_trl.generation.samplers import SamplerSpec, generate
+from dmoerm_trl.markdown import escape, markdown_table
+from dmoerm_trl.rl.policy_curves import draw_policy_curves, read_seeds
+from dmoerm_trl.scoring.reward_functions import gold_rewards
+from dmoerm_trl.scoring.reward_models import weights_digest
+from dmoerm_trl.scripts.demo import RECIPE
 from dmoerm_trl.training.pipeline import Pipeline
 
 PPO_RECIPE = ROOT / "recipes" / "demo" / "ppo.yaml"
@@ -71,7 +73,7 @@ def best_of_n(
     result = run_best_of_n(
         folder,
         [{"prompt": row.prompt, "task": row.task} for row in held_out(run, prompts)],
-        PolicySource(
+        SamplerSpec(
             recipe["policy"],
             max_new_tokens=recipe["response_length"],
             temperature=recipe["temperature"],
@@ -319,7 +321,7 @@ def ppo_table(ppo: dict[str, dict[str, Any]], common_kl: float) -> str:
         peak = row["fit"]["peak_kl"]
         kl = f"{row['kl']['mean']:.2f}" + (f" ± {row['kl']['error']:.2f}" if row["kl"]["error"] is not None else "")
         rows.append(
-            [name, *(plus_minus(row[key]) for key in ("before", "end", "rise")), f"{row['rise']['p']:.4f}", kl]
+            [escape(name), *(plus_minus(row[key]) for key in ("before", "end", "rise")), f"{row['rise']['p']:.4f}", kl]
         )
         rows[-1] += [plus_minus(row["at_common_kl"]), plus_minus(row["best"]), f"{row['best']['step']}"]
         rows[-1] += [plus_minus(row["fall"]), f"{row['fall']['p']:.4f}"]
@@ -332,7 +334,9 @@ def win_rate_table(rates: dict[int, Any], unit: str) -> str:
     rows = [[f"DMoERM against, at {unit}", *(f"{number:,}" for number in rates)]]
     for name in next(iter(rates.values())):
         of_name = [of_number[name] for of_number in rates.values()]
-        rows.append([name, *(f"{r['rate']:.0%} [{r['low']:.0%}, {r['high']:.0%}], {r['ties']} ties" for r in of_name)])
+        rows.append(
+            [escape(name), *(f"{r['rate']:.0%} [{r['low']:.0%}, {r['high']:.0%}], {r['ties']} ties" for r in of_name)]
+        )
     return markdown_table(rows)
 
 

@@ -74,15 +74,15 @@ from dmoerm_trl.data.rows import write_rows
 from dmoerm_trl.evaluation.best_of_n_curves import best_of_n_curves, default_grid
 from dmoerm_trl.evaluation.consistency import pair_agreement
 from dmoerm_trl.evaluation.methods import DEVICE, method_scores
-from dmoerm_trl.evaluation.scorers import file_digest
-from dmoerm_trl.evaluation.scoring import map_encodings, route_encodings, score_encodings
 from dmoerm_trl.evaluation.table import LENGTH_ONLY
 from dmoerm_trl.modeling.router import Router
+from dmoerm_trl.scoring.batch import map_encodings, route_encodings, score_encodings
+from dmoerm_trl.scoring.reward_models import file_digest
 from dmoerm_trl.tasks import OTHERS, OVERALL, TaskTable
 from dmoerm_trl.training.phases import routing_metrics, train_router
 from dmoerm_trl.training.pipeline import Pipeline
+from dmoerm_trl.training.ranked_trainer import RankedRewardConfig
 from dmoerm_trl.training.recipe import Recipe
-from dmoerm_trl.training.trainer import PhaseConfig
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "real_text" / "train.yaml"
 TASKS = RECIPE.with_name("tasks.yaml")
@@ -230,7 +230,7 @@ def run_router(setting: Setting, seed: int, folder: Path) -> dict:
         watched, rows = rows[:WATCHED], rows[WATCHED : sizes.router_rows]
         random.Random(f"{seed} {order}").shuffle(rows)
         arguments = {**ROUTER, **arguments, **precision(), **(QUICK_ROUTER if setting.quick else {})}
-        args = PhaseConfig(str(folder / f"{name}_{order}_checkpoints"), seed=seed, **arguments)
+        args = RankedRewardConfig(str(folder / f"{name}_{order}_checkpoints"), seed=seed, **arguments)
         balance = BALANCE if name == "task" else 0.0
         return train_router(base, classes, rows, watched, formatter, args, balance=balance)
 

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from dmoerm_trl.data.preference_row import PreferenceRow
-from dmoerm_trl.labelling.sources import length_controlled_strength, source_ranks, source_strength
-from dmoerm_trl.labelling.weak import weak_ranks
+from dmoerm_trl.labelling.heuristics import weak_ranks
+from dmoerm_trl.labelling.system_strength import length_controlled_strength, system_ranks, system_strength
 from dmoerm_trl.tasks import TaskTable
 
 CUT = " ... "
@@ -205,7 +205,7 @@ def arena_split(
     everyone = {source for prompt in prompts for source in prompt.sources}
     # Of a source in no ranked row it is that of the middle. The ridge is that of the kept seeds, whose experts learnt these labels.
     strengths = {
-        SOURCE: dict.fromkeys(everyone, 0.5) | source_strength((ranks, sources) for ranks, sources, _ in ranked),
+        SOURCE: dict.fromkeys(everyone, 0.5) | system_strength((ranks, sources) for ranks, sources, _ in ranked),
         SOURCE_AT_LENGTH: dict.fromkeys(everyone, 0.0) | length_controlled_strength(ranked, ridge=1e-3),
     }
 
@@ -213,7 +213,7 @@ def arena_split(
         """Of the whole texts."""
         responses, sources = [prompt.responses[i] for i in chosen], [prompt.sources[i] for i in chosen]
         return {
-            point: source_ranks(strengths[point], sources)
+            point: system_ranks(strengths[point], sources)
             if point in strengths
             else weak_ranks(prompt.prompt, responses, point)
             for point in points

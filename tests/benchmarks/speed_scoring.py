@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmoerm_trl.data.formatting import Encoding
-from dmoerm_trl.evaluation.scoring import score_encodings
-from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
+from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
+from dmoerm_trl.scoring.batch import score_encodings
 
 
 def scoring_case(setting: Setting, name: str) -> Case:

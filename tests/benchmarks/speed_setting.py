@@ -18,8 +18,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, PreTrain
 
 from dmoerm_trl.data.formatting import Encoding, Formatter
 from dmoerm_trl.data.rows import PreferenceRow
-from dmoerm_trl.modeling.configuration import DMoERMConfig
-from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
+from dmoerm_trl.modeling.configuration_dmoerm import DMoERMConfig
+from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
 
 TASK = "task"
 OURS = {"ours_all": "all", "ours_half": "top half", "ours_third": "top third"}

@@ -20,9 +20,9 @@ from dmoerm_trl.data.rows import PreferenceRow
 from dmoerm_trl.data.splits import split_rows
 from dmoerm_trl.modeling.assembly import export_expert
 from dmoerm_trl.modeling.heads import activate
-from dmoerm_trl.modeling.modeling import DMoERMForSequenceClassification
+from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from dmoerm_trl.training.phases import phase1, phase2, phase3
-from dmoerm_trl.training.trainer import PhaseConfig
+from dmoerm_trl.training.ranked_trainer import RankedRewardConfig
 
 STEP = 8
 """Pairs a step of TRL's trainer, prompts a step of ours."""
@@ -117,7 +117,7 @@ def train_experts(setting: Setting, rows: Sequence[PreferenceRow], lora_layers: 
     model = DMoERMForSequenceClassification.from_base(setting.base, task=TASK, **setting.model_arguments(lora_layers))
     with TemporaryDirectory() as folder:
         never = {"eval_strategy": "no", "load_best_model_at_end": False, "patience": 0}
-        args = PhaseConfig(folder, per_device_train_batch_size=STEP, **never, **quiet(setting))
+        args = RankedRewardConfig(folder, per_device_train_batch_size=STEP, **never, **quiet(setting))
         trained, _ = phase2(model, setting.points, rows, rows[:1], setting.formatter, args)
     return next(weight for name, weight in trained.named_parameters() if "expert_heads" in name).detach()
 
@@ -129,9 +129,9 @@ def train_inner_moe(setting: Setting, split: dict[str, list[PreferenceRow]], lor
     with TemporaryDirectory() as folder:
         root = Path(folder)
 
-        def args(phase: str) -> PhaseConfig:
+        def args(phase: str) -> RankedRewardConfig:
             each = {"eval_strategy": "epoch", "save_only_model": True}
-            return PhaseConfig(str(root / phase), per_device_train_batch_size=STEP, **each, **quiet(setting))
+            return RankedRewardConfig(str(root / phase), per_device_train_batch_size=STEP, **each, **quiet(setting))
 
         model, _ = phase1(
             setting.base, TASK, *first, setting.formatter, args("phase1"), **setting.model_arguments(lora_layers)

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from trl import TrlParser
 
-from dmoerm_trl.data.world import World
+from dmoerm_trl.commands.demo import evaluate_in_world, make_world_and_base
+from dmoerm_trl.demo.world import World
 from dmoerm_trl.evaluation.methods import router_accuracy
 from dmoerm_trl.evaluation.table import CEILING
-from dmoerm_trl.scripts.demo import RECIPE, DemoArguments, evaluate_in_world, make_world_and_base
+from dmoerm_trl.scripts.demo import RECIPE, DemoArguments
 from dmoerm_trl.training.pipeline import Pipeline
 from dmoerm_trl.training.recipe import Recipe
 

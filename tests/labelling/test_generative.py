@@ -6,7 +6,7 @@ import pytest
 from scripted import ScriptedJudge, longer, row
 
 from dmoerm_trl.evaluation.table import consistency_table
-from dmoerm_trl.labelling.answers import AnswerStore
+from dmoerm_trl.labelling.answer_store import AnswerStore
 from dmoerm_trl.labelling.generative import generative_verdicts
 from dmoerm_trl.labelling.judges import JudgeError, Question, Tie, judge_from_config
 

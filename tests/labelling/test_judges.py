@@ -365,7 +365,7 @@ def test_an_error_does_not_tell_the_key_that_a_server_echoes(serve, monkeypatch,
 @pytest.mark.parametrize("padding", range(150, 200, 7))
 def test_no_part_of_a_key_is_told_where_a_reply_is_cut(serve, monkeypatch, padding):
     monkeypatch.setenv("JUDGE_KEY", KEY)
-    with pytest.raises(JudgeError, match="what is no chat completion") as caught:
+    with pytest.raises(JudgeError, match="a reply that is not a chat completion") as caught:
         server = serve(edit=lambda reply: {"x": "y" * padding + KEY})
         ask(make(server, api_key_env="JUDGE_KEY", retries=0), question())
     assert KEY[:5] not in str(caught.value)

@@ -10,7 +10,7 @@ from models import PROMPTS, RESPONSES, make_policy, make_value_model
 from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.labelling.judges import Answer, Judge, JudgeError, Question, Tie, judge_from_config
 from dmoerm_trl.labelling.template import Template
-from dmoerm_trl.rl.reward_functions import TextRewards
+from dmoerm_trl.scoring.reward_functions import TextRewards
 
 FUNCTIONS = """
 import functools

@@ -18,9 +18,9 @@ from trl import TrlParser
 
 from dmoerm_trl.cli import main
 from dmoerm_trl.data.rows import load_rows, write_rows
-from dmoerm_trl.labelling.answers import AnswerStore
+from dmoerm_trl.labelling.answer_store import AnswerStore
+from dmoerm_trl.labelling.comparisons import Plan, both_orders
 from dmoerm_trl.labelling.judges import judge_from_config
-from dmoerm_trl.labelling.plan import Plan, both_orders
 from dmoerm_trl.labelling.template import Template
 from dmoerm_trl.scripts.label import LabelArguments
 from dmoerm_trl.tasks import TaskTable
@@ -346,7 +346,7 @@ def test_requests_that_failed_are_counted(serve, recipe, tmp_path, capsys):
 
 def test_equal_scores_are_ties(recipe, tmp_path, capsys):
     config = recipe("http://localhost/v1", stop_early=False)
-    settings = {"kind": "function", "function": "dmoerm_trl.labelling.weak:weak"}
+    settings = {"kind": "function", "function": "dmoerm_trl.labelling.heuristics:weak"}
     rows = [row("Same words.", "Same words!", prompt=f"{number}?", task="chitchat") for number in range(3)]
     write_rows(rows, tmp_path / "rows.jsonl")
     content = yaml.safe_load(Path(config).read_text()) | {"judge": settings, "points": ["content richness"]}

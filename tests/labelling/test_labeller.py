@@ -14,11 +14,11 @@ from scripted import TASKS, ScriptedJudge, longer, noisy, row
 
 from dmoerm_trl.data.preference_row import PreferenceRow
 from dmoerm_trl.data.rows import load_rows
-from dmoerm_trl.labelling.answers import AnswerStore
+from dmoerm_trl.labelling.answer_store import AnswerStore
 from dmoerm_trl.labelling.budget import Budget, Prices
+from dmoerm_trl.labelling.comparisons import Plan
 from dmoerm_trl.labelling.judges import JudgeError, Question
 from dmoerm_trl.labelling.labeller import Labeller
-from dmoerm_trl.labelling.plan import Plan
 from dmoerm_trl.labelling.report import Report
 
 ROWS = [

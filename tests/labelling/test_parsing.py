@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from dmoerm_trl.labelling.reading import read_choice
+from dmoerm_trl.labelling.parsing import read_choice
 
 
 @pytest.mark.parametrize(

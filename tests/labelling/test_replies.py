@@ -153,7 +153,7 @@ async def silent(writer: asyncio.StreamWriter) -> None:
 def test_the_time_for_a_reply_is_that_of_the_whole(serve_raw, handler):
     server = serve_raw(handler)
     started = time.monotonic()
-    with pytest.raises(JudgeError, match="no whole reply within timeout=0.4 s"):
+    with pytest.raises(JudgeError, match="no complete reply within timeout=0.4 s"):
         ask(make(server.url, timeout=0.4))
     assert time.monotonic() - started < 4
 
@@ -370,11 +370,11 @@ def test_an_address_that_is_refused_is_not_shown(url):
         ({"extra_body": {"messages": [SECRET]}}, r"extra_body=\{'messages'\}"),
         ({"extra_body": {"stream": True, "x": SECRET}}, r"extra_body=\{'stream'\}"),
         ({"extra_body": {"n": 3}}, r"extra_body=\{'n'\}"),
-        ({"extra_body": {"x": float("nan"), "y": SECRET}}, "need values that JSON has"),
-        ({"extra_body": {"x": "\ud800", "y": SECRET}}, "need values that JSON has"),
+        ({"extra_body": {"x": float("nan"), "y": SECRET}}, "need values that JSON can hold"),
+        ({"extra_body": {"x": "\ud800", "y": SECRET}}, "need values that JSON can hold"),
         ({"extra_body": {"max_tokens": SECRET}}, "need a whole number as max_tokens"),
         ({"api_key_env": "SECRETAKIA0123456789"}, "in the environment variable that `api_key_env` names"),
-        ({"api_key_env": 3}, "got an `api_key_env` that is no name"),
+        ({"api_key_env": 3}, "got an `api_key_env` that is not a name"),
         ({"model": ""}, "got model=''"),
         ({"model": 3}, "got model=3"),
         ({"structured": "no"}, "got structured='no'"),

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from dmoerm_trl.labelling.answers import Spent
+from dmoerm_trl.labelling.answer_store import Spent
 from dmoerm_trl.labelling.report import Report, Tally
 
 # (choices in both orders) -> what it is: agreed on the first or the second response, the same position twice, unreadable

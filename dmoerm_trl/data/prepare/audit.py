@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...files import write_text
+from ...markdown import markdown_table
 from ..preference_row import PreferenceRow, RowError
 
 UNNAMED = "(none)"
@@ -211,10 +212,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
 
 
 def _table(header: list[str], lines: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table, or nothing without lines."""
+    """A Markdown table; empty text if there are no lines."""
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *cells)) if cells else ""
+    return markdown_table([header, *cells], left=[0], padded=False) if cells else ""
 
 
 def _summary(values: Iterable[int]) -> dict[str, float]:

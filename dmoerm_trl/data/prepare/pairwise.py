@@ -3,8 +3,8 @@
 from typing import Any
 
 from ..preference_row import PreferenceRow, RowError, short, turns_of, typed
+from ..ranks import number, overall_ranks
 from .prompts import helpsteer2_prompt, transcript
-from .scores import number, overall_ranks
 
 
 def hh(example: dict[str, Any]) -> PreferenceRow:

@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 
 from ...tasks import OTHERS, TaskTable, check_name
 from ..preference_row import PreferenceRow, RowError, check_row
+from ..prepare import personal_data
 from ..records import Record, Records
-from . import personal_data
 from .audit import PartAudit
 from .reading import columns_of, read_examples
 from .sets import PreferenceSet

@@ -8,9 +8,6 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict, load_dataset, load_dataset_builder, load_from_disk
-from datasets.data_files import EmptyDatasetError
-
 from ...messages import reason
 from ..preference_row import RowError, short
 from ..records import KINDS, Record, Records, is_file, kind_of
@@ -42,6 +39,8 @@ def open_set(
         FileNotFoundError: if the source is a file that is not there, or of a kind that is not read.
         ValueError: if it is empty, or does not have the split.
     """
+    import datasets  # here, because it takes half a second
+
     path = Path(source)
     if not source.strip():
         raise ValueError(f"got {source!r}, need a file ending in {', '.join(KINDS)}, a folder or a hub name.")
@@ -55,17 +54,17 @@ def open_set(
             f"got {source!r}, {problem}: need a file ending in {', '.join(KINDS)}, a folder or a hub name."
         )
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = load_from_disk(source)
-        if isinstance(saved, DatasetDict) and split not in saved:
+        saved = datasets.load_from_disk(source)
+        if isinstance(saved, datasets.DatasetDict) and split not in saved:
             raise _no_split(source, split, saved)
-        return Records.of_dataset(source, saved[split] if isinstance(saved, DatasetDict) else saved)
+        return Records.of_dataset(source, saved[split] if isinstance(saved, datasets.DatasetDict) else saved)
     if path.is_dir():
         return Records.of_files(source, _files_of(source, split, name, data_dir))
     settings = {"data_dir": data_dir, "split": split, "revision": revision, "streaming": streaming}
     try:
-        dataset = load_dataset(source, name, **settings)
+        dataset = datasets.load_dataset(source, name, **settings)
         if getattr(getattr(dataset, "info", None), "builder_name", None) == "csv":  # "NA" and the like are words
-            dataset = load_dataset(source, name, **settings, keep_default_na=False, na_values=[""])
+            dataset = datasets.load_dataset(source, name, **settings, keep_default_na=False, na_values=[""])
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"got {source!r}, no file or folder, and a dataset on the hub that cannot be read ({reason(error)}): mend the name, or "
@@ -76,9 +75,11 @@ def open_set(
 
 def _files_of(source: str, split: str, name: str | None, data_dir: str | None) -> list[str]:
     """The files of a split in a folder, as `datasets` finds them by their names."""
+    import datasets
+
     try:
-        files = load_dataset_builder(source, name, data_dir=data_dir).config.data_files
-    except EmptyDatasetError as error:
+        files = datasets.load_dataset_builder(source, name, data_dir=data_dir).config.data_files
+    except datasets.data_files.EmptyDatasetError as error:
         raise ValueError(f"got {source!r}, a folder without files ending in {', '.join(KINDS)}, need some.") from error
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..preference_row import PreferenceRow, RowError, short, turns_of, typed
+from ..ranks import capability_labels, overall_ranks
 from .prompts import helpsteer2_prompt
-from .scores import capability_labels, overall_ranks
 
 ULTRAFEEDBACK_ASPECTS = ("instruction_following", "helpfulness", "honesty", "truthfulness")
 HELPSTEER2_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")

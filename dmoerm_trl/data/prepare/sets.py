@@ -8,8 +8,8 @@ from typing import Any
 
 from ...tasks import TaskTable
 from ..preference_row import PreferenceRow, check_row
+from ..prepare import pairwise, scored
 from ..rows import LoadReport, parse_row
-from . import pairwise, scored
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoerm_trl.data.preference_row import RowError
-from dmoerm_trl.data.prepare.scores import capability_labels, number, overall_ranks, ranks_of
+from dmoerm_trl.data.ranks import capability_labels, number, overall_ranks, ranks_of
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from dmoerm_trl.cli import main
 from dmoerm_trl.data.prepare import preparation, reading
 from dmoerm_trl.data.prepare.sets import SETS
 from dmoerm_trl.data.rows import check_capability_labels, load_rows
-from dmoerm_trl.labelling.plan import Plan
+from dmoerm_trl.labelling.comparisons import Plan
 from dmoerm_trl.scripts.prepare import PrepareArguments
 from dmoerm_trl.tasks import TaskTable
 
@@ -133,7 +133,7 @@ def test_without_a_router_the_recipe_and_its_table_lead_to_labels_for_training(t
     source, output, labels = write([hh(f"Number {n}?") for n in range(3)]), tmp_path / "hh.jsonl", tmp_path / "labels"
     recipe = ("--config", FOLDER / "hh.yaml", "--drop_personal_data", "false")
     run(*recipe, "--source", source, "--split", "train", "--output", output)
-    longer = {"kind": "function", "function": "dmoerm_trl.labelling.weak:content_richness"}
+    longer = {"kind": "function", "function": "dmoerm_trl.labelling.heuristics:content_richness"}
     asked = {
         "rows": output,
         "output_dir": labels,
@@ -227,7 +227,7 @@ def test_sources_that_are_not_there(tmp_path):
 
 def test_a_hub_dataset_is_streamed_as_it_is_named(monkeypatch):
     asked = []
-    monkeypatch.setattr(reading, "load_dataset", lambda *names, **settings: asked.append((names, settings)))
+    monkeypatch.setattr("datasets.load_dataset", lambda *names, **settings: asked.append((names, settings)))
     reading.open_set("some/set", "test", name="preference", data_dir="a", revision="v1")
     settings = {"data_dir": "a", "split": "test", "revision": "v1", "streaming": True}
     assert asked == [(("some/set", "preference"), settings)]

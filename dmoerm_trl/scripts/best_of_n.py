@@ -1,0 +1,36 @@
+"""
+Best of n against several reward models: figure 5 (left) and table 11 of the paper.
+
+    dmoerm best-of-n --config recipes/demo/bon.yaml
+
+A killed run goes on where it was. Every key can also stand on the command line: --n 6000 --output_dir runs/bon_6000
+On several GPUs, which share the responses and give the same files: accelerate launch -m dmoerm_trl.cli best-of-n --config ...
+"""
+
+from ..arguments import Parser
+from ..evaluation.best_of_n_arguments import BestOfNArguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    (arguments,) = Parser((BestOfNArguments,), prog="dmoerm best-of-n", description=__doc__).parse(argv)
+
+    from ..distributed.processes import launched_processes
+    from ..evaluation.best_of_n import run_best_of_n
+
+    rows, processes = arguments.rows, launched_processes()
+    result = run_best_of_n(
+        arguments.output_dir,
+        rows,
+        arguments.sampler,
+        arguments.reward_models,
+        arguments.gold,
+        **arguments.settings,
+        processes=processes,
+    )
+    if processes.is_main_process:
+        folder = result.save(arguments.output_dir)
+        print(result)
+        print(
+            f"table: {folder / 'best_of_n.md'}\ncurves: {folder / 'best_of_n.png'}\nwinners: {folder / 'winners.md'}"
+        )
+    processes.destroy_process_group()
