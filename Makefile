@@ -1,4 +1,4 @@
-# make demo | test | test-newest | lint | clean. The first run sets the environment up.
+# make demo | test | test-fast | test-newest | lint | clean. The first run sets the environment up.
 #
 #   PYTHON=python3.12    the interpreter that .venv is made with
 #   VENV=DIR             use the environment DIR as it is, with nothing installed into it
@@ -12,13 +12,18 @@ ifeq ($(VENV),.venv)
 READY := .venv/.installed
 endif
 
-.PHONY: demo test test-newest lint clean
+.PHONY: demo test test-fast test-newest lint clean
 
 demo: $(READY)
 	$(VENV)/bin/dmoerm demo
 
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --maxfail 5 $(PYTEST_ARGS)
+
+# What one runs between two edits: all but what trains, starts servers or processes, or takes more than ten seconds.
+test-fast: $(READY)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" --maxfail 5 \
+	  $(foreach one,training rl distributed labelling test_auto_classes.py test_benchmarks.py test_recipes.py test_trl_contract.py,--ignore=tests/$(one)) $(PYTEST_ARGS)
 
 # TRL's contracts once more, with the newest TRL, which has no PPO.
 test-newest: .venv-newest/.installed
