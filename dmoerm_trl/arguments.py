@@ -59,7 +59,7 @@ class Parser(HfArgumentParser):
 
     def parse(self, argv: Sequence[str] | None = None, *, pass_over_unknown: bool = False) -> tuple[Any, ...]:
         """
-        Reads the options.
+        Read the options.
 
         Args:
             argv (`Sequence[str]`, *optional*): the arguments; those of the process by default.
@@ -96,7 +96,7 @@ class Parser(HfArgumentParser):
 
     def set_from_file(self, path: str | os.PathLike, pass_over_unknown: bool = False) -> None:
         """
-        Sets the options' defaults from a YAML file.
+        Set the options' defaults from a YAML file.
 
         Raises:
             ValueError: for an unknown key or a value of another type.

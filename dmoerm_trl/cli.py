@@ -41,7 +41,7 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """
-    Runs one command.
+    Run one command.
 
     Args:
         argv (`list[str]`, *optional*):

@@ -21,7 +21,7 @@ from .messages import printable, raised_here, reason
 
 def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
     """
-    Runs a program and says what goes wrong in a line or two on stderr. With `--debug` among the arguments it shows the
+    Run a program and say what goes wrong in a line or two on stderr. With `--debug` among the arguments it shows the
     traceback and the warnings of the libraries too.
 
     Args:
@@ -79,7 +79,7 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
 
 def _in_utf8() -> None:
     """
-    Starts the process anew in Python's UTF-8 mode where the locale has no name for a file in Chinese (`LC_ALL=C`): tasks and
+    Start the process anew in Python's UTF-8 mode where the locale has no name for a file in Chinese (`LC_ALL=C`): tasks and
     points name folders.
     """
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
@@ -136,7 +136,7 @@ WARNINGS = ("'pin_memory' argument is set as true but no accelerator is found",)
 
 @contextmanager
 def _speaking(debug: bool) -> Iterator[None]:
-    """Within it warnings are a line each, foreign noise is silent, and one progress bar is there at a time."""
+    """Context manager in which warnings are a line each, the noise of libraries is silent, and one progress bar is shown at a time."""
     streams = sys.stdout, sys.stderr
     for stream in streams:
         if hasattr(stream, "reconfigure"):  # whatever the locale is, as in the files
@@ -206,7 +206,7 @@ DELAY = 3
 @contextmanager
 def _one_bar() -> Iterator[None]:
     """
-    Within it a progress bar appears after [`DELAY`] seconds, and one that runs within another is shown as text at the end of
+    Context manager in which a progress bar appears after [`DELAY`] seconds, and one that runs within another is shown as text at the end of
     that one's line.
     """
     from tqdm.std import tqdm

@@ -17,7 +17,7 @@ LOCK = ".dmoerm.lock"
 @contextmanager
 def writing(path: str | os.PathLike, *, binary: bool = False, private: bool = False) -> Iterator[IO[Any]]:
     """
-    Opens a file that appears at `path` when the block ends without an error, and takes the place of what stood there. Until
+    Open a file that appears at `path` when the block ends without an error, and takes the place of what stood there. Until
     then it is `.NAME.partial` beside it, which an error removes. Text is UTF-8. Missing folders are made.
 
     Args:
@@ -51,14 +51,14 @@ def writing(path: str | os.PathLike, *, binary: bool = False, private: bool = Fa
 
 
 def write_text(path: str | os.PathLike, text: str, *, private: bool = False) -> None:
-    """Writes a text, in UTF-8, by way of [`writing`]."""
+    """Write a text, in UTF-8, see [`writing`]."""
     with writing(path, private=private) as file:
         file.write(text)
 
 
 def write_json(path: str | os.PathLike, content: Any, *, private: bool = False) -> None:
     """
-    Writes JSON by way of [`writing`].
+    Write JSON, see [`writing`].
 
     Raises:
         ValueError: if a number is NaN or infinite, which JSON does not have.
@@ -72,7 +72,7 @@ def write_json(path: str | os.PathLike, content: Any, *, private: bool = False) 
 
 def read_json(path: str | os.PathLike, way_out: str = "put it back as it was written") -> Any:
     """
-    Reads JSON that this package wrote.
+    Read JSON that this package wrote.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -87,7 +87,7 @@ def read_json(path: str | os.PathLike, way_out: str = "put it back as it was wri
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> Path:
-    """Writes a figure of matplotlib's by way of [`writing`], in the format of the path's suffix, and returns the path."""
+    """Write a figure of matplotlib's by way of [`writing`], in the format of the path's suffix, and return the path."""
     path = Path(path)
     with writing(path, binary=True) as file:
         figure.savefig(file, format=path.suffix.removeprefix(".") or "png")
@@ -112,7 +112,7 @@ def partial_path(path: str | os.PathLike) -> Path:
 
 def check_writable(path: str | os.PathLike, *, inputs: Iterable[str | os.PathLike | None] = ()) -> None:
     """
-    Checks, before any work is done for it, that a file can be written: makes its folder and opens its partial file.
+    Check, before any work is done for it, that a file can be written: makes its folder and opens its partial file.
 
     Args:
         inputs: what is read for it, of which it may be none.
@@ -144,7 +144,7 @@ def check_writable(path: str | os.PathLike, *, inputs: Iterable[str | os.PathLik
 @contextmanager
 def locked_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """
-    Makes a folder, and holds it until the block ends: while a process is in it, another cannot hold the same folder. The lock
+    Make a folder, and hold it until the block ends: while a process is in it, another cannot hold the same folder. The lock
     is the operating system's, so that it ends with a process that is killed; the file `.dmoerm.lock` names the process, and
     goes when the block ends. Of the processes that a launcher started the first alone holds the folder, and the others pass.
 

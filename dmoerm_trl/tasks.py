@@ -72,7 +72,7 @@ class TaskTable:
     @classmethod
     def load(cls, source: str) -> "TaskTable":
         """
-        Reads a table: `"paper"`, `"paper-zh"`, or the path of a YAML file with `tasks` (name -> list of points) and
+        Read a table: `"paper"`, `"paper-zh"`, or the path of a YAML file with `tasks` (name -> list of points) and
         `overall` (list of points).
 
         Raises:
@@ -106,7 +106,7 @@ LONGEST_NAME = 120
 
 def check_name(name: Any, what: str = "a task or a point") -> None:
     """
-    Checks the name of a task or of a capability point, or of what else names a folder or a file.
+    Check the name of a task or of a capability point, or of what else names a folder or a file.
 
     Raises:
         ValueError: if it is no text, cannot be shown, or is too long for a folder or has nothing to name one by.

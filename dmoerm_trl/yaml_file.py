@@ -19,7 +19,7 @@ class YamlFile(NamedTuple):
 
 def read_yaml(path: str | os.PathLike) -> YamlFile:
     """
-    Reads a YAML file, in UTF-8, whose outermost level is a mapping.
+    Read a YAML file, in UTF-8, whose outermost level is a mapping.
 
     Raises:
         ValueError: if it is none, names a key twice, or holds more than [`MOST`] values; it names the file and the line.

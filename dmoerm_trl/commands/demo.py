@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def demo(arguments: "DemoArguments", recipe: Recipe) -> dict[str, Any]:
-    """Runs the demo, prints what it finds, and returns what it writes to `summary.json` in the recipe's folder."""
+    """Run the demo, print what it finds, and return what it writes to `summary.json` in the recipe's folder."""
     seconds: dict[str, float] = {}
     world = World(recipe.seed)
     with timed(seconds, "world and base"):
@@ -77,7 +77,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def make_world_and_base(arguments: "DemoArguments", recipe: Recipe, world: World) -> None:
     """
-    Writes the world's rows to `recipe.train_data` and the tiny base to `recipe.base_model`, if they are not there.
+    Write the world's rows to `recipe.train_data` and the tiny base to `recipe.base_model`, if they are not there.
 
     Raises:
         ValueError: if those that are there are of another world or of other settings.

@@ -22,7 +22,7 @@ FINISHED, UNFINISHED = "labelled.jsonl", "labelled.partial.jsonl"
 
 def label(arguments: "LabelArguments") -> Report | None:
     """
-    Counts, asks, writes.
+    Count, ask, write.
 
     Returns:
         The report, whose `incomplete` says how many rows still lack labels, or `None` after a dry run.
@@ -91,6 +91,8 @@ class Claim:
 
     def check(self) -> None:
         """
+        Check that the folder is new, or that of the same labelling.
+
         Raises:
             ValueError: if the folder is that of another labelling.
         """

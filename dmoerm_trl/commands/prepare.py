@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def prepare(arguments: "PrepareArguments") -> dict[str, PartAudit]:
     """
-    Writes the rows of each split, their task table if the set brings its own capability points, and the report.
+    Write the rows of each split, their task table if the set brings its own capability points, and the report.
 
     Returns:
         Split -> what is in its rows.

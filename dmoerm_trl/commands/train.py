@@ -9,7 +9,7 @@ from ..training.recipe import Recipe
 
 
 def train(recipe: Recipe) -> Pipeline:
-    """Runs what is not done of a recipe; the main process prints the data's report and draws the accuracy curves (figure 4)."""
+    """Run what is not done of a recipe; the main process prints the data's report and draws the accuracy curves (figure 4)."""
     run = Pipeline(recipe)
     run.run()
     if not is_main():

@@ -63,7 +63,7 @@ def chat_markers(tokenizer: PreTrainedTokenizerBase) -> ChatMarkers:
 
 def fix_date(tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    Has the tokenizer's chat template write [`DATE`] in place of today's date, in place and wherever the tokenizer is saved, so
+    Let the tokenizer's chat template write [`DATE`] in place of today's date, in place and wherever the tokenizer is saved, so
     that a text has the same tokens on every day.
 
     Raises:
@@ -89,7 +89,7 @@ def _with_fixed_date(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def leave_thoughts(tokenizer: PreTrainedTokenizerBase, thoughts: tuple[str, str] | None) -> None:
     """
-    Has the tokenizer leave the tokens that open and close thoughts as they are where [`render`] turns control tokens into text:
+    Let the tokenizer leave the tokens that open and close thoughts as they are where [`render`] turns control tokens into text:
     chat templates look for them in earlier turns. Special tokens are turned into text whatever they are.
     """
     if thoughts is not None and getattr(tokenizer, "chat_control_tokens", None) is None:
@@ -123,7 +123,7 @@ class _Late(BaseException):
 @contextmanager
 def time_limit(tokenizer: PreTrainedTokenizerBase, seconds: float = 30) -> Iterator[None]:
     """
-    Within it a chat template that does not end is an error: it is a program of strangers. In a thread other than the main one there
+    Context manager in which a chat template that does not end is an error: it is a program of strangers. In a thread other than the main one there
     is no limit.
 
     Raises:
@@ -151,7 +151,7 @@ def time_limit(tokenizer: PreTrainedTokenizerBase, seconds: float = 30) -> Itera
 
 def read_chat_format(tokenizer: PreTrainedTokenizerBase, score_thinking: bool = False) -> ChatFormat:
     """
-    Reads off the tokenizer's chat template how an assistant's turn begins and ends, by rendering short chats.
+    Read off the tokenizer's chat template how an assistant's turn begins and ends, by rendering short chats.
 
     - `response_marker` is what the generation prompt and the whole chat share after the user's turn, such as
       `<|im_start|>assistant`. If the template has no generation prompt (Mistral), it is what stands between a user's text and

@@ -142,6 +142,8 @@ class Formatter:
 
     def check_model(self, config: DMoERMConfig) -> None:
         """
+        Check that this formatter writes texts in the form of a model's training.
+
         Raises:
             ValueError: if a DMoERM of this configuration was trained on texts in another form than this formatter's.
         """
@@ -177,7 +179,7 @@ class Formatter:
 
     def encode(self, prompt: list[dict] | str, response: str) -> Encoding:
         """
-        Encodes one prompt with one response.
+        Encode one prompt with one response.
 
         Args:
             prompt (`list[dict]` or `str`):
@@ -230,7 +232,7 @@ class Formatter:
 
     def encode_rows(self, rows: Sequence[PreferenceRow]) -> tuple[list[list[Encoding]], CutReport]:
         """
-        Encodes every response of every row.
+        Encode every response of every row.
 
         Returns:
             One list of encodings a row, in the order of `row.responses`, and a [`CutReport`] to print.
@@ -316,6 +318,8 @@ class Formatter:
 
     def _check_template(self) -> None:
         """
+        Check that the chat template writes a prompt in full, and a whole chat as the prompt and the response that follows it.
+
         Raises:
             ValueError: if the template does not write all of a prompt, or what a policy writes after it is read otherwise than the
                 whole chat.

@@ -165,7 +165,7 @@ def _bad_turn(turn: Any, name: str) -> RowError:
 
 def check_row(row: PreferenceRow, tasks: TaskTable | None = None) -> None:
     """
-    Checks the values of one row.
+    Check the values of one row.
 
     Args:
         row (`PreferenceRow`): the row.
@@ -215,7 +215,7 @@ def check_row(row: PreferenceRow, tasks: TaskTable | None = None) -> None:
 
 def check_prompt(prompt: list[dict]) -> None:
     """
-    Checks turns as of [`turns_of`].
+    Check turns, see [`turns_of`].
 
     Raises:
         [`RowError`]: if there is nothing to answer, or a text cannot be written.
@@ -258,6 +258,8 @@ def typed(value: Any, kind: type, name: str) -> Any:
 
 def check_characters(text: str, name: str) -> None:
     """
+    Check that a text can be written.
+
     Raises:
         [`RowError`]: if a text has half of a surrogate pair, which cannot be written; it calls the field `name`.
     """

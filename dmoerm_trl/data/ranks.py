@@ -8,7 +8,7 @@ from .preference_row import RowError, short
 
 
 def number(value: Any) -> float | None:
-    """A score as a number; None where there is none: an absence, NaN, infinity, or a text that is no number, such as `"N/A"`."""
+    """Convert a score to a number; None for an absence, NaN, infinity, or a text that is no number, such as `"N/A"`."""
     try:
         score = float(value)
     except (TypeError, ValueError, OverflowError):

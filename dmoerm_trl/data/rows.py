@@ -69,7 +69,7 @@ def load_rows(
     source: str | os.PathLike, *, tasks: TaskTable | None = None, split: str = "train", on_error: OnError = "raise"
 ) -> tuple[list[PreferenceRow], LoadReport]:
     """
-    Reads and checks preference rows.
+    Read and check preference rows.
 
     Args:
         source (`str`):
@@ -136,7 +136,7 @@ def rows_from_dataset(
 
 def write_rows(rows: Iterable[PreferenceRow], path: str | os.PathLike) -> None:
     """
-    Writes rows as JSONL that [`load_rows`] reads back. The file appears whole or not at all.
+    Write rows as JSONL that [`load_rows`] reads back. The file appears whole or not at all.
 
     Example:
 
@@ -153,7 +153,7 @@ def write_rows(rows: Iterable[PreferenceRow], path: str | os.PathLike) -> None:
 
 def records_of(source: str | os.PathLike, split: str = "train") -> Records:
     """
-    The records of a source, as of [`load_rows`]; a file may have none.
+    The records of a source, see [`load_rows`]; a file may have none.
 
     Raises:
         FileNotFoundError: if the source is a file that is not there, or of a kind that is not read.
@@ -241,7 +241,7 @@ _PUBLISHED = {"src", "tgt", "response", "rank", "label"}
 
 def parse_row(raw: Any, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
     """
-    Turns one row of any accepted format into a [`PreferenceRow`], whose values are still to be checked; `report` counts what
+    Turn one row of any accepted format into a [`PreferenceRow`], whose values are still to be checked; `report` counts what
     is not read of it.
 
     Raises:
@@ -267,7 +267,7 @@ def prompt_of(raw: Any) -> list[dict]:
     `messages`.
 
     Raises:
-        [`RowError`]: if there is none.
+        [`RowError`]: if the record has none.
     """
     raw = _fields_of(raw)
     if {"chosen", "rejected"} <= raw.keys():
@@ -386,7 +386,7 @@ def merge_same_tokens(
     rows: Iterable[PreferenceRow], encodings: Iterable[Sequence[Any]]
 ) -> tuple[list[PreferenceRow], int]:
     """
-    Gives responses to a prompt that are the same tokens the same text, so that they are no pair: a tokenizer may normalise
+    Give responses to a prompt that are the same tokens the same text, so that they are no pair: a tokenizer may normalise
     what tells two texts apart, or a chat template leave it out.
 
     Args:
@@ -408,7 +408,7 @@ def merge_same_tokens(
 
 def check_capability_labels(rows: Iterable[PreferenceRow], tasks: TaskTable, *, overall: bool = True) -> None:
     """
-    Checks, before any training, that every expert has something to learn from.
+    Check, before any training, that every expert has something to learn from.
 
     Args:
         rows (`Iterable[PreferenceRow]`):

@@ -23,10 +23,10 @@ def split_rows(
     part_of: Mapping[str, str] = NOWHERE,
 ) -> dict[str, list[PreferenceRow]]:
     """
-    Splits rows into the parts that the phases train on, validate on, and are tested on.
+    Split rows into the parts that the phases train on, validate on, and are tested on.
 
     All rows of a prompt fall into one part. Each task is split by itself, so that it has its share of every part. Which
-    prompts fall where hangs on the seed and the prompts alone, not on the order of the rows.
+    prompts fall where depends on the seed and the prompts alone, not on the order of the rows.
 
     Args:
         rows (`Sequence[PreferenceRow]`):

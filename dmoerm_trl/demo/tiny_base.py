@@ -41,7 +41,7 @@ def train_tiny_base(
     learning_rate: float = 8e-3,
 ) -> Path:
     """
-    Trains a byte-level BPE tokenizer and a `Qwen2ForCausalLM` on conversations and saves both to one folder.
+    Train a byte-level BPE tokenizer and a `Qwen2ForCausalLM` on conversations and save both to one folder.
 
     With the default sizes the model has 0.85 million parameters. Every token of a conversation is trained on. The same
     arguments give the same weights on one machine.

@@ -403,7 +403,7 @@ def world_gold(*, prompt: list[dict], response: str, task: str, **_: object) -> 
 
 
 def main(seeds: Sequence[int] = (0, 1, 2), n: int = 500) -> None:
-    """Prints the statistics of `n` rows a task (and as many of none) for each seed."""
+    """Print the statistics of `n` rows a task (and as many of none) for each seed."""
     worlds = [World(seed) for seed in seeds]
     statistics = [world.statistics(world.rows(n, n)) for world in worlds]
     judges = [values["judge"] for values in statistics]

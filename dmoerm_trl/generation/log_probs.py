@@ -97,7 +97,7 @@ def log_probs(model: PreTrainedModel, sample: Sample, temperature: float = 1.0) 
 @contextmanager
 def nucleus_rollout(policy: PreTrainedModel, top_p: float) -> Iterator[None]:
     """
-    Within it the rollout of TRL's PPO, which has no option for it, samples from the smallest set of tokens whose
+    Context manager in which the rollout of TRL's PPO, which has no option for it, samples from the smallest set of tokens whose
     probabilities sum to `top_p`.
 
     The rollout's log-probabilities stay those of the whole distribution, as are those of the reference and of the update:
@@ -126,7 +126,7 @@ def nucleus_rollout(policy: PreTrainedModel, top_p: float) -> Iterator[None]:
 
 @contextmanager
 def _sampling_as_asked(policy: PreTrainedModel) -> Iterator[None]:
-    """Within it the checkpoint's generation_config.json adds nothing: that of Qwen1.5-Chat penalises repetition."""
+    """Context manager in which the checkpoint's generation_config.json adds nothing: that of Qwen1.5-Chat penalises repetition."""
     before = policy.generation_config
     policy.generation_config = GenerationConfig(eos_token_id=before.eos_token_id, pad_token_id=before.pad_token_id)
     try:

@@ -19,7 +19,7 @@ def read_prompts(path: str | os.PathLike, count: int | None = None, task: str | 
     file may hold prompts alone, preference rows in any accepted format (recipes/DATA.md), or responses.
 
     Args:
-        path (`str`): a file or folder, as of [`~dmoerm_trl.data.rows.load_rows`].
+        path (`str`): File or folder, see [`~dmoerm_trl.data.rows.load_rows`].
         count (`int`, *optional*): how many; all if absent.
         task (`str`, *optional*): only those with this `task`.
 
@@ -65,7 +65,7 @@ def load_prompts(
     seed: int = 0,
 ) -> tuple[list[dict], list[dict]]:
     """
-    Reads the prompts of a run from files of prompts or of preference rows, and prints what became of them.
+    Read the prompts of a run from files of prompts or of preference rows, and print what became of them.
 
     The paper's appendix D.3 draws the reward model's training, the optimisation and the evaluation from different sets.
     With AlignBench for evaluation, PPO I is `prompts="alignbench.jsonl"`, of which `held_out` are split off, and PPO II is
@@ -130,7 +130,7 @@ def load_prompts(
 
 def split_off(rows: Sequence[dict], count: int, *, seed: int = 0) -> tuple[list[dict], list[dict]]:
     """
-    The rows of `count` prompts, and the other rows. Which prompts they are hangs on the seed and the prompts alone, not on
+    Split off the rows of `count` prompts from the others. Which prompts they are depends on the seed and the prompts alone, not on
     the order of the rows, and no prompt is in both.
     """
     ids = sorted(map(prompt_id, rows), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
@@ -140,6 +140,8 @@ def split_off(rows: Sequence[dict], count: int, *, seed: int = 0) -> tuple[list[
 
 def check_disjoint(sets: dict[str, Sequence[dict]]) -> None:
     """
+    Check that no prompt is in two sets.
+
     Raises:
         ValueError: if a prompt is in two of the named sets, case and white space aside.
     """
@@ -162,7 +164,7 @@ def prompt_id(row: dict) -> str:
 
 
 def prompt_records(path: str | os.PathLike) -> Iterator[tuple[str, dict]]:
-    """Yields one record at a time with its place, its prompt as turns."""
+    """Yield one record at a time with its place, its prompt as turns."""
     for count, (place, raw) in enumerate(records_of(path), start=1):
         place = f"{place}, record {count}"
         try:
@@ -173,5 +175,5 @@ def prompt_records(path: str | os.PathLike) -> Iterator[tuple[str, dict]]:
 
 
 def prompt_key(row: dict) -> str:
-    """Tells prompts apart: equal for rows with the same turns."""
+    """Distinguish prompts: equal for rows with the same turns."""
     return json.dumps(row["prompt"], sort_keys=True)

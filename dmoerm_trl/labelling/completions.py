@@ -123,7 +123,7 @@ def read_text(choice: Mapping[str, Any]) -> str:
 
 
 def read_tokens(usage: Any, estimate: tuple[int, int]) -> list[int]:
-    """Numbers of prompt and completion tokens that the server reports, with the estimate in place of missing ones."""
+    """Number of prompt and completion tokens that the server reports, with the estimate in place of missing ones."""
     names = ("prompt_tokens", "completion_tokens")
     counts = [usage.get(name) if isinstance(usage, dict) else None for name in names]
     return [

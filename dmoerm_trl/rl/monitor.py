@@ -180,7 +180,7 @@ class PolicyMonitor(TrainerCallback):
     def _measure_batch(
         self, policy: PreTrainedModel, prompts: list[list[dict]]
     ) -> tuple[dict[str, Tensor], list[str]]:
-        """One value a prompt of all that hangs on tokens, and the responses' texts."""
+        """One value a prompt of all that depends on tokens, and the responses' texts."""
         drawn = sample(policy, prompts, self.formatter, max_new_tokens=self.max_new_tokens, **self.sampling)
         of_policy, of_reference = (
             log_probs(model, drawn, self.sampling["temperature"]) for model in (policy, self.reference)

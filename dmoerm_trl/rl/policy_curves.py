@@ -17,7 +17,7 @@ def plot_policy_curves(
     runs: Mapping[str, Sequence[str | Path]], path: str | Path, *, estimator: Estimator = "k3"
 ) -> Path:
     """
-    Draws one line a method: the mean over seeds of the gold reward and, in a panel beside it, of the proxy at each monitored
+    Draw one line a method: the mean over seeds of the gold reward and, in a panel beside it, of the proxy at each monitored
     step, over the mean KL at that step, with a band of one standard deviation over the seeds. The x-axis has a square-root
     scale. Proxies have each the scale of their reward model.
 

@@ -126,6 +126,8 @@ _ABOVE_ZERO = (
 
 def check_arguments(args: Any) -> None:
     """
+    Check that PPOTrainer reads every argument that is set, and that a training can have its numbers.
+
     Raises:
         ValueError: if `args` (a fresh `PPOConfig`) sets something that PPOTrainer would silently pass over, or a number that no
             training can have.

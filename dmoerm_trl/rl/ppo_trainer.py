@@ -60,7 +60,7 @@ class ResumablePPOTrainer(PPOTrainer):
 
     Args:
         top_p (`float`): of the rollout, see [`~dmoerm_trl.generation.log_probs.nucleus_rollout`].
-        kwargs: as of `PPOTrainer`, by name.
+        kwargs: Arguments of `PPOTrainer`, by name.
 
     Raises:
         ValueError: if DeepSpeed is asked for and would not run; under FSDP.
@@ -92,6 +92,8 @@ class ResumablePPOTrainer(PPOTrainer):
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None) -> None:
         """
+        Train, from a checkpoint if one is given.
+
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*): A folder `checkpoint-N` of this run, or True for the last whole one in
                 `output_dir`, if there is one.
@@ -120,7 +122,7 @@ class ResumablePPOTrainer(PPOTrainer):
         if state["max_steps"] != steps or state["episode"] != done * self.args.batch_size:
             raise ValueError(
                 f"got {checkpoint} of a run of {state['max_steps']} steps with {state['episode'] // done} episodes each, "
-                f"need {steps} with {self.args.batch_size}, because the learning rate and the order of the prompts hang on "
+                f"need {steps} with {self.args.batch_size}, because the learning rate and the order of the prompts depend on "
                 "them: go on with the recipe that began the run, or take another output_dir."
             )
         if self.is_deepspeed_enabled:
@@ -162,7 +164,7 @@ class ResumablePPOTrainer(PPOTrainer):
 
 @contextmanager
 def _reward_models_left_alone() -> Iterator[None]:
-    """Within it PPOTrainer puts no engine of DeepSpeed around our reward models; [`~dmoerm_trl.distributed.sharding`] says why."""
+    """Context manager in which PPOTrainer puts no engine of DeepSpeed around our reward models; [`~dmoerm_trl.distributed.sharding`] says why."""
     prepare = ppo_trainer.prepare_deepspeed
 
     def prepare_others(model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -213,7 +215,7 @@ class _GoOn(TrainerCallback):
 
 
 def _in_order(batches: Iterable, seed: int) -> Iterator:
-    """What a data loader gives, epoch after epoch, in an order that hangs on the seed alone, not on what was drawn before."""
+    """What a data loader gives, epoch after epoch, in an order that depends on the seed alone, not on what was drawn before."""
     seeds = torch.Generator().manual_seed(seed)
     while True:
         with torch.random.fork_rng():

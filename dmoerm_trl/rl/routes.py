@@ -39,7 +39,7 @@ def routed_tasks(
 
 def keep_tasks(model: DMoERMForSequenceClassification, tasks: Sequence[str]) -> None:
     """
-    Frees the bases and experts of all other tasks. The router stays as it is, so a text of a kept task has the reward it
+    Free the bases and experts of all other tasks. The router stays as it is, so a text of a kept task has the reward it
     had, and one that is sent to another task raises a ValueError. With a shared base nothing is freed.
 
     Of a model that was loaded with `resident_tasks`, the kept bases are read now, and the others never. The model can no

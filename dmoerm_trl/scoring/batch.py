@@ -33,8 +33,8 @@ def map_encodings(
     processes: PartialState | None = None,
 ) -> Tensor:
     """
-    Applies `function(input_ids, attention_mask, prompt_lengths)`, whose result has the batch as its first dimension, to
-    all texts and returns the results in the texts' order, on the CPU.
+    Apply `function(input_ids, attention_mask, prompt_lengths)`, whose result has the batch as its first dimension, to
+    all texts and return the results in the texts' order, on the CPU.
 
     Args:
         tokens_per_batch (`int`): tokens of a batch, where a prompt that several texts share counts once; a batch of long

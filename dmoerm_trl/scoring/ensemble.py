@@ -74,7 +74,7 @@ class RewardEnsemble(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> SequenceClassifierOutput:
         """
-        Takes what [`~dmoerm_trl.modeling.modeling_dmoerm.DMoERMModel`] takes.
+        Take what [`~dmoerm_trl.modeling.modeling_dmoerm.DMoERMModel`] takes.
 
         Returns:
             `SequenceClassifierOutput`: `logits` of shape (B, 1), the rewards; `hidden_states`, one tensor of shape (B, T, 1)

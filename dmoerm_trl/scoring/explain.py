@@ -20,7 +20,7 @@ def explanation(
     capability_scores: dict[str, float],
 ) -> str:
     """
-    Renders why a response got its reward: the route, and the score of each expert on its capability point.
+    Render why a response got its reward: the route, and the score of each expert on its capability point.
 
     The scores come from heads that were trained one by one, so a score compares responses on one point; it does not
     say which point of one response is the better one. Nor do the scores add up to the reward: equation 6 aggregates

@@ -88,7 +88,7 @@ class ScorerSpec:
 
     def check(self) -> None:
         """
-        Looks whether there is such a scorer, before anything is paid for what it shall score.
+        Look whether there is such a scorer, before anything is paid for what it shall score.
 
         Raises:
             ValueError: if not.
@@ -110,7 +110,7 @@ class ScorerSpec:
 
 
 def weights_digest(model: str) -> str | None:
-    """Tells whether the weights in a folder are others than before; None for a model on the hub."""
+    """Digest the weights in a folder, to see whether they changed; None for a model on the hub."""
     files = sorted(Path(model).glob("*.safetensors"))
     return file_digest(files) if files else None
 

@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 def collate_ranked(examples: list[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     """
-    Flattens the responses of several prompts into one batch.
+    Flatten the responses of several prompts into one batch.
 
     Args:
         examples (`list[dict]`): each with `input_ids` (K lists of tokens, prompt included), `prompt_lengths` (K numbers)

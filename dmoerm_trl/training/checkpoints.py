@@ -19,7 +19,7 @@ WEIGHTS = ["model.safetensors", "adapter_model.safetensors", "model.safetensors.
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest checkpoint of a trainer's folder that was written to its end, None where there is none."""
+    """Return the newest complete checkpoint in a trainer's folder, or None."""
     whole = []
     for path in Path(folder).glob("checkpoint-*/trainer_state.json"):  # the trainer writes this file last
         try:
@@ -36,7 +36,7 @@ def was_the_end(checkpoint: str | Path) -> bool:
 
 def find_best(checkpoint: str | Path, trainer: Trainer) -> None:
     """
-    Sees to it that the best checkpoint so far is found beside the last one, also where the run's folder was moved: the trainer
+    Make sure that the best checkpoint so far is found beside the last one, also where the run's folder was moved: the trainer
     would go on without it.
 
     Raises:
@@ -63,6 +63,8 @@ def find_best(checkpoint: str | Path, trainer: Trainer) -> None:
 @contextmanager
 def reading(checkpoint: str | Path | None) -> Iterator[None]:
     """
+    Context manager in which a file of a checkpoint that holds something else than tensors and numbers is an error.
+
     Raises:
         ValueError: if within it a file of the checkpoint turns out to hold something else than tensors and numbers.
     """

@@ -25,7 +25,7 @@ def formatter_of(recipe: Recipe) -> Formatter:
     The formatter of a recipe's base, whose tokenizer gets a pad token if it has none: it is masked, so any token will do.
 
     Raises:
-        ValueError: if the recipe names a token that there is not, or has to name one.
+        ValueError: if the recipe names a token that the tokenizer lacks, or has to name one.
     """
     tokenizer = _tokenizer(recipe.base_model, recipe)
     if recipe.pad_token is not None:
@@ -47,6 +47,8 @@ def formatter_of(recipe: Recipe) -> Formatter:
 
 def check_places(root: Path, names: Iterable[str]) -> None:
     """
+    Check that the stages that are still to be made have free places, on the disk of their checkpoints.
+
     Args:
         root (`Path`): the folder of a run.
         names (`Iterable[str]`): its stages that are still to be made.
@@ -73,7 +75,7 @@ def check_places(root: Path, names: Iterable[str]) -> None:
 
 def check_models(recipe: Recipe, tasks: TaskTable, formatter: Formatter) -> None:
     """
-    Checks the models that a recipe names: that they can be read, their weights, positions and tokens, and the experts and
+    Check the models that a recipe names: that they can be read, their weights, positions and tokens, and the experts and
     aggregators that they are to get.
 
     Raises:
@@ -125,6 +127,8 @@ def _config_of(name: str, key: str, recipe: Recipe, target_modules: list[str] | 
 
 def _check_size(config: DMoERMConfig) -> None:
     """
+    Check that the experts and the aggregator fit the model and the memory.
+
     Raises:
         ValueError: if `lora_layers` are not there, or the experts and the aggregator alone do not fit into the machine's memory.
     """

@@ -109,7 +109,7 @@ class ExpertsTrainer(RankedRewardTrainer):
     the masks, drawn from one generator, are others than in training one after the other; without it the result is the same.
 
     Raises:
-        ValueError: for a learning rate that follows a metric, for a metric that there is not, for a DeepSpeed configuration
+        ValueError: for a learning rate that follows a metric, for an unknown metric, for a DeepSpeed configuration
             with an optimizer, or that divides an expert.
     """
 
@@ -223,7 +223,7 @@ class ExpertsTrainer(RankedRewardTrainer):
 
     def _each_alone(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
         """
-        Clips each expert's gradient and takes it from those at rest, which Adam then leaves as they are. Under ZeRO the
+        Clip each expert's gradient and take it from those at rest, which Adam then leaves as they are. Under ZeRO the
         optimizer is given one expert after the other, and of its gradient this process's shard; under FSDP all, in shards.
         """
         for group in optimizer.param_groups:
@@ -275,6 +275,8 @@ class BestExperts(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Experts, **kwargs: Any) -> None:
         """
+        Check that the best weights of the experts are there, and stop those experts that have ended.
+
         Raises:
             ValueError: if the best weights of an expert, of a training that was killed, are not there.
         """
@@ -311,7 +313,7 @@ class BestExperts(TrainerCallback, ExportableState):
                 path.unlink()
 
     def restore(self, args: RankedRewardConfig, model: Experts) -> None:
-        """Gives each expert of a model that is whole its best weights."""
+        """Give each expert of a model that is whole its best weights."""
         if not self.arguments["keep_best"]:
             return
         PartialState().wait_for_everyone()  # for the files

@@ -29,6 +29,8 @@ class Growth:
         cls, stages: Mapping[str, Stage], records: Mapping[str, StageRecord], finished: Manifest, data: Iterable[str]
     ) -> "Growth":
         """
+        Compare what the stages are made of now with what the finished ones were made of.
+
         Args:
             records (`Mapping`): what each stage is made of now.
             finished (`Manifest`): the folder.

@@ -52,7 +52,7 @@ def train_router(
     trust_remote_code: bool = False,
 ) -> tuple[Router, History]:
     """
-    Trains the gate of equation 1 on the task labels of prompts, by cross-entropy. Rows of other tasks are not used. An
+    Train the gate of equation 1 on the task labels of prompts, by cross-entropy. Rows of other tasks are not used. An
     evaluation gives `eval_accuracy` and `eval_macro_f1`, the mean over tasks of F1, in which each task counts the same.
 
     Args:
@@ -208,7 +208,7 @@ def phase2(
     args: RankedRewardConfig,
 ) -> tuple[DMoERMForSequenceClassification, dict[str, History]]:
     """
-    Trains LoRA experts, one a capability point, all on one stream of the rows that have labels of some of the points. An
+    Train LoRA experts, one a capability point, all on one stream of the rows that have labels of some of the points. An
     expert's head starts as the base's head.
 
     Each expert is trained on its own labels as if it were alone ([`ExpertsTrainer`]). So where all rows have labels of all
@@ -257,7 +257,7 @@ def phase3(
     unit_variance: bool = False,
 ) -> tuple[DMoERMForSequenceClassification, History]:
     """
-    Trains the aggregator alone, and normalises the rewards to zero mean on the phase's own texts. Base and experts are
+    Train the aggregator alone, and normalise the rewards to zero mean on the phase's own texts. Base and experts are
     frozen and without dropout, so every text is embedded once: see [`embeddings_on_disk`].
 
     Args:
@@ -385,7 +385,7 @@ def normalise(
     unit_variance: bool = False,
 ) -> None:
     """
-    Brings the rewards of a one-task model to zero mean (optionally unit variance) on the responses of `rows`, in place
+    Bring the rewards of a one-task model to zero mean (optionally unit variance) on the responses of `rows`, in place
     ("All RMs will be normalized to have a zero mean after training", figure 5).
     """
     (task,) = model.config.tasks

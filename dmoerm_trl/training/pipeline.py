@@ -308,7 +308,7 @@ class Pipeline:
 
     def check(self) -> None:
         """
-        Finds what can be found wrong before any training: the folder and what is finished in it, the settings of all stages as
+        Find what can be found wrong before any training: the folder and what is finished in it, the settings of all stages as
         their trainers read them, tokenizers, LoRA targets, the bases' weights and positions, rows and labels.
 
         Raises:
@@ -330,6 +330,8 @@ class Pipeline:
 
     def check_finished(self) -> None:
         """
+        Check that what is finished in the folder belongs to this recipe.
+
         Raises:
             ValueError: if what is finished would be another by the recipe, or is not whole any more.
         """
@@ -404,7 +406,7 @@ class Pipeline:
         return training in now and now[training] == before.get(training)
 
     def _take_over(self) -> None:
-        """Copies the stages that the other run has, and says which; experts are taken over one by one, in their stage's turn."""
+        """Copy the stages that the other run has, and say which; experts are taken over one by one, in their stage's turn."""
         source = self._source
         before = source.record("data")["settings"] if source.has("data") else {}
         now = json.loads(json.dumps(self._data_settings))
@@ -428,7 +430,7 @@ class Pipeline:
 
     def run(self) -> None:
         """
-        Runs every stage that is not done, in an order in which each finds what it needs, in a folder that no other run writes
+        Run every stage that is not done, in an order in which each finds what it needs, in a folder that no other run writes
         meanwhile. The folder is a run's from its first finished stage on; until then the recipe may change at will.
         """
         check_joined(self.recipe.workers)
@@ -504,7 +506,7 @@ class Pipeline:
                 raise
 
     def run_stage(self, name: str) -> float:
-        """Runs one stage, whose needs must be there, and returns the seconds that it took."""
+        """Run one stage, whose needs must be there, and return the seconds that it took."""
         start = time.perf_counter()
         work = self._work_folder(name)
         folder = work / "result"
@@ -551,7 +553,7 @@ class Pipeline:
         return result.parent / "checkpoints"
 
     def _begin(self, name: str) -> None:
-        """Notes what a stage is made of; it counts from when the stage's folder is there."""
+        """Note what a stage is made of; it counts from when the stage's folder is there."""
         if not is_main():
             return
         manifest = Manifest(self.root)
@@ -574,7 +576,7 @@ class Pipeline:
         manifest.save()
 
     def _tidy(self) -> None:
-        """Deletes what stages were begun in, and folders that are then empty."""
+        """Delete what stages were begun in, and folders that are then empty."""
         manifest = Manifest(self.root)
         for name, folders in manifest["begun"].items():
             for folder in folders:

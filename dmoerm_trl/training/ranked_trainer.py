@@ -271,7 +271,7 @@ class RankedRewardTrainer(RewardTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: RankedRewardConfig, dataset_name: str
     ) -> Dataset:
-        """Adds the column `length`, by which rows are batched, and says which rows are over the budget."""
+        """Add the column `length`, by which rows are batched, and say which rows are over the budget."""
         if "length" not in dataset.column_names:
             lengths = [distinct_tokens(row["input_ids"], row["prompt_lengths"]) for row in dataset]
             dataset = dataset.add_column("length", lengths)
@@ -329,7 +329,7 @@ class RankedRewardTrainer(RewardTrainer):
     # The loss.
 
     def rank(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Runs the model: one of `rankings` -> the rewards, its pairs and the groups, as [`ranking_loss`] takes them."""
+        """Run the model: one of `rankings` -> the rewards, its pairs and the groups, as [`ranking_loss`] takes them."""
         inputs = dict(inputs)
         pairs, groups = inputs.pop("pairs"), inputs.pop("groups")
         with nan_allowed():
@@ -424,7 +424,7 @@ class RankedRewardTrainer(RewardTrainer):
         self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
         """
-        Adds the metrics to the parent's loop. accelerate gives every process as many batches, so that all call the model as
+        Add the metrics to the parent's loop. accelerate gives every process as many batches, so that all call the model as
         often; the batches that it repeats for that at the end are left out of the sums.
         """
         self._evaluated: list[Tensor] = []
@@ -464,7 +464,7 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
     """
-    Trains a model on ranked responses and returns it as it was at its best evaluation, with the log history.
+    Train a model on ranked responses and return it as it was at its best evaluation, with the log history.
 
     A run that was killed goes on from its last whole checkpoint in `args.output_dir` and ends with the same model.
     """
@@ -477,7 +477,7 @@ def fit(
 
 def train_or_resume(trainer: Trainer) -> None:
     """
-    Trains to the end, from the last whole checkpoint if there is one, so that the result is that of an unbroken run.
+    Train to the end, from the last whole checkpoint if there is one, so that the result is that of an unbroken run.
 
     Raises:
         ValueError: if the checkpoint lacks a file, or has one that cannot be read; it says what to delete.

@@ -238,7 +238,7 @@ class Recipe:
 
 
 def _culprit(settings: dict[str, Any], output_dir: str) -> str:
-    """Names the setting that training arguments cannot have, whatever the others are, if there is one."""
+    """Name the setting that training arguments cannot have, whatever the others are, if there is one."""
     from .ranked_trainer import RankedRewardConfig
 
     for name, value in settings.items():

@@ -41,7 +41,7 @@ TASK, POINT = "task", "point"
 
 def rehearse(recipe: Recipe, formatter: Formatter, steps: Collection[str]) -> None:
     """
-    Trains for a step, evaluates and saves, with the settings that a recipe gives its stages, and with its tokenizer.
+    Train for a step, evaluate and save, with the settings that a recipe gives its stages, and with its tokenizer.
 
     Args:
         steps (`Collection[str]`): some of `"router"`, `"phase1"`, `"phase2"`, `"phase3"` and `"baselines"`.

@@ -29,7 +29,7 @@ class RunData(NamedTuple):
     report: list[str]
 
     def save(self, folder: Path, tasks: TaskTable) -> None:
-        """Writes a file of each part, `report.txt`, and the [`digests`] of what each stage reads."""
+        """Write a file of each part, `report.txt`, and the [`digests`] of what each stage reads."""
         for name, rows in self.parts.items():
             write_rows(rows, folder / f"{name}.jsonl")
         write_text(folder / "report.txt", "\n".join(self.report) + "\n")
@@ -37,7 +37,7 @@ class RunData(NamedTuple):
 
     def digests(self, tasks: TaskTable) -> dict[str, Any]:
         """
-        Tells of the rows that a stage reads whether they are others than before: of the texts, and of the labels that it learns
+        Digest the rows that each stage reads, to see whether they changed: of the texts, and of the labels that it learns
         from. A stage of experts has a digest of each point's rows.
         """
 
@@ -71,7 +71,7 @@ def _digest(values: Iterable[Any]) -> str:
 
 def read_run_data(recipe: Recipe, tasks: TaskTable, formatter: Formatter, part_of: Mapping[str, str]) -> RunData:
     """
-    Reads a recipe's rows.
+    Read a recipe's rows.
 
     Args:
         part_of (`Mapping[str, str]`): prompt id -> the part in which it stays, of a run that this one extends.

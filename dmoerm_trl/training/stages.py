@@ -59,7 +59,7 @@ def identities(name: str, record: StageRecord) -> dict[str, str]:
 
 
 def identity(record: StageRecord) -> str:
-    """Tells records apart."""
+    """Distinguish records."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -119,7 +119,7 @@ class Manifest:
         return self.content[key]
 
     def save(self) -> None:
-        """Writes the file, if it would be another one."""
+        """Write the file, if it would be another one."""
         if not self.path.exists() or json.loads(self.path.read_text(encoding="utf-8")) != self.content:
             write_json(self.path, self.content)
 
@@ -129,6 +129,8 @@ class Manifest:
 
     def record(self, name: str) -> StageRecord:
         """
+        Return what a finished stage was made of.
+
         Raises:
             ValueError: if the folder has a stage of which the manifest does not know.
         """
@@ -142,13 +144,15 @@ class Manifest:
             ) from None
 
     def note_files(self, name: str) -> None:
-        """Notes what a finished stage left."""
+        """Note what a finished stage left."""
         self["files"][name] = {
             path: _state(self.root / name / path, name == "data") for path in _files(self.root / name)
         }
 
     def check_files(self, name: str) -> None:
         """
+        Check that a finished stage's files are those that it left.
+
         Raises:
             ValueError: if a file of a finished stage is missing, cut off, or of the data and edited.
         """

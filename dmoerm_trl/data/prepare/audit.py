@@ -58,19 +58,19 @@ class PartAudit:
     _seen: set[int] = field(default_factory=set)
 
     def skip(self, place: str, error: RowError) -> None:
-        """Notes what is left out."""
+        """Note what is left out."""
         self.skipped[error.reason] += 1
         self.examples.setdefault(error.reason, f"{place}: {error}")
 
     def flag(self, kinds: Iterable[str]) -> None:
-        """Notes which kinds of personal data a row seems to hold, whether or not it is kept."""
+        """Note which kinds of personal data a row seems to hold, whether or not it is kept."""
         kinds = set(kinds)
         self.looked_at += 1
         self.flagged += bool(kinds)
         self.personal_data.update(kinds)
 
     def add(self, row: PreferenceRow) -> None:
-        """Notes a row that is kept."""
+        """Note a row that is kept."""
         identity = hash((row.prompt_id, tuple(sorted(row.responses))))
         self.duplicates += identity in self._seen
         self._seen.add(identity)
@@ -159,11 +159,11 @@ def save_report(
     parts: Mapping[str, PartAudit], against: Mapping[str, Counter], path_prefix: str | Path
 ) -> tuple[Path, Path]:
     """
-    Writes `<path_prefix>.md` and `<path_prefix>.json`, and returns both paths.
+    Write `<path_prefix>.md` and `<path_prefix>.json`, and return both paths.
 
     Args:
         parts (`Mapping[str, PartAudit]`): the parts that were prepared.
-        against (`Mapping[str, Counter]`): the prompts of other rows, which are looked at for leaks alone, as of [`leaks`].
+        against (`Mapping[str, Counter]`): the prompts of other rows, which are looked at for leaks alone, see [`leaks`].
     """
     report = {
         "parts": {name: part.to_dict() for name, part in parts.items()},

@@ -39,6 +39,8 @@ def is_available() -> bool:
 
 def check_region(phone_region: str | None) -> None:
     """
+    Check a phone region.
+
     Raises:
         ValueError: if `phone_region` is no country of the package `phonenumbers`, which would look for nothing.
     """

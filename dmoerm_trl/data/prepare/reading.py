@@ -26,13 +26,13 @@ def open_set(
     streaming: bool = True,
 ) -> Records:
     """
-    Opens a set.
+    Open a set.
 
     Args:
         source (`str`): a `.jsonl`, `.json`, `.parquet`, `.arrow` or `.csv` file, also compressed as `.gz`; a folder of such
             files or of `save_to_disk`; or the name of a dataset on the hub.
         split (`str`): which split of a folder or of a dataset on the hub; a file has one, whatever it is called.
-        name, data_dir, revision: as of `datasets.load_dataset`, for a folder or a dataset on the hub.
+        name, data_dir, revision: Arguments of `datasets.load_dataset`, for a folder or a dataset on the hub.
         streaming (`bool`): read a dataset on the hub as a stream, else download it first.
 
     Raises:
