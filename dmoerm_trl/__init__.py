@@ -83,7 +83,7 @@ _HOMES = {
     "sequence_classifier": "scoring.export",
     "split_rows": "data.splits",
     "train_or_resume": "training.ranked_trainer",
-    "train_router": "training.phases",
+    "train_router": "training.router_training",
     "uncertainty_weighted_reward": "scoring.aggregation",
     "value_model_from": "rl.value_model",
     "win_rate": "evaluation.win_rate",

@@ -68,7 +68,6 @@ from .tasks import TaskTable as TaskTable
 from .training.phases import phase1 as phase1
 from .training.phases import phase2 as phase2
 from .training.phases import phase3 as phase3
-from .training.phases import train_router as train_router
 from .training.pipeline import Pipeline as Pipeline
 from .training.ranked_dataset import ranked_dataset as ranked_dataset
 from .training.ranked_trainer import RankedRewardConfig as RankedRewardConfig
@@ -76,5 +75,6 @@ from .training.ranked_trainer import RankedRewardTrainer as RankedRewardTrainer
 from .training.ranked_trainer import ranking_loss as ranking_loss
 from .training.ranked_trainer import train_or_resume as train_or_resume
 from .training.recipe import Recipe as Recipe
+from .training.router_training import train_router as train_router
 
 __version__: str

@@ -31,7 +31,7 @@ from .attention import packed_attention
 from .experts import layers_name
 from .prefix_tree import PackedSequences
 
-ATTENTION = "dmoerm_forest"
+ATTENTION = "dmoerm_packed"
 """Name under which the attention function is registered with transformers."""
 
 GROUP_TOKENS = 2048

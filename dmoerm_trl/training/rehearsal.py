@@ -21,8 +21,9 @@ from ..data.preference_row import PreferenceRow
 from ..distributed.processes import is_main, processes, wait_for_all
 from ..modeling.assembly import export_expert, with_experts
 from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
-from .phases import phase1, phase2, phase3, train_router
+from .phases import phase1, phase2, phase3
 from .recipe import Recipe
+from .router_training import train_router
 
 ONE_STEP = {
     **{"max_steps": 1, "eval_steps": 1, "eval_delay": 0, "logging_steps": 1, "disable_tqdm": True},

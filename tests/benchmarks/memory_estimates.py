@@ -17,7 +17,7 @@ from dmoerm_trl.modeling.configuration_dmoerm import DMoERMConfig
 from dmoerm_trl.modeling.experts import lora_layers
 from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from dmoerm_trl.modeling.multi_lora import GROUP_TOKENS
-from dmoerm_trl.training.phases import CHUNK
+from dmoerm_trl.training.embedding_cache import CHUNK
 
 FROZEN_BYTES = {"fp32": 4.0, "autocast": 4.0, "bf16": 2.0, "8bit": 1.0, "4bit": 0.5}
 """Precision -> bytes of a weight of a frozen base's layers."""

@@ -79,10 +79,10 @@ from dmoerm_trl.modeling.router import Router
 from dmoerm_trl.scoring.batch import map_encodings, route_encodings, score_encodings
 from dmoerm_trl.scoring.reward_models import file_digest
 from dmoerm_trl.tasks import OTHERS, OVERALL, TaskTable
-from dmoerm_trl.training.phases import routing_metrics, train_router
 from dmoerm_trl.training.pipeline import Pipeline
 from dmoerm_trl.training.ranked_trainer import RankedRewardConfig
 from dmoerm_trl.training.recipe import Recipe
+from dmoerm_trl.training.router_training import routing_metrics, train_router
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "real_text" / "train.yaml"
 TASKS = RECIPE.with_name("tasks.yaml")

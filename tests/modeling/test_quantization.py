@@ -22,7 +22,6 @@ from dmoerm_trl.modeling import quantization as quantised
 from dmoerm_trl.modeling.assembly import add_experts_to, assemble, export_expert, inner_model
 from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from dmoerm_trl.modeling.quantization import quantization
-from dmoerm_trl.training import pipeline
 from dmoerm_trl.training.phases import phase1, phase2
 from dmoerm_trl.training.pipeline import Pipeline
 from dmoerm_trl.training.ranked_trainer import RankedRewardConfig
@@ -183,7 +182,7 @@ def test_a_recipe_has_phase_2_quantise_its_base(folder, rows, tmp_path, monkeypa
     bases = []
     monkeypatch.setattr(Pipeline, "rows", lambda *_, **__: rows)
     monkeypatch.setattr(Pipeline, "formatter", None)
-    monkeypatch.setattr(pipeline, "phase2", lambda base, *_: bases.append(base) or (base, {}))
+    monkeypatch.setattr("dmoerm_trl.training.recipe_stages.phase2", lambda base, *_: bases.append(base) or (base, {}))
     (tmp_path / "chitchat").mkdir()
     (tmp_path / "chitchat" / "phase1").symlink_to(folder / "base")
     run = Pipeline(small_recipe(tmp_path, phase2={"use_cpu": True}, **bits))

@@ -17,18 +17,12 @@ from dmoerm_trl.modeling.assembly import base_reward_model, export_expert
 from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification, DMoERMModel
 from dmoerm_trl.modeling.pretrained import DMoERMPreTrainedModel
 from dmoerm_trl.scoring.batch import score_rows
-from dmoerm_trl.training import phases
-from dmoerm_trl.training.phases import (
-    embeddings_on_disk,
-    normalise,
-    phase1,
-    phase2,
-    phase3,
-    ranked_dataset,
-    routing_metrics,
-    train_router,
-)
+from dmoerm_trl.training import embedding_cache, phases
+from dmoerm_trl.training.embedding_cache import embeddings_on_disk
+from dmoerm_trl.training.phases import normalise, phase1, phase2, phase3
+from dmoerm_trl.training.ranked_dataset import ranked_dataset
 from dmoerm_trl.training.ranked_trainer import RankedRewardConfig, RankedRewardTrainer
+from dmoerm_trl.training.router_training import routing_metrics, train_router
 
 POINTS = TASKS["chitchat"]
 
@@ -409,7 +403,8 @@ def test_embeddings_lie_on_disk_and_are_those_of_the_model(inner, formatter, tmp
         spans = [inner.model.find_spans(ids, None, length) for ids, length in texts]
         expected = torch.cat([inner.model.embed("chitchat", span) for span in spans])
     for chunk in (5, 4096):
-        monkeypatch.setattr(phases, "CHUNK", chunk)
+        for module in (phases, embedding_cache):
+            monkeypatch.setattr(module, "CHUNK", chunk)
         z = embeddings_on_disk(inner, encodings, formatter.tokenizer.pad_token_id, tmp_path / str(chunk))
         (file,) = (tmp_path / str(chunk)).iterdir()
         assert z.shape == (12, 3, 32) and file.stat().st_size == 4 * z.numel()
@@ -427,7 +422,8 @@ def test_embeddings_are_computed_once_also_by_a_run_that_was_killed(inner, adapt
         return embed(self, task, spans, points)
 
     monkeypatch.setattr(DMoERMModel, "embed", spy)
-    monkeypatch.setattr(phases, "CHUNK", 8)  # 24 texts
+    for module in (phases, embedding_cache):
+        monkeypatch.setattr(module, "CHUNK", 8)  # 24 texts
     kill_at = 3
     with pytest.raises(KeyboardInterrupt):
         phase3(deepcopy(base), adapters, ROWS, ROWS, formatter, settings(tmp_path))

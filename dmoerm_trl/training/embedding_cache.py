@@ -1,0 +1,95 @@
+"""The experts' embeddings of all texts on disk, from which phase 3 trains the aggregator."""
+
+import copy
+import hashlib
+import math
+import os
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from ..data.formatting import Encoding
+from ..modeling.configuration_dmoerm import DMoERMConfig
+from ..modeling.inner import InnerModel
+from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
+from ..modeling.pretrained import DMoERMPreTrainedModel
+from ..scoring.batch import map_encodings
+
+CHUNK = 4096
+"""Texts whose embeddings are in memory at once."""
+
+
+def embeddings_on_disk(
+    model: DMoERMForSequenceClassification, encodings: Sequence[Encoding], pad_token_id: int, folder: Path
+) -> Tensor:
+    """
+    The embeddings of all texts under a one-task model's experts (equation 3), computed once: a tensor that is mapped from a
+    file in `folder`, so that what is in memory does not grow with the number of texts.
+
+    Several processes share the work. The file gets its name, which tells the texts and the experts, when it is complete, so
+    that a run that is killed later finds it.
+
+    Returns:
+        `Tensor` of shape (N, k, H), fp32, on the CPU.
+    """
+    (task,) = model.config.tasks
+    shape = (len(encodings), len(model.config.tasks[task]), model.config.backbone_config.hidden_size)
+    content = hashlib.sha256()
+    for encoding in encodings:
+        content.update(array("q", [encoding.prompt_length, len(encoding.input_ids), *encoding.input_ids]).tobytes())
+    for name, weight in model.state_dict().items():
+        if ".lora_" in name:
+            content.update(weight.float().cpu().numpy().tobytes())
+    path = folder / f"embeddings-{content.hexdigest()[:16]}.f32"
+    size, state = math.prod(shape), PartialState()
+    if not path.exists() or path.stat().st_size != 4 * size:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        z = torch.from_file(str(temporary), shared=True, size=size).view(shape)
+
+        def embed(input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor) -> Tensor:
+            return model.model.embed(task, model.model.find_spans(input_ids, attention_mask, prompt_lengths)).float()
+
+        step = min(CHUNK, -(-len(encodings) // state.num_processes))
+        for start in range(state.process_index * step, len(encodings), state.num_processes * step):
+            chunk = encodings[start : start + step]
+            description = f"embedding texts {start + 1} to {start + len(chunk)} of {len(encodings)}"
+            options = {"pad_token_id": pad_token_id, "device": model.device, "description": description}
+            z[start : start + step] = map_encodings(embed, chunk, **options)
+        del z
+        with temporary.open("rb+") as file:
+            os.fsync(file)  # for the other machines
+        state.wait_for_everyone()
+        if state.is_main_process:
+            temporary.rename(path)
+        state.wait_for_everyone()
+    return torch.from_file(str(path), shared=True, size=size).view(shape)
+
+
+class AggregatorOnEmbeddings(DMoERMPreTrainedModel):
+    """
+    An inner model's aggregator as a model of its own, which looks its texts' embeddings up: what phase 3 trains.
+
+    Args:
+        inner (`InnerModel`): its aggregator is trained in place, the rest is frozen.
+        z (`Tensor` of shape (N, k, H)): the embeddings of all texts, on the CPU.
+    """
+
+    def __init__(self, config: DMoERMConfig, inner: InnerModel, z: Tensor):
+        super().__init__(copy.deepcopy(config))
+        self.aggregator = inner.aggregator
+        self.__dict__["inner"] = inner.requires_grad_(False)  # not a submodule: only the aggregator is saved
+        self.__dict__["z"] = z  # not a buffer: it stays on the CPU
+        self.aggregator.requires_grad_(True)
+
+    def get_input_embeddings(self) -> None:
+        """None: FSDP asks for it."""
+
+    def forward(self, texts: Tensor, finite: bool = False) -> SequenceClassifierOutput:
+        """`texts` of shape (B,), indices into z -> `logits` of shape (B, 1), not looked at whether they are `finite`."""
+        return SequenceClassifierOutput(logits=self.inner.reward(self.z[texts.cpu()].to(texts.device)))
