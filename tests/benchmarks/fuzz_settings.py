@@ -322,4 +322,6 @@ def commands(material: Material, draw: random.Random, at: Path) -> Case:
     }
     words = [str(known.get(word, word)) for word in words]
     place = tuple(str(known.get(text, text)) for text in place)
-    return Case(" ".join(words).replace(str(material.folder), "")[:80], dmoerm, (words,), place)
+    return Case(
+        " ".join(words).replace(str(at), "HERE").replace(str(material.folder), "")[:80], dmoerm, (words,), place
+    )
