@@ -68,7 +68,7 @@ def logit_shift(model: DMoERMForSequenceClassification, task: str, point: str | 
     """Return the bias `b` of the base's head, or of a capability point's, that an exported model leaves out of its logit."""
     inner = model.model.inner_models[slug(task)]
     head = inner.base_head if point is None else inner.expert_heads[slug(point)]
-    return float(head.bias)
+    return head.bias.item()
 
 
 def export_reward_model(
