@@ -98,7 +98,7 @@ def _say(text: str) -> None:
 
 def _text_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        way_out = "free some space" if error.errno == errno.ENOSPC else "mend the path, or its permissions"
+        way_out = "free some space" if error.errno == errno.ENOSPC else "fix the path, or its permissions"
         return f"{error.filename}: {error.strerror}: {way_out}."
     if raised_here(error) and str(error):
         return str(error)

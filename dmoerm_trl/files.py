@@ -137,7 +137,7 @@ def check_writable(path: str | os.PathLike, *, inputs: Iterable[str | os.PathLik
     except OSError as error:
         raise ValueError(
             f"{path}: got a file that cannot be written ({error.strerror or error}), need one that can, because the results go "
-            "there: name another place, or mend its folder's permissions."
+            "there: name another place, or fix its folder's permissions."
         ) from error
 
 
@@ -176,7 +176,7 @@ def locked_folder(folder: str | os.PathLike) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(
             f"{folder}: got a folder that cannot be written ({error.strerror or error}), need one that can, because the "
-            "results go there: name another folder, or mend its permissions."
+            "results go there: name another folder, or fix its permissions."
         ) from error
     try:
         (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")

@@ -44,10 +44,10 @@ def read_yaml(path: str | os.PathLike) -> YamlFile:
         ) from error
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
-        raise ValueError(f"{path}{line}: got broken YAML ({error.problem}), {need}: mend the line.") from error
+        raise ValueError(f"{path}{line}: got broken YAML ({error.problem}), {need}: fix the line.") from error
     except (yaml.YAMLError, RecursionError, OverflowError) as error:
         what = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: got broken YAML ({what}), {need}: mend the file.") from error
+        raise ValueError(f"{path}: got broken YAML ({what}), {need}: fix the file.") from error
     if other := [key for key in content if not isinstance(key, str)]:
         raise ValueError(f"{path}: got the key {other[0]!r:.60}, {need}, whose keys are text: put it in quotes.")
     return YamlFile(content, {key.value: key.start_mark.line + 1 for key, _ in node.value})

@@ -50,7 +50,7 @@ def ours(argv: list[str]) -> None:
         (a_fault, "dmoerm: error: IndexError: list index out of range\nThe same command with --debug shows where.\n"),
         (
             missing_file,
-            "dmoerm: error: no/such.jsonl: No such file or directory: mend the path, or its permissions.\n",
+            "dmoerm: error: no/such.jsonl: No such file or directory: fix the path, or its permissions.\n",
         ),
         (fails_with(KeyError()), "dmoerm: error: KeyError\n"),
         (fails_with(ValueError("a " * 10_000)), "dmoerm: error: (a ){100,400}…\n.*shows where.\n"),

@@ -142,7 +142,7 @@ def time_limit(tokenizer: PreTrainedTokenizerBase, seconds: float = 30) -> Itera
     except _Late:
         raise ValueError(
             f"{tokenizer.name_or_path}: got a chat template that took over {seconds} seconds for a few short chats, need one that "
-            "ends, because every text is rendered by it: mend the template."
+            "ends, because every text is rendered by it: fix the template."
         ) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, *timer)
@@ -185,7 +185,7 @@ def read_chat_format(tokenizer: PreTrainedTokenizerBase, score_thinking: bool = 
         raise ValueError(
             f"{tokenizer.name_or_path}: got a chat template whose generation prompt ends in {tokenizer.decode(prompt[-8:])!r}, which "
             "a whole chat does not have, need something in common, because without it the place where a response begins cannot "
-            "be found: mend the template."
+            "be found: fix the template."
         )
     thinks = thought != answered
     if thinks and not chats.strip(_prefix(thought, chats("one", "one", thoughts="six"))[len(shared) :]):
@@ -216,7 +216,7 @@ def read_chat_format(tokenizer: PreTrainedTokenizerBase, score_thinking: bool = 
         raise ValueError(
             f"{tokenizer.name_or_path}: got score_thinking=True and a chat template that leaves thoughts out of a whole chat, need "
             "one that writes a turn's `reasoning_content`, because trainers would score a text without what others score: leave "
-            "score_thinking off, or mend the template."
+            "score_thinking off, or fix the template."
         )
     opening = None
     if blank := chats.writes_a_blank():  # a policy writes none where its prompt ends, or writes it itself
@@ -249,7 +249,7 @@ class _Probe:
             if not self._renders():
                 raise ValueError(
                     f"{tokenizer.name_or_path}: got a chat template that renders the prompts 'one' and 'six' alike, need one that "
-                    "writes what the user says, because all prompts would be one: mend the template."
+                    "writes what the user says, because all prompts would be one: fix the template."
                 )
 
     def _renders(self) -> bool:

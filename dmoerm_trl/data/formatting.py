@@ -334,7 +334,7 @@ class Formatter:
             if self._letters(self._text_ids(PROBE)) not in self._letters(opened):
                 raise ValueError(
                     f"{self.tokenizer.name_or_path}: got a chat template that makes {self.tokenizer.decode(opened)!r} of a longer "
-                    "prompt, need one that writes all of it, because the rest would not be read: mend the template."
+                    "prompt, need one that writes all of it, because the rest would not be read: fix the template."
                 )
             whole = self._join(turns, PROBE)[0]
             head = self._head(opened)
@@ -344,7 +344,7 @@ class Formatter:
                 raise ValueError(
                     f"{self.tokenizer.name_or_path}: got a chat template by which a whole chat ends in "
                     f"{self.tokenizer.decode(whole[head:])!r}, and a policy's own text in {self.tokenizer.decode(written[head:])!r}, "
-                    "need one form of both, because a text would have two rewards: mend the template, or add the tokens that it "
+                    "need one form of both, because a text would have two rewards: fix the template, or add the tokens that it "
                     "writes around a response to the tokenizer."
                 )
 

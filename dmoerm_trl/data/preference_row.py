@@ -128,7 +128,7 @@ def _role(turn: Any, name: str) -> str:
         raise RowError(
             "bad prompt",
             f"field `{name}`: got the role {short(turn['role'])}, need a word such as 'user', because a chat template writes it "
-            "as it stands: mend the turn.",
+            "as it stands: fix the turn.",
         )
     return turn["role"]
 
@@ -206,7 +206,7 @@ def check_row(row: PreferenceRow, tasks: TaskTable | None = None) -> None:
             "row has one set of labels of a point: take it out of one of them.",
         )
     if not isinstance(row.task, str | None):
-        raise RowError("bad task", f"field `task`: got {short(row.task)}, need a name as text, or none: mend the row.")
+        raise RowError("bad task", f"field `task`: got {short(row.task)}, need a name as text, or none: fix the row.")
     for name, text in [("task", row.task or ""), *(("capability_ranks", point) for point in row.labelled_points)]:
         check_characters(text, name)
     if tasks is not None:
@@ -252,7 +252,7 @@ def typed(value: Any, kind: type, name: str) -> Any:
     """
     if not isinstance(value, kind):
         needed = {str: "text", list: "a list", dict: "an object"}[kind]
-        raise RowError("field of another kind", f"field `{name}`: got {short(value)}, need {needed}: mend the row.")
+        raise RowError("field of another kind", f"field `{name}`: got {short(value)}, need {needed}: fix the row.")
     return value
 
 
@@ -269,7 +269,7 @@ def check_characters(text: str, name: str) -> None:
         raise RowError(
             "half a character",
             f"field `{name}`: got {text[error.start]!a} at place {error.start} of a text, half of a surrogate pair, need whole "
-            "characters because others cannot be written: mend the text.",
+            "characters because others cannot be written: fix the text.",
         ) from error
 
 

@@ -79,7 +79,7 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except OSError as error:
         raise ValueError(
-            f"got {short(str(path))}, a path that cannot be read ({error.strerror}), need another: mend it."
+            f"got {short(str(path))}, a path that cannot be read ({error.strerror}), need another: fix it."
         ) from error
 
 
@@ -106,7 +106,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         ) from error
     except OSError as error:
         raise ValueError(
-            f"{path}: got a file that cannot be read ({error.strerror or error}), need one that can: mend its permissions or "
+            f"{path}: got a file that cannot be read ({error.strerror or error}), need one that can: fix its permissions or "
             "its disk."
         ) from error
 
@@ -203,13 +203,13 @@ class _Json:
 
 
 def _broken(problem: str) -> RowError:
-    return RowError("broken JSON", f"got broken JSON ({problem}), need one JSON object: mend the line.")
+    return RowError("broken JSON", f"got broken JSON ({problem}), need one JSON object: fix the line.")
 
 
 def _too_deep() -> RowError:
     return RowError(
         "broken JSON",
-        f"got broken JSON (more than {DEEPEST} objects or lists in each other), need one JSON object: mend it.",
+        f"got broken JSON (more than {DEEPEST} objects or lists in each other), need one JSON object: fix it.",
     )
 
 
@@ -266,11 +266,11 @@ def _json(path: Path) -> Iterator[Record]:
         closed = rest[at : at + 1] == "]"
         if not closed and rest[at : at + 1] != ",":
             raise ValueError(
-                f"{path}: got {short(rest[at : at + 20])} after element {number} of the array, need ',' or ']': mend the file."
+                f"{path}: got {short(rest[at : at + 20])} after element {number} of the array, need ',' or ']': fix the file."
             )
         at = _after_space(rest, at + 1)
     if number and rest[at:].strip():
-        raise ValueError(f"{path}: got {short(rest[at : at + 20])} after the array, need nothing: mend the file.")
+        raise ValueError(f"{path}: got {short(rest[at : at + 20])} after the array, need nothing: fix the file.")
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -301,7 +301,7 @@ def _csv(path: Path) -> Iterator[Record]:
             except csv.Error as error:
                 yield Record(
                     f"{path}, line {line}",
-                    RowError("broken CSV", f"got broken CSV ({error}), need cells as of RFC 4180: mend the line."),
+                    RowError("broken CSV", f"got broken CSV ({error}), need cells as of RFC 4180: fix the line."),
                 )
                 continue
             if not cells:
@@ -367,7 +367,7 @@ def _rows_of(batch: pa.RecordBatch) -> list[Any]:
         return batch.to_pylist()
     except UnicodeDecodeError as error:
         if batch.num_rows == 1:
-            return [RowError("not UTF-8", f"got a text that is not UTF-8 ({error}), need UTF-8: mend it.")]
+            return [RowError("not UTF-8", f"got a text that is not UTF-8 ({error}), need UTF-8: fix it.")]
         return [row for index in range(batch.num_rows) for row in _rows_of(batch.slice(index, 1))]
 
 

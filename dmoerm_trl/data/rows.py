@@ -349,7 +349,7 @@ def _published_prompt(raw: dict) -> list[dict]:
         raise RowError(
             "bad prompt",
             f"fields `src` and `tgt`: got {short(users)} and {short(assistants)}, need lists "
-            "with one more in `src` because the last user turn is the one to answer: mend the row.",
+            "with one more in `src` because the last user turn is the one to answer: fix the row.",
         )
     turns = [{"role": "user", "content": users[0]}]
     for assistant, user in zip(assistants, users[1:], strict=True):

@@ -71,7 +71,7 @@ def _of_turns(given: list[dict], chosen: list[dict], rejected: list[dict], found
         raise RowError(
             "prompt that is not in the chats",
             f"field `prompt`: got {short(given[-1]['content'])}, which is no turn that `chosen` and `rejected` begin with "
-            f"({[turn['role'] for turn in prompt]}), need the prompt of both: mend it, or leave out `prompt` or the turns.",
+            f"({[turn['role'] for turn in prompt]}), need the prompt of both: fix it, or leave out `prompt` or the turns.",
         )
     sides = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
     return Pair(prompt, [response_of(turns, name) for name, turns in sides.items()], found)

@@ -62,9 +62,7 @@ def _extract(place: str, prompt: int, record: dict, gold: bool) -> dict[str, Any
     """Extract what the store keeps of a record: the text of the response, and optionally its gold reward as a number."""
     response = record.get("response")
     if not isinstance(response, (str, list)):
-        raise ValueError(
-            f"{place}: got the response {short(response)} to prompt {prompt}, need text: mend the record."
-        )
+        raise ValueError(f"{place}: got the response {short(response)} to prompt {prompt}, need text: fix the record.")
     try:
         text = response_of(response, "response")
         check_characters(text, "response")
@@ -76,7 +74,7 @@ def _extract(place: str, prompt: int, record: dict, gold: bool) -> dict[str, Any
     if reward is None:
         raise ValueError(
             f"{place}: got gold {short(record.get('gold'))} for {short(text)}, need a finite number for every response: "
-            "mend the record, or name a gold scorer instead of 'file'."
+            "fix the record, or name a gold scorer instead of 'file'."
         )
     return {"response": text, "gold": reward}
 

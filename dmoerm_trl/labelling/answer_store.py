@@ -130,7 +130,7 @@ class AnswerStore:
         if isinstance(error, sqlite3.OperationalError) and "malformed" not in said and "no such" not in said:
             return (
                 f"{self._path}: got a disk that cannot store an answer ({said}), need room for every answer because each is paid "
-                "for: free some space or mend the disk, and run the same command to go on. Earlier answers are kept."
+                "for: free some space or fix the disk, and run the same command to go on. Earlier answers are kept."
             )
         return (
             f"{self._path}: got no usable answer store ({one_line(said)}), need one: put a copy in its place, save what can be read "

@@ -338,7 +338,7 @@ class FunctionJudge(_ScoreJudge):
             score = self._function(**text._asdict())
         except Exception as error:  # user code may raise anything
             said = f"{type(error).__name__}: {error}"
-            raise JudgeError(f"{self._name}: got {said} for {response}, need a number or None: mend it.") from error
+            raise JudgeError(f"{self._name}: got {said} for {response}, need a number or None: fix it.") from error
         if score is None:
             return None
         with suppress(OverflowError):
@@ -346,5 +346,5 @@ class FunctionJudge(_ScoreJudge):
                 return float(score)
         raise JudgeError(
             f"{self._name}: got {short(score)} for {response}, need a finite number, or None where the function has no opinion: "
-            "mend it."
+            "fix it."
         )

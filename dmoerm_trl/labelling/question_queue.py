@@ -120,7 +120,7 @@ class QuestionQueue:
             self._give_up_unreadable()
             again = "the same command asks again what could not be read; "
         self.stop(
-            f"{fault}. It said {', '.join(said)}; wanted: {wanted}. Mend the judge, its server or its template, or take another "
+            f"{fault}. It said {', '.join(said)}; wanted: {wanted}. Fix the judge, its server or its template, or take another "
             f"one: {again}`stop_early: false` goes on with it"
         )
 

@@ -46,7 +46,7 @@ class Template:
         try:
             self._template = environment.from_string(text)
         except TemplateSyntaxError as error:
-            raise ValueError(f"template {source!r}, line {error.lineno}: {error}, need Jinja: mend it.") from error
+            raise ValueError(f"template {source!r}, line {error.lineno}: {error}, need Jinja: fix it.") from error
         # A template may support only questions with a point, or only overall questions.
         self._faults = {pointed: self._fault(pointed) for pointed in (True, False)}
         if all(self._faults.values()):
@@ -100,7 +100,7 @@ class Template:
         try:
             text = self._render(question)
         except Exception as error:  # rendering a template may raise anything
-            return f"template {self.source!r}, for questions {form}: {error}, need a template that renders: mend it."
+            return f"template {self.source!r}, for questions {form}: {error}, need a template that renders: fix it."
         if missing := [name for name in words if words[name] not in text and (pointed or name != "point")]:
             return (
                 f"template {self.source!r}, for questions {form}: got a text without {missing}, need all of them in it because "
@@ -130,7 +130,7 @@ def _read_example(source: str) -> tuple[Question, int]:
     try:
         content = yaml.safe_load(_read(source, "_example.yaml"))
     except yaml.YAMLError as error:
-        raise ValueError(f"example {source!r}: got {error}, need YAML: mend it.") from error
+        raise ValueError(f"example {source!r}: got {error}, need YAML: fix it.") from error
     fields = {"prompt", "first", "second", "point", "choice"}
     if not isinstance(content, dict) or set(content) != fields or content["choice"] not in (1, 2):
         raise ValueError(

@@ -236,7 +236,7 @@ def as_config(config: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedCon
     if (model_type := config.pop("model_type", None)) not in CONFIG_MAPPING:
         raise ValueError(
             f"got the configuration of a backbone with model_type={model_type!r}, need one that this transformers knows: "
-            "install the version that the model was saved with, or mend config.json."
+            "install the version that the model was saved with, or fix config.json."
         )
     return CONFIG_MAPPING[model_type](**config)
 

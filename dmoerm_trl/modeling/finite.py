@@ -8,7 +8,7 @@ from torch import Tensor
 
 _nan_allowed = ContextVar("nan_allowed", default=False)
 
-WAY_OUT = "load the reward model in float32 or bfloat16, or mend its checkpoint"
+WAY_OUT = "load the reward model in float32 or bfloat16, or fix its checkpoint"
 
 
 def check_rewards(

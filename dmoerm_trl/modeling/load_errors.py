@@ -63,7 +63,7 @@ def check_place(name: str, what: str = "a model", model_type: str | None = None,
         raise ValueError(f"{name}: got a file, {need}: name its folder.")
     if not path.is_dir():
         if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-            raise ValueError(f"{name}: got a folder that is not there, {need}: mend the path.")
+            raise ValueError(f"{name}: got a folder that is not there, {need}: fix the path.")
         return
     if not config:
         return
@@ -113,10 +113,10 @@ def _remedy(name: str, error: Exception) -> str:
     if Path(name).is_dir():
         return "save it again with `save_pretrained`, model and tokenizer in one folder"
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in _causes(error)):
-        return "unset it, or name a folder" if _offline() else "mend the network, or name a folder"
+        return "unset it, or name a folder" if _offline() else "check the network, or name a folder"
     if any(isinstance(cause, HfHubHTTPError) for cause in _causes(error)):
-        return "mend the name, or log in with `hf auth login` if it is private"
-    return "mend the name"
+        return "fix the name, or log in with `hf auth login` if it is private"
+    return "fix the name"
 
 
 def _offline() -> str | None:

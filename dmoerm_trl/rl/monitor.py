@@ -239,6 +239,6 @@ def _rewards(name: str, scorer: TextScorer, prompts: list[list[dict]], texts: li
     if rewards.shape != (len(texts),) or not rewards.isfinite().all():
         raise ValueError(
             f"got {name} rewards of shape {tuple(rewards.shape)}, {int((~rewards.isfinite()).sum())} of them NaN or infinite, "
-            f"need {len(texts)} numbers, one a response: mend what `{name}` returns."
+            f"need {len(texts)} numbers, one a response: fix what `{name}` returns."
         )
     return rewards

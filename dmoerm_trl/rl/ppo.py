@@ -139,7 +139,7 @@ def check_arguments(args: Any) -> None:
     if bad:
         raise ValueError(
             f"got {', '.join(f'{name}={values[name]!r}' for name in dict.fromkeys(bad))}, need finite numbers, a learning rate of 0 "
-            f"or more, and {', '.join(_ABOVE_ZERO)} above 0: mend the recipe."
+            f"or more, and {', '.join(_ABOVE_ZERO)} above 0: fix the recipe."
         )
     unread = [
         f"{field.name}={getattr(args, field.name)!r} (set {_UNREAD[field.name]})"

@@ -61,7 +61,7 @@ class ScorerSpec:
         if self.name == LENGTH:
             return lambda row, responses: torch.tensor([float(len(response)) for response in responses])
         if self.is_program:
-            score, way_out = _function(self.name), f"mend what {self.name} returns"
+            score, way_out = _function(self.name), f"fix what {self.name} returns"
         else:
             way_out = WAY_OUT
             score = _reward_model(self.name, self.max_length, getattr(torch, self.dtype))

@@ -35,7 +35,7 @@ class EvalArguments:
         try:
             self.judges = json.loads(self.judges) if isinstance(self.judges, str) else self.judges or {}
         except (ValueError, RecursionError) as error:  # the text is not shown: it may hold a secret
-            raise ValueError(f"`judges`: got text that is no JSON ({error}), need JSON: mend it.") from None
+            raise ValueError(f"`judges`: got text that is no JSON ({error}), need JSON: fix it.") from None
         if not isinstance(self.judges, dict) or not all(
             isinstance(name, str) and isinstance(judge, dict) for name, judge in self.judges.items()
         ):

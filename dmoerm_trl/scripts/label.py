@@ -69,7 +69,7 @@ class LabelArguments:
             try:
                 self.judge = json.loads(self.judge)
             except (ValueError, RecursionError) as error:  # the text is not shown: it may hold a secret
-                raise ValueError(f"`judge`: got text that is no JSON ({error}), need JSON: mend it.") from None
+                raise ValueError(f"`judge`: got text that is no JSON ({error}), need JSON: fix it.") from None
         if not isinstance(self.judge, dict):
             is_text = isinstance(self.judge, (str, list))  # which is not shown either
             got = f"a {type(self.judge).__name__}" if is_text else repr(self.judge)

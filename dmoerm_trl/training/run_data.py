@@ -152,7 +152,7 @@ def _read(
     if refused:
         loaded.skipped["refused by the chat template"] += len(refused)
         error = refused[0][1]
-        _raise_unless_skipped(recipe, tasks, source, [row for row, _ in refused], len(rows), error, "mend the rows")
+        _raise_unless_skipped(recipe, tasks, source, [row for row, _ in refused], len(rows), error, "fix the rows")
     if too_long:
         loaded.skipped["responses that exceed max_length"] += len(too_long)
         most = max(length for _, length, _ in too_long)

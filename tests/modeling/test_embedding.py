@@ -579,7 +579,7 @@ def test_a_window_that_attention_is_not_told_of_is_seen_though_the_trial_is_shor
 
 @torch.no_grad()
 def test_embeddings_that_are_no_numbers_are_not_taken_for_texts_that_do_not_fit():
-    """In half precision a weight may overflow; once it is mended, packed texts go through."""
+    """In half precision a weight may overflow; once it is fixed, packed texts go through."""
     backbone = of("Qwen2")
     weight = backbone.norm.weight.clone()
     backbone.norm.weight.fill_(torch.inf)

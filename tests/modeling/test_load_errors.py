@@ -81,11 +81,11 @@ def test_a_broken_folder(folder, what):
         ("", "got the empty name '' of a model"),
         ("FOLDER/config.json", "got a file, need a DMoERM.*name its folder"),
         ("FOLDER/..", "got a folder without config.json.*: did you mean FOLDER/../model?"),
-        ("/no/such", "^/no/such: got a folder that is not there, .*: mend the path"),
+        ("/no/such", "^/no/such: got a folder that is not there, .*: fix the path"),
         ("./no", "got a folder that is not there"),
         ("a/b/c", "got a folder that is not there"),
         ("some/set", "some/set: got no folder, and a hub name that is not in the cache while .*need a DMoERM"),
-        ("no such", "^no such: got neither a folder nor a hub name, need a DMoERM: mend the name"),
+        ("no such", "^no such: got neither a folder nor a hub name, need a DMoERM: fix the name"),
     ],
 )
 def test_a_name_that_is_no_folder(folder, name, says):
@@ -102,7 +102,7 @@ def hub_error(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        (LocalEntryNotFoundError, "not in the cache while .*: (unset it|mend the network), or name a folder"),
+        (LocalEntryNotFoundError, "not in the cache while .*: (unset it|check the network), or name a folder"),
         (RepositoryNotFoundError, "the hub does not know or does not show, .*hf auth login"),
     ],
 )

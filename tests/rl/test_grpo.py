@@ -259,7 +259,7 @@ def test_lines_and_responses_are_written_at_the_chosen_steps_and_those_after_a_r
 @pytest.mark.parametrize("gold", [lambda p, r: [1.0, math.nan, 2.0], lambda p, r: [1.0, 2.0]])
 def test_a_gold_reward_that_is_missing_or_nan_is_an_error(tmp_path, tokenizer, gold):
     policy = make_policy(tokenizer)
-    with pytest.raises(ValueError, match=r"got gold rewards of shape .*, need 3 numbers, one a response: mend"):
+    with pytest.raises(ValueError, match=r"got gold rewards of shape .*, need 3 numbers, one a response: fix"):
         monitor(tmp_path, policy, tokenizer, gold=gold).measure(policy)
 
 

@@ -272,7 +272,7 @@ def test_the_response_is_named(half, tokenizer):
 
 
 def test_a_function_that_returns_no_number_is_to_be_mended(half, tokenizer):
-    with pytest.raises(ValueError, match="got the score nan for the response 'No.'.*: mend what test_batch:no_number"):
+    with pytest.raises(ValueError, match="got the score nan for the response 'No.'.*: fix what test_batch:no_number"):
         ways_to_a_reward(None, half, Formatter(tokenizer, 256))["gold_rewards"]()
 
 

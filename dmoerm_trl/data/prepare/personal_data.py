@@ -49,7 +49,7 @@ def check_region(phone_region: str | None) -> None:
     if phone_region is not None and phone_region not in SUPPORTED_REGIONS:
         raise ValueError(
             f"got phone_region={phone_region!r}, need the ISO code of a country in capitals, such as 'US' or 'CN', because phone "
-            "numbers are read in its way: mend it."
+            "numbers are read in its way: fix it."
         )
 
 

@@ -67,7 +67,7 @@ def open_set(
             dataset = datasets.load_dataset(source, name, **settings, keep_default_na=False, na_values=[""])
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"got {source!r}, no file or folder, and a dataset on the hub that cannot be read ({reason(error)}): mend the name, or "
+            f"got {source!r}, no file or folder, and a dataset on the hub that cannot be read ({reason(error)}): fix the name, or "
             "name a file."
         ) from error
     return Records.of_dataset(source, dataset)
@@ -126,7 +126,7 @@ def read_examples(
         if isinstance(example, RowError):
             return record
         if not isinstance(example, dict):
-            error = RowError("unknown format", f"got {short(example)}, need an object with the columns: mend it.")
+            error = RowError("unknown format", f"got {short(example)}, need an object with the columns: fix it.")
             return record._replace(value=error)
         taken = (own for own in example if own in own_names or own not in columns)
         return record._replace(value={own_names.get(own, own): example[own] for own in taken})
