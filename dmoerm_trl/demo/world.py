@@ -4,7 +4,8 @@ A simulated preference world: prompts, responses, and a gold reward that a progr
 A response is a row of short clauses. For each capability point some of them are *signs* (the point is shown), the others
 *lapses* of equal length; how many distinct signs there are is the point's level. Gold is a non-linear function of the
 levels that differs from task to task. Human labels are a noisy comparison of gold, capability labels a judge who misreads
-levels. `recipes/demo/WORLD.md` documents it; `python -m dmoerm_trl.demo.world` prints its calibration.
+levels. `recipes/demo/WORLD.md` documents it; `dmoerm world` writes rows and prints their
+statistics.
 """
 
 import itertools
@@ -12,10 +13,15 @@ import math
 import random
 import re
 from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
 
 from ..data.rows import PreferenceRow
 from ..tasks import OTHERS, TaskTable
-from .world_text import CLAUSES, CLOSINGS, FILLERS, OPENINGS, SMALL_TALK, TEMPLATES, TOPICAL, TOPICS
+
+WORDS = yaml.safe_load(Path(__file__).with_name("world.yaml").read_text(encoding="utf-8"))
+TOPICS, FILLERS, TOPICAL, CLAUSES = WORDS["topics"].split(), WORDS["fillers"], WORDS["topical"], WORDS["clauses"]
 
 TABLE = TaskTable.paper()
 TASKS = (*TABLE.tasks, OTHERS)
@@ -327,10 +333,10 @@ def own_points(task: str) -> list[str]:
 def _write_prompt(rng: random.Random, task: str, earlier: float = 0.1) -> tuple[list[dict], str]:
     """A prompt and its topic, with an earlier exchange about the topic in a share `earlier` of the cases."""
     topic = rng.choice(TOPICS)
-    text = rng.choice(OPENINGS) + rng.choice(TEMPLATES[task]) + rng.choice(CLOSINGS)
+    text = rng.choice(WORDS["openings"]) + rng.choice(WORDS["templates"][task]) + rng.choice(WORDS["closings"])
     turns = []
     if rng.random() < earlier:
-        said, answered = rng.choice(SMALL_TALK)
+        said, answered = rng.choice(WORDS["small_talk"])
         turns = [
             {"role": "user", "content": said.format(topic=topic)},
             {"role": "assistant", "content": answered.format(topic=topic)},
@@ -400,25 +406,3 @@ def _mean(values: Sequence[float]) -> float:
 def world_gold(*, prompt: list[dict], response: str, task: str, **_: object) -> float:
     """[`World.gold`] as a recipe's `gold: module:function` takes it, for rows with `task`; it is the same in every world."""
     return World().gold(prompt, response, task)
-
-
-def main(seeds: Sequence[int] = (0, 1, 2), n: int = 500) -> None:
-    """Print the statistics of `n` rows a task (and as many of none) for each seed."""
-    worlds = [World(seed) for seed in seeds]
-    statistics = [world.statistics(world.rows(n, n)) for world in worlds]
-    judges = [values["judge"] for values in statistics]
-
-    def line(name: str, shares: Sequence[float]) -> None:
-        print(name.ljust(56) + "".join(f"{100 * share:8.1f}%" for share in shares))
-
-    print(f"{n} rows a task".ljust(56) + "".join(f"seed {seed}".rjust(9) for seed in seeds))
-    for name in ("annotator_agreement", "ceiling", "length_only", "ties", "repeated"):
-        line(name, [values[name] for values in statistics])
-    for name in ("labelled", "tied"):
-        line(f"judge, mean of the points: {name}", [_mean([of[name] for of in judge.values()]) for judge in judges])
-    for point in _ALL_POINTS:
-        line(f"judge agreement: {point}", [judge[point]["agreement"] for judge in judges])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,7 @@
 """`dmoerm world --output world.jsonl`: writes rows of the simulated preference world, and prints their statistics."""
 
 from dataclasses import dataclass, field
+from statistics import mean
 
 from ..arguments import Parser
 
@@ -33,6 +34,11 @@ def main(argv: list[str] | None = None) -> None:
     rows = world.rows(arguments.rows_per_task, arguments.rows_of_others)
     write_rows(rows, arguments.output)
     print(f"{len(rows)} rows: {arguments.output}")
-    for name, value in world.statistics(rows).items():
-        if isinstance(value, float):
-            print(f"{name}: {value:.1%}")
+    statistics = world.statistics(rows)
+    judge = statistics.pop("judge")
+    for name in ("labelled", "tied"):
+        statistics[f"judge, mean of the points: {name}"] = mean(counts[name] for counts in judge.values())
+    for point, counts in judge.items():
+        statistics[f"judge's agreement: {point}"] = counts["agreement"]
+    for name, value in statistics.items():
+        print(f"{name}: {value:.1%}")

@@ -10,8 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmoerm_trl.data.rows import load_rows, write_rows
-from dmoerm_trl.demo.world import FLOOR, REPETITION_COST, TASKS, World, clauses_of, own_points, points_of
-from dmoerm_trl.demo.world_text import CLAUSES, CLOSINGS, FILLERS, OPENINGS, SMALL_TALK, TEMPLATES, TOPICAL, TOPICS
+from dmoerm_trl.demo.world import (
+    CLAUSES,
+    FILLERS,
+    FLOOR,
+    REPETITION_COST,
+    TASKS,
+    TOPICAL,
+    TOPICS,
+    WORDS,
+    World,
+    clauses_of,
+    own_points,
+    points_of,
+)
 from dmoerm_trl.tasks import OTHERS, TaskTable
 
 PROMPT = "Write a short poem about rain for my wall."
@@ -39,8 +51,8 @@ def test_every_point_of_the_paper_shows_in_the_text():
     table = TaskTable.paper()
     assert {*CLAUSES, *TOPICAL} == {*chain(*table.tasks.values()), *table.overall}
     assert not set(CLAUSES) & set(TOPICAL)
-    assert list(TEMPLATES) == [*table.tasks, OTHERS]
-    assert all(len(templates) >= 12 for templates in TEMPLATES.values())
+    assert list(WORDS["templates"]) == [*table.tasks, OTHERS]
+    assert all(len(templates) >= 12 for templates in WORDS["templates"].values())
 
 
 def test_no_clause_is_ambiguous():
@@ -60,10 +72,10 @@ def test_signs_and_lapses_are_equally_long():
 
 def test_a_topic_is_named_where_it_stands_for_itself_alone():
     texts = [
-        *OPENINGS,
-        *CLOSINGS,
-        *chain(*TEMPLATES.values()),
-        *chain(*SMALL_TALK),
+        *WORDS["openings"],
+        *WORDS["closings"],
+        *chain(*WORDS["templates"].values()),
+        *chain(*WORDS["small_talk"]),
         *FILLERS,
         *chain(*TOPICAL.values()),
     ]
