@@ -8,7 +8,7 @@ be of different tasks; and in bf16 it also casts the heads, which must stay in f
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -29,13 +29,6 @@ def shard(module: nn.Module, config: dict[str, Any]) -> None:
     deepspeed.zero.Init(module=module, config_dict_or_path=config)
 
 
-def gathered_modules(*modules: nn.Module) -> AbstractContextManager:
-    """Context manager in which the weights of these sharded modules are gathered in each process."""
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([weight for module in modules for weight in module.parameters()])
-
-
 def sum_over_processes(counts: Tensor) -> Tensor:
     """Sum the counts of all processes, in place."""
     dist.all_reduce(counts)
@@ -43,10 +36,13 @@ def sum_over_processes(counts: Tensor) -> Tensor:
 
 
 @contextmanager
-def gathered(weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Context manager in which the weights are gathered if ZeRO-3 shards them. All processes must take part."""
-    weights = list(weights)
-    if not any(hasattr(weight, "ds_id") for weight in weights):
+def gathered(*parts: nn.Module | nn.Parameter) -> Iterator[None]:
+    """
+    Context manager in which weights that ZeRO-3 shards are gathered in each process. All processes must take part. It does
+    nothing for weights that are not sharded.
+    """
+    weights = [weight for part in parts for weight in (part.parameters() if isinstance(part, nn.Module) else [part])]
+    if not _are_sharded(weights):
         yield
         return
     import deepspeed
@@ -68,7 +64,7 @@ def full_copy(weight: nn.Parameter) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(weight).detach().to("cpu", copy=True)
-    with gathered([weight]):
+    with gathered(weight):
         return weight.detach().to("cpu", copy=True)
 
 
@@ -78,13 +74,12 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     Context manager in which a model's weights are gathered in each process, and each can run the model without
     DeepSpeed, independently of the others. All processes must enter and leave it. An unsharded model is left as it is.
     """
-    sharded = any(hasattr(weight, "ds_id") for weight in model.parameters())
     hooks = [
         own
-        for module in (model.modules() if sharded else ())
+        for module in (model.modules() if _are_sharded(model.parameters()) else ())
         for own in (module._forward_pre_hooks, module._forward_hooks)
     ]
-    with gathered(model.parameters()):
+    with gathered(model):
         kept = [dict(own) for own in hooks]
         for own in hooks:
             own.clear()  # the engine's hooks would shard each module again after its first run
@@ -93,3 +88,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         finally:
             for own, before in zip(hooks, kept, strict=True):
                 own.update(before)
+
+
+def _are_sharded(weights: Iterable[nn.Parameter]) -> bool:
+    return any(hasattr(weight, "ds_id") for weight in weights)

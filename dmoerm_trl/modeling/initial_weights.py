@@ -7,7 +7,6 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from ..distributed.sharding import gathered_modules
+from ..distributed.sharding import gathered
 from ..tasks import slug
 from .checkpoint import check_floating, read_weights, stored_weights
 from .configuration_dmoerm import DMoERMConfig, as_config
@@ -198,8 +197,7 @@ def _compatible_head(dropped: Mapping[str, tuple[int, ...]], backbone: PreTraine
     weights = [key for key, shape in dropped.items() if tuple(shape) == (1, size)]
     linear = [key for key in (*weights, *(key[: -len("weight")] + "bias" for key in weights)) if key in dropped]
     others = [key for key, shape in dropped.items() if key not in linear and len(shape) > 0]
-    partitioned = any(hasattr(weight, "ds_id") for weight in backbone.parameters())  # by ZeRO-3, during loading
-    with gathered_modules(backbone) if partitioned else nullcontext():
+    with gathered(backbone):  # ZeRO-3 may have sharded it during loading
         causal = is_causal(backbone)
     if len(weights) == 1 and not others and causal:
         logger.info("%s: its head %r is kept.", name, weights[0])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..distributed.sharding import gathered_modules, shard, sum_over_processes
+from ..distributed.sharding import gathered, shard, sum_over_processes
 from ..tasks import slug
 from .base_placement import OTHERS, Device, UnloadedBases, bases_of_checkpoint, task_devices
 from .boundaries import Spans, find_spans, span_mask
@@ -143,7 +143,8 @@ class DMoERMModel(DMoERMPreTrainedModel):
         self.sharded = True
 
     def _gathered(self, *modules: nn.Module) -> AbstractContextManager:
-        return gathered_modules(*modules) if self.sharded else nullcontext()
+        """Context manager in which the weights are gathered if [`shard`] sharded them; an engine's own are left to it."""
+        return gathered(*modules) if self.sharded else nullcontext()
 
     def find_spans(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, prompt_lengths: Tensor | None = None
