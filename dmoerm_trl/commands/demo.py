@@ -1,4 +1,4 @@
-"""What `dmoerm demo` does."""
+"""Run `dmoerm demo`."""
 
 import json
 import time
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def demo(arguments: "DemoArguments", recipe: Recipe) -> dict[str, Any]:
-    """Run the demo, print what it finds, and return what it writes to `summary.json` in the recipe's folder."""
+    """Run the demo, print the results, and return the content of `summary.json`, which it writes to the output folder."""
     seconds: dict[str, float] = {}
     world = World(recipe.seed)
     with timed(seconds, "world and base"):
@@ -80,10 +80,10 @@ def make_world_and_base(arguments: "DemoArguments", recipe: Recipe, world: World
     Write the world's rows to `recipe.train_data` and the tiny base to `recipe.base_model`, if they are not there.
 
     Raises:
-        ValueError: if those that are there are of another world or of other settings.
+        ValueError: If the existing rows or base are from another world or other settings.
     """
     rows, base = Path(recipe.train_data), Path(recipe.base_model)
-    need = "need those of this recipe because rows, base and gold are of one world"
+    need = "need those of this recipe, because rows, base and gold belong to one world"
     with TemporaryDirectory() as folder:
         written = Path(folder) / rows.name
         write_rows(world.rows(arguments.rows_per_task, arguments.rows_of_others), written)
@@ -106,7 +106,7 @@ def make_world_and_base(arguments: "DemoArguments", recipe: Recipe, world: World
 
 
 def evaluate_in_world(run: Pipeline, world: World) -> Table:
-    """The consistency table on the test rows, with the ceiling: the gold reward's own consistency with the noisy labels."""
+    """Compute the consistency table on the test rows, with the ceiling: the consistency of the gold reward with the noisy labels."""
     rows = run.rows("test")
     scores = method_scores(run, rows)
     scores[CEILING] = [[world.gold(row.prompt, text, row.task) for text in row.responses] for row in rows]
@@ -116,7 +116,7 @@ def evaluate_in_world(run: Pipeline, world: World) -> Table:
 
 
 def best_of_n_in_world(arguments: "DemoArguments", run: Pipeline) -> BestOfN:
-    """What gold gives the response that each reward model takes out of n, on held-out prompts."""
+    """Measure the gold reward of the best of n responses by each reward model, on held-out prompts."""
     rows = held_out(run, arguments.best_of_n_prompts)
     result = run_best_of_n(
         run.root / "best_of_n",
@@ -134,7 +134,7 @@ def best_of_n_in_world(arguments: "DemoArguments", run: Pipeline) -> BestOfN:
 
 
 def reward_models(run: Pipeline) -> dict[str, str | dict[str, list[str]]]:
-    """The reward models of a training that policies are optimised against, as best of n and PPO take them."""
+    """List the reward models of a run against which policies are optimised, in the format of best of n and PPO."""
     members = [str(run.root / "ensemble" / str(member)) for member in range(run.recipe.ensemble_size)]
     return {
         "DMoERM": str(run.root / "model"),
@@ -144,14 +144,14 @@ def reward_models(run: Pipeline) -> dict[str, str | dict[str, list[str]]]:
 
 
 def held_out(run: Pipeline, count: int) -> list[PreferenceRow]:
-    """Test rows, of each of the tasks in turn."""
+    """Select test rows, one of each task in turn."""
     rows = {task: iter(run.rows("test", task=task)) for task in run.tasks.tasks}
     tasks = list(rows)
     return [next(rows[tasks[number % len(tasks)]]) for number in range(count)]
 
 
 def explain_one(run: Pipeline) -> str:
-    """The best response to a held-out prompt, capability by capability."""
+    """Explain the score of the best response to a held-out prompt."""
     model, row = run.load("model"), next(row for row in run.rows("test") if row.task != OTHERS)
     response = row.responses[row.ranks.index(min(row.ranks))]
     (scores,) = describe(model, run.formatter, [(row.prompt, response)])
@@ -159,7 +159,7 @@ def explain_one(run: Pipeline) -> str:
 
 
 def run_ppo(arguments: "DemoArguments", run: Pipeline, world: World) -> dict[str, dict[str, float]]:
-    """Some steps of PPO with the DMoERM as reward model: reward and gold before and after, on held-out prompts."""
+    """Run some steps of PPO with the DMoERM as reward model, and measure reward and gold before and after on held-out prompts."""
     args = ppo_config()(output_dir=str(run.root / "ppo"), seed=run.recipe.seed, **arguments.ppo)
     policy = AutoModelForCausalLM.from_pretrained(run.recipe.base_model)
     set_seed(run.recipe.seed)  # of the value model's head, which is new

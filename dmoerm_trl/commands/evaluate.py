@@ -1,4 +1,4 @@
-"""What `dmoerm eval` does."""
+"""Run `dmoerm eval`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,20 +24,20 @@ def evaluate(
     stop_early: bool = True,
 ) -> Table:
     """
-    The consistency table of a finished training, saved as `consistency.md` and `consistency.json` in its folder.
+    Compute the consistency table of a finished run, and save it as `consistency.md` and `consistency.json` in its folder.
 
     Args:
-        rows (`str`, *optional*): other rows than the run's test rows.
-        judges (`Mapping`, *optional*): name of a row of the table -> a judge's settings, for the generative baseline of
-            appendix B.3.3; see [`~dmoerm_trl.labelling.generative.generative_verdicts`]. Its answers lie in `judges/`, and
-            none is asked for twice.
-        max_rounds (`int`), max_calls (`int`, *optional*), stop_early (`bool`): of each judge.
+        rows (`str`, *optional*): Rows to evaluate on; the run's test rows by default.
+        judges (`Mapping`, *optional*): Name of a row of the table -> settings of a judge, for the generative baseline of
+            appendix B.3.3; see [`~dmoerm_trl.labelling.generative.generative_verdicts`]. Its answers are kept in `judges/`,
+            and no question is asked twice.
+        max_rounds (`int`), max_calls (`int`, *optional*), stop_early (`bool`): Limits of each judge.
 
     Raises:
-        FileNotFoundError: if the training is not finished.
-        JudgeError: if a judge could not be asked to the end. The table without it is printed and saved by then, and what it
-            answered is there for the next time.
-        ValueError: for a judge named as a method is, or with settings that it does not have.
+        FileNotFoundError: If the training is not finished.
+        JudgeError: If a judge did not answer all questions. The table without it is printed and saved before, and its answers
+            are kept for the next run.
+        ValueError: If a judge has the name of a method, or unknown settings.
     """
     if not run.finished:
         raise FileNotFoundError(
@@ -73,7 +73,7 @@ def evaluate(
 
     table = saved()
     if taken := [name for name in asked if name in scores]:
-        raise ValueError(f"`judges`: got the names {taken}, which are methods of the table, need other ones.")
+        raise ValueError(f"`judges`: got the names {taken}, which are methods of the table, need other names.")
     for name, judge in asked.items():
         print(f"before asking {name}:\n{table.to_markdown()}")  # all that there is if it fails
         answers = run.root / "judges" / f"{slug(name)}.sqlite"

@@ -1,4 +1,4 @@
-"""What `dmoerm label` does."""
+"""Run `dmoerm label`."""
 
 import json
 from contextlib import nullcontext
@@ -22,13 +22,13 @@ FINISHED, UNFINISHED = "labelled.jsonl", "labelled.partial.jsonl"
 
 def label(arguments: "LabelArguments") -> Report | None:
     """
-    Count, ask, write.
+    Count the questions, ask the judge, and write the labelled rows.
 
     Returns:
-        The report, whose `incomplete` says how many rows still lack labels, or `None` after a dry run.
+        The report, whose `incomplete` is the number of rows that still lack labels, or `None` after a dry run.
 
     Raises:
-        ValueError: for a mistake in the arguments or in the rows, before anything is asked.
+        ValueError: If the arguments or the rows are wrong, before anything is asked.
     """
     plan, judge, folder = arguments.plan, judge_from_config(arguments.judge), Path(arguments.output_dir)
     claim = Claim(folder, arguments, judge.identity)
@@ -72,10 +72,11 @@ def label(arguments: "LabelArguments") -> Report | None:
 
 class Claim:
     """
-    Makes a folder that of one labelling, from its first answer on: a start that failed before claims nothing.
+    Record of the settings of a labelling, which claims its folder. It is written with the first answer: a start that failed
+    earlier claims nothing.
 
     Attributes:
-        store (`Path`): where its answers are.
+        store (`Path`): The file of the answers.
     """
 
     def __init__(self, folder: Path, arguments: "LabelArguments", identity: dict[str, Any]):
@@ -91,10 +92,10 @@ class Claim:
 
     def check(self) -> None:
         """
-        Check that the folder is new, or that of the same labelling.
+        Check that the folder is new or belongs to the same labelling.
 
         Raises:
-            ValueError: if the folder is that of another labelling.
+            ValueError: If the folder belongs to another labelling.
         """
         if not self.path.exists():
             return

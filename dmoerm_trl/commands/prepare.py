@@ -1,4 +1,4 @@
-"""What `dmoerm prepare` does."""
+"""Run `dmoerm prepare`."""
 
 import sys
 from collections import Counter
@@ -34,7 +34,7 @@ def prepare(arguments: "PrepareArguments") -> dict[str, PartAudit]:
     Write the rows of each split, their task table if the set brings its own capability points, and the report.
 
     Returns:
-        Split -> what is in its rows.
+        Split -> audit of its rows.
     """
     output, report = Path(arguments.output), LoadReport(arguments.source)
     preparation = _preparation(arguments, report)
@@ -95,7 +95,7 @@ def _token_counter(tokenizer: str) -> Callable[[PreferenceRow], list[int]]:
 
 
 def _written(path: str | Path) -> Iterator[PreferenceRow]:
-    """The rows of a file that was prepared, one by one."""
+    """Yield the rows of a prepared file."""
     for place, raw in records_of(path):
         try:
             row = parse_row(raw, TaskTable.paper(), LoadReport(str(path)))
@@ -108,7 +108,7 @@ def _written(path: str | Path) -> Iterator[PreferenceRow]:
 
 
 def _router(source: str, table: TaskTable | None) -> Callable[[Sequence[list[dict]]], list[str]]:
-    """Prompts -> the task that the router of a DMoERM sends each to."""
+    """Return a function that gives the task to which the router of a DMoERM sends each prompt."""
     with loading(source, "a DMoERM", DMoERMConfig.model_type):
         model = DMoERMForSequenceClassification.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)

@@ -1,4 +1,4 @@
-"""What `dmoerm score` does."""
+"""Run `dmoerm score`."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def score(arguments: "ScoreArguments") -> None:
-    """Score a response or the rows of a file, as [`~dmoerm_trl.scripts.score.ScoreArguments`] says, and print or write the scores."""
+    """Score a response or the rows of a file, and print or write the scores."""
     tasks = TaskTable.load(arguments.tasks)
     processes = launched_processes()
     model, formatter = _load(arguments, processes)

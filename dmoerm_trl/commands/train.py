@@ -1,4 +1,4 @@
-"""What `dmoerm train` does."""
+"""Run `dmoerm train`."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from ..training.recipe import Recipe
 
 
 def train(recipe: Recipe) -> Pipeline:
-    """Run what is not done of a recipe; the main process prints the data's report and draws the accuracy curves (figure 4)."""
+    """Run the unfinished stages of a recipe, print the data report, and plot the accuracy curves (figure 4)."""
     run = Pipeline(recipe)
     run.run()
     if not is_main():

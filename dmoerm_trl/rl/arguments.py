@@ -1,4 +1,4 @@
-"""The options of PPO, GRPO and RLOO beside TRL's own, as recipes and the command line give them."""
+"""The options of PPO, GRPO and RLOO that this package adds to TRL's."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,26 +6,29 @@ from typing import Literal
 
 @dataclass(kw_only=True)
 class RLArguments:
-    """What all of them read: the policy, the prompts, and how the policy is measured."""
+    """Options that PPO, GRPO and RLOO share: the policy, the prompts, and how the policy is measured."""
 
     policy: str = field(metadata={"help": "Folder or hub name of a causal language model with a chat template."})
     prompts: str = field(metadata={"help": "JSONL or Parquet of prompts or preference rows, to optimise on."})
     eval_prompts: str | None = field(
-        default=None, metadata={"help": "The same to measure on; some of `prompts` are held out if absent."}
+        default=None,
+        metadata={"help": "Prompts to measure on, in the same format; some of `prompts` are held out if absent."},
     )
     reward_prompts: str | None = field(
-        default=None, metadata={"help": "What the reward model was trained on: an error if a prompt recurs."}
+        default=None, metadata={"help": "Training rows of the reward model; a prompt that is in them is an error."}
     )
-    max_prompt_length: int = field(default=1024, metadata={"help": "Tokens; longer prompts are left out (table 7)."})
-    monitor_every: int = field(default=100, metadata={"help": "Steps between the lines of monitor.jsonl."})
+    max_prompt_length: int = field(
+        default=1024, metadata={"help": "Maximum tokens of a prompt; longer ones are left out (table 7)."}
+    )
+    monitor_every: int = field(default=100, metadata={"help": "Steps between two measurements of the policy."})
     monitor_prompts: int = field(default=100, metadata={"help": "Held-out prompts that are measured on."})
-    gold: str | None = field(default=None, metadata={"help": "Gold reward: a reward model, or module:function."})
+    gold: str | None = field(default=None, metadata={"help": "Gold reward: a folder or hub name, or module:function."})
 
 
 @dataclass(kw_only=True)
 class PPOArguments(RLArguments):
     """
-    The keys of a PPO recipe that are not TRL's `PPOConfig`'s.
+    Keys of a PPO recipe beside those of TRL's `PPOConfig`.
 
     Example:
 
@@ -41,17 +44,17 @@ class PPOArguments(RLArguments):
     )
     value_model: str | None = field(
         default=None,
-        metadata={"help": "Model that the values start from; the reward model's base of the prompts' task if absent."},
+        metadata={
+            "help": "Model from which the value model starts; the reward model's base of the prompts' task if absent."
+        },
     )
-    top_p: float = field(
-        default=0.8, metadata={"help": "Share of probability that the rollout samples from (table 7)."}
-    )
+    top_p: float = field(default=0.8, metadata={"help": "Nucleus of the rollout's sampling, top-p (table 7)."})
 
 
 @dataclass(kw_only=True)
 class GRPOArguments(RLArguments):
     """
-    The keys of a GRPO or RLOO recipe that are not TRL's `GRPOConfig`'s or `RLOOConfig`'s.
+    Keys of a GRPO or RLOO recipe beside those of TRL's `GRPOConfig` or `RLOOConfig`.
 
     Example:
 

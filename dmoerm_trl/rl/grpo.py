@@ -33,15 +33,15 @@ def grpo_config(trainer: str = "grpo") -> type[GRPOConfig] | type[RLOOConfig]:
 
 def parse_grpo(argv: Sequence[str] | None = None, **parser: Any) -> tuple[GRPOArguments, GRPOConfig | RLOOConfig]:
     """
-    Read a recipe of GRPO or RLOO, join the processes where it asks for DeepSpeed, and let each of them load models unsharded: the
-    trainer shards the policy.
+    Read a recipe of GRPO or RLOO. If it asks for DeepSpeed, this starts the distributed processes. Models that are loaded afterwards
+    are not sharded: the trainer shards the policy.
 
     Args:
-        argv (`Sequence[str]`, *optional*): The arguments; those of the process if absent.
+        argv (`Sequence[str]`, *optional*): The arguments; `sys.argv[1:]` by default.
         parser: Arguments of [`~dmoerm_trl.arguments.Parser`], such as `prog`.
 
     Raises:
-        ValueError: If the recipe is wrong, or sets `reward_weights`, which do not name their capability points.
+        ValueError: If the recipe is wrong, or sets `reward_weights` (use `capability_weights`, which name their points).
 
     Example:
 
@@ -79,13 +79,13 @@ def grpo_trainer(
 
     Args:
         model (`PreTrainedModel`): The policy, a causal language model.
-        reward_funcs ([`~dmoerm_trl.scoring.reward_functions.TextRewards`]): The reward model's.
-        args (`GRPOConfig` or `RLOOConfig`): TRL's.
-        train_dataset (`Sequence[list[dict]]`): Prompts as turns, the last of the user.
+        reward_funcs ([`~dmoerm_trl.scoring.reward_functions.TextRewards`]): The rewards of the DMoERM.
+        args (`GRPOConfig` or `RLOOConfig`): The arguments of TRL's trainer.
+        train_dataset (`Sequence[list[dict]]`): Prompts as lists of turns; the last turn is the user's.
         processing_class (`PreTrainedTokenizerBase`): Tokenizer of the policy.
-        capability_weights (`Mapping[str, float]`, *optional*): Capability point -> weight of its reward function; without it the
-            one reward function is the DMoERM's reward.
-        tasks (`Sequence[str]`, *optional*): Tasks that the prompts are routed to; all of the model if absent.
+        capability_weights (`Mapping[str, float]`, *optional*): Capability point -> weight of its reward function. By default
+            the DMoERM's reward is the only reward function.
+        tasks (`Sequence[str]`, *optional*): Tasks to which the prompts are routed; all tasks by default.
         options: Further arguments of the trainer, such as `callbacks`.
 
     Example:
@@ -119,7 +119,7 @@ def grpo_trainer(
 
 def optimised_reward(rewards: TextRewards, capability_weights: Mapping[str, float] | None) -> TextScorer:
     """
-    Return what the trainer optimises, as one function of texts: the reward, or the weighted sum of capability points.
+    Return the optimised reward as one function of texts: the DMoERM's reward, or the weighted sum of capability scores.
 
     Example:
 

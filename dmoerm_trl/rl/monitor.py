@@ -1,4 +1,4 @@
-"""What a policy has become: rewards, KL, length and repetition on held-out prompts, one JSON line at each chosen step."""
+"""Measure a policy during RL: rewards, KL, length and repetition on held-out prompts, one JSON line per measured step."""
 
 import json
 import math
@@ -25,51 +25,51 @@ from ..scoring.reward_functions import TextScorer
 
 def every(steps: int) -> range:
     """
-    0, `steps`, twice as many, and so on: when a run is measured.
+    Return the steps 0, `steps`, 2 `steps`, ... at which a run is measured.
 
     Raises:
-        ValueError: for less than one.
+        ValueError: If `steps` is less than 1.
     """
     if steps < 1:
         raise ValueError(
-            f"got monitor_every={steps}, need at least 1: choose the steps from one measurement to the next."
+            f"got monitor_every={steps}, need at least 1: set the number of steps between two measurements."
         )
     return range(0, sys.maxsize, steps)
 
 
 class PolicyMonitor(TrainerCallback):
     """
-    Measures the policy at chosen steps of PPO, GRPO or RLOO. Each line of the file has
+    Callback that measures the policy at chosen steps of PPO, GRPO or RLOO. Each line of its file has these keys:
 
     | key | |
     | --- | --- |
-    | `step` | of the trainer; 0 is before the first |
+    | `step` | step of the trainer; 0 is before the first update |
     | `proxy`, `gold` | mean reward of the responses; `gold` only where it is known |
-    | `k1`, `k2`, `k3` | KL from the reference policy, in nats a response, see recipes/ESTIMATORS.md |
-    | `length` | mean tokens of a response, without its end |
+    | `k1`, `k2`, `k3` | KL from the reference policy, in nats per response; see recipes/ESTIMATORS.md |
+    | `length` | mean number of tokens of a response, without the end token |
     | `repetition` | mean [`repetition`] |
     | `without_end` | share of responses that were cut off |
-    | `prompts`, `temperature`, `top_p` | how it was measured |
+    | `prompts`, `temperature`, `top_p` | settings of the measurement |
 
-    and `<key>_error`, its standard error over prompts, for all but the last two rows. The responses are beside the file, in
-    `responses/<step>.jsonl`. With top-p below 1 the estimators are means over samples of the truncated policy, of
-    log-probabilities of the whole one: 0 for equal policies, but no longer unbiased.
+    All keys but those of the last two rows have a `<key>_error` too, the standard error over prompts. The responses are written
+    to `responses/<step>.jsonl` beside the file. With top-p below 1 the responses come from the truncated policy and the
+    log-probabilities from the full one: the estimates are still 0 for equal policies, but biased.
 
-    Training is not touched: random state and mode are as before. A run that goes on from a checkpoint drops the lines of
-    the steps that it does again. In a distributed run all processes measure the same, so that none waits longer than it may
-    and a model that ZeRO-3 divides can be gathered; the main process writes, and asks `gold` alone.
+    Measuring leaves the random state and the mode of the policy unchanged. A run that resumes from a checkpoint drops the lines
+    of the steps that it repeats. In a distributed run all processes measure the same prompts, so that ZeRO-3 can gather the
+    weights and no process times out; only the main process writes and calls `gold`.
 
     Args:
-        path (`str` or `Path`): the JSONL file. A run that starts at step 0 starts it anew.
-        prompts (`Sequence[list[dict]]`): held-out prompts, turns with the last of the user.
-        formatter (`Formatter`): with the policy's tokenizer.
-        reference (`PreTrainedModel`): the policy before training; it is moved to the policy's device.
-        steps (`Container[int]`): when to measure, such as `range(0, 3001, 100)`, or [`every`].
-        proxy ([`TextScorer`]): the reward that is optimised.
-        gold ([`TextScorer`], *optional*): the reward that stands for the truth.
-        max_new_tokens, temperature, top_p: of the sampling; take the run's own.
-        batch_size (`int`): prompts a forward.
-        seed (`int`): of the sampling, the same at every step.
+        path (`str` or `Path`): The JSONL file. A run that starts at step 0 overwrites it.
+        prompts (`Sequence[list[dict]]`): Held-out prompts as lists of turns; the last turn is the user's.
+        formatter (`Formatter`): A formatter with the policy's tokenizer.
+        reference (`PreTrainedModel`): The policy before training; it is moved to the policy's device.
+        steps (`Container[int]`): The steps to measure, such as `range(0, 3001, 100)` or [`every`].
+        proxy ([`TextScorer`]): The reward that is optimised.
+        gold ([`TextScorer`], *optional*): The reward that stands for the truth.
+        max_new_tokens, temperature, top_p: Settings of the sampling; use those of the run.
+        batch_size (`int`): Number of prompts per forward pass.
+        seed (`int`): Seed of the sampling, the same at every step.
 
     Example:
 
@@ -141,13 +141,13 @@ class PolicyMonitor(TrainerCallback):
     @torch.no_grad()
     def measure(self, policy: PreTrainedModel, responses_to: Path | None = None) -> dict[str, float]:
         """
-        One line without its step, which can be had without training too.
+        Measure the policy and return one line of the file without its step. This works without training too.
 
         Args:
-            responses_to (`Path`, *optional*): where the responses are written, with their rewards, as JSONL.
+            responses_to (`Path`, *optional*): JSONL file to which the responses and their rewards are written.
 
         Raises:
-            ValueError: if a reward is not a number, or there is not one for each response.
+            ValueError: If a reward is not a number, or the number of rewards is not that of the responses.
         """
         home = self.reference.device
         self.reference.to(policy.device)
@@ -163,7 +163,9 @@ class PolicyMonitor(TrainerCallback):
         policy.train(was_training)
         self.reference.to(home)  # where it waits, if it is the monitor's own
         columns = {name: torch.cat([batch[name] for batch in values]).float() for name in values[0]}
-        texts = _from_main(*texts)  # a divided reward model has to be called equally often, so with the same texts
+        texts = _from_main(
+            *texts
+        )  # all processes have to call a sharded reward model equally often, so with the same texts
         scorers = self.scorers if is_main() else {"proxy": self.scorers["proxy"]}
         for name, scorer in scorers.items():
             columns[name] = _rewards(name, scorer, self.prompts, texts)
@@ -180,7 +182,7 @@ class PolicyMonitor(TrainerCallback):
     def _measure_batch(
         self, policy: PreTrainedModel, prompts: list[list[dict]]
     ) -> tuple[dict[str, Tensor], list[str]]:
-        """One value a prompt of all that depends on tokens, and the responses' texts."""
+        """Compute one value per prompt of each quantity that depends on tokens, and decode the responses."""
         drawn = sample(policy, prompts, self.formatter, max_new_tokens=self.max_new_tokens, **self.sampling)
         of_policy, of_reference = (
             log_probs(model, drawn, self.sampling["temperature"]) for model in (policy, self.reference)
@@ -197,24 +199,24 @@ class PolicyMonitor(TrainerCallback):
 
 def repetition(tokens: Sequence[int], n: int = 4) -> float:
     """
-    The share of a response's n-grams that occurred in it before: 1 - distinct / all, from 0 to below 1.
+    Compute the share of a response's n-grams that occurred in it before: 1 - distinct / all, from 0 to below 1.
 
     Args:
-        tokens (`Sequence[int]`): the response; with fewer than n tokens it repeats nothing.
+        tokens (`Sequence[int]`): The response; with fewer than n tokens the share is 0.
     """
     grams = [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def read_monitor(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a monitor's file, none if there is no file. A last line that a kill left unfinished is passed over."""
+    """Read the lines of a monitor's file; none if there is no file. A last line that a kill left incomplete is skipped."""
     path = Path(path)
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_responses(path: str | Path) -> tuple[list[list[dict]], list[str]]:
-    """The prompts and responses of a monitor's `responses/<step>.jsonl`."""
+    """Read the prompts and responses of a monitor's `responses/<step>.jsonl`."""
     rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     return [row["prompt"] for row in rows], [row["response"] for row in rows]
 
@@ -230,7 +232,7 @@ def _json_line(content: dict[str, Any]) -> str:
 
 
 def _from_main(*values: Any) -> list[Any]:
-    """What the main process gives, in all processes."""
+    """Return the main process's values in all processes."""
     return broadcast_object_list(list(values)) if dist.is_initialized() else list(values)
 
 

@@ -1,4 +1,4 @@
-"""What PPO needs before it starts: a TRL that has it, and a reward model that reads the policy's token ids."""
+"""Build TRL's PPOTrainer after checking what it does not: the TRL version, the arguments and the tokenizers."""
 
 import copy
 import math
@@ -49,18 +49,18 @@ def ppo_config() -> type:
 
 def check_tokenizers(policy_tokenizer: PreTrainedTokenizerBase, reward_tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    PPO passes the policy's token ids to the reward model as they are, so the two tokenizers must agree; and it has the
-    policy write right after the padded prompts, so the policy's tokenizer must pad on the left.
+    Check that the policy's and the reward model's tokenizers agree, because PPO passes token ids from one to the other, and that
+    the policy's tokenizer pads on the left, because PPO generates right after the padded prompts.
 
     Raises:
-        ValueError: if their vocabularies, special tokens or chat templates differ; the message says in what. If the
-            policy's tokenizer pads on the right.
+        ValueError: If their vocabularies, special tokens or chat templates differ, which the message lists, or if the policy's
+            tokenizer pads on the right.
     """
     if policy_tokenizer.padding_side != "left":
         raise ValueError(
-            f"got a policy tokenizer with padding_side={policy_tokenizer.padding_side!r}, need 'left', because PPO has the "
-            "policy write after the padding, and a response after padding cannot be told from text after the response's "
-            'end: set policy_tokenizer.padding_side = "left".'
+            f"got a policy tokenizer with padding_side={policy_tokenizer.padding_side!r}, need 'left', because PPO "
+            "generates after the padding, and a response after padding looks like text after the end of the response: "
+            'set policy_tokenizer.padding_side = "left".'
         )
     differences = []
     policy, reward = policy_tokenizer.get_vocab(), reward_tokenizer.get_vocab()
@@ -99,7 +99,7 @@ _UNREAD = {
     "auto_find_batch_size": "per_device_train_batch_size",
     "dataloader_num_workers": "nothing: the prompts are in memory",
     "data_seed": "seed",
-    "dataset_num_proc": "nothing: the prompts are tokenised before",
+    "dataset_num_proc": "nothing: the prompts are already tokenised",
     "sft_model_path": "policy",
     "reward_model_path": "reward_model",
     "resume_from_checkpoint": "output_dir: a run goes on from its last checkpoint there",
@@ -126,11 +126,11 @@ _ABOVE_ZERO = (
 
 def check_arguments(args: Any) -> None:
     """
-    Check that PPOTrainer reads every argument that is set, and that a training can have its numbers.
+    Check that PPOTrainer reads every argument that is set, and that the numbers are valid.
 
     Raises:
-        ValueError: if `args` (a fresh `PPOConfig`) sets something that PPOTrainer would silently pass over, or a number that no
-            training can have.
+        ValueError: If `args` (a fresh `PPOConfig`) sets an argument that PPOTrainer would silently ignore, or a number that is out
+            of range.
     """
     values = {field.name: getattr(args, field.name) for field in fields(args)}
     bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -170,27 +170,27 @@ def ppo_trainer(
     **options: Any,
 ) -> Any:
     """
-    Build TRL's `PPOTrainer` with a DMoERM as its reward model, after the checks that PPO itself does not make; it is a
-    [`~dmoerm_trl.rl.ppo_trainer.ResumablePPOTrainer`]. The arguments are those of `PPOTrainer`, in its order.
+    Build TRL's `PPOTrainer` with a DMoERM as its reward model, as a [`~dmoerm_trl.rl.ppo_trainer.ResumablePPOTrainer`], after
+    checks that PPO itself does not make. The arguments are those of `PPOTrainer`, in the same order.
 
     Args:
-        args (`PPOConfig`): TRL's. Without `stop_token` it becomes `"eos"`: a response that goes on after its end could open a new
-            turn and choose its own judge.
-        processing_class (`PreTrainedTokenizerBase`): Tokenizer of the policy; it has to agree with the reward model's.
+        args (`PPOConfig`): The arguments of `PPOTrainer`. `stop_token` becomes `"eos"` if it is not set: a response that goes on after
+            its end could open a new turn, and so choose the task that scores it.
+        processing_class (`PreTrainedTokenizerBase`): Tokenizer of the policy; it must agree with that of the reward model.
         model (`PreTrainedModel`): The policy, a causal language model.
-        ref_model (`PreTrainedModel`, *optional*): The reference; a frozen copy of the policy if None.
+        ref_model (`PreTrainedModel`, *optional*): The reference policy; a frozen copy of the policy if None.
         reward_model (`PreTrainedModel`): The DMoERM, a [`~dmoerm_trl.scoring.ensemble.RewardEnsemble`], or any other reward model.
-        train_dataset (`Sequence[list[dict]]`): Prompts as turns, the last of the user. The formatter turns them into tokens, as in the
-            reward model's training.
-        value_model (`PreTrainedModel`): A sequence classification model with one label, trained along; see
+        train_dataset (`Sequence[list[dict]]`): Prompts as lists of turns; the last turn is the user's. The formatter tokenises them
+            as in the training of the reward model.
+        value_model (`PreTrainedModel`): A sequence classification model with one label, which PPO trains; see
             [`~dmoerm_trl.rl.value_model.value_model_from`].
-        formatter (`Formatter`, *optional*): The reward model's, if its tokenizer is another object than the policy's.
+        formatter (`Formatter`, *optional*): The formatter of the reward model; needed if its tokenizer is not the policy's object.
         options: `top_p` of the rollout, and further arguments of `PPOTrainer`, such as `callbacks`.
 
     Raises:
         ImportError: If this TRL has no PPO.
-        ValueError: If `args` has a key that PPO does not read, or the tokenizers do not agree with each other, with the reward
-            model's training, or with the chat template on how a turn ends.
+        ValueError: If `args` has a key that PPO does not read; if the tokenizers differ from each other or from the tokenizer
+            of the reward model's training; or if the chat template ends a turn with another token than eos.
 
     Example:
 
@@ -251,5 +251,5 @@ def ppo_trainer(
 
 
 def prompt_dataset(prompts: Sequence[list[dict]], formatter: Formatter) -> Dataset:
-    """What a policy is given: a dataset with `input_ids`, the tokens up to where the response begins."""
+    """Build PPO's dataset of prompts: `input_ids` are the tokens up to the beginning of the response."""
     return Dataset.from_dict({"input_ids": [formatter.generation_prompt(prompt) for prompt in prompts]})

@@ -1,4 +1,4 @@
-"""TRL's PPOTrainer with what a long run needs. It needs TRL 1.12, so import it by way of `dmoerm_trl.rl.ppo`."""
+"""TRL's PPOTrainer with resuming and checks for long runs. It needs TRL 1.12, so import it through `dmoerm_trl.rl.ppo`."""
 
 import json
 import math
@@ -28,8 +28,8 @@ from ..training.checkpoints import check_checkpoint, last_checkpoint
 @dataclass
 class DeepSpeedPPOConfig(PPOConfig):
     """
-    TRL's `PPOConfig`, with which a DeepSpeed configuration can be given, as `deepspeed` or by the launcher. What it leaves
-    `"auto"` is what PPOTrainer does without DeepSpeed: gradients are not clipped.
+    TRL's `PPOConfig` that accepts a DeepSpeed configuration, as `deepspeed` or from the launcher. Values left at `"auto"` are what
+    PPOTrainer does without DeepSpeed: gradients are not clipped.
     """
 
     def __post_init__(self):
@@ -47,28 +47,30 @@ class DeepSpeedPPOConfig(PPOConfig):
 
 class ResumablePPOTrainer(PPOTrainer):
     """
-    TRL's `PPOTrainer`, of which four steps are overridden:
+    TRL's `PPOTrainer` with four methods overridden:
 
-    - `train` goes on from a checkpoint, which TRL's cannot, draws everything from `args.seed`, and samples with top-p.
-    - `_save_checkpoint` saves the value model too, which TRL's forgets.
-    - `save_model` saves a policy that processes trained together, which TRL's cannot under ZeRO-3 or without DeepSpeed.
-    - `log`, called before anything is saved, stops a run whose rewards are not numbers.
+    - `train` can resume from a checkpoint, draws all random numbers from `args.seed`, and samples with top-p.
+    - `_save_checkpoint` saves the value model too, which TRL leaves out.
+    - `save_model` saves a policy that several processes trained, which TRL cannot under ZeRO-3 or without DeepSpeed.
+    - `log`, which is called before anything is saved, stops a run whose rewards are not numbers.
 
-    A run that was killed and goes on ends with the weights of an unbroken one, on the same machine and with
-    `num_sample_generations=0` (TRL's printed samples draw random numbers on a schedule that starts anew). Its logged
-    `eps` counts the episodes before the kill too.
+    A resumed run ends with the weights of an uninterrupted one, on the same machine and with `num_sample_generations=0`: the
+    samples that TRL prints draw random numbers on a schedule that starts again. The logged `eps` counts the episodes before the
+    interruption too.
 
     Args:
-        top_p (`float`): of the rollout, see [`~dmoerm_trl.generation.log_probs.nucleus_rollout`].
+        top_p (`float`): Nucleus of the rollout; see [`~dmoerm_trl.generation.log_probs.nucleus_rollout`].
         kwargs: Arguments of `PPOTrainer`, by name.
 
     Raises:
-        ValueError: if DeepSpeed is asked for and would not run; under FSDP.
+        ValueError: If DeepSpeed is configured and would not run, or under FSDP.
     """
 
     def __init__(self, *, top_p: float = 1.0, **kwargs: Any):
         if not 0 < top_p <= 1:
-            raise ValueError(f"got top_p={top_p}, need above 0 and at most 1: it is the share of probability kept.")
+            raise ValueError(
+                f"got top_p={top_p}, need above 0 and at most 1, because it is the share of probability that is kept."
+            )
         if kwargs["args"].gradient_checkpointing:  # PPOTrainer leaves it to the models
             kwargs["model"].gradient_checkpointing_enable(kwargs["args"].gradient_checkpointing_kwargs)
             kwargs["value_model"].gradient_checkpointing_enable(kwargs["args"].gradient_checkpointing_kwargs)
@@ -92,15 +94,15 @@ class ResumablePPOTrainer(PPOTrainer):
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None) -> None:
         """
-        Train, from a checkpoint if one is given.
+        Train, starting from a checkpoint if one is given.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A folder `checkpoint-N` of this run, or True for the last whole one in
+            resume_from_checkpoint (`str` or `bool`, *optional*): A folder `checkpoint-N` of this run, or True for the last complete one in
                 `output_dir`, if there is one.
 
         Raises:
-            ValueError: if the checkpoint is of a run with other numbers of steps or episodes, or under another ZeRO stage or,
-                with ZeRO, on another number of processes.
+            ValueError: If the checkpoint is from a run with other numbers of steps or episodes, another ZeRO stage or, with ZeRO,
+                another number of processes.
         """
         if isinstance(resume_from_checkpoint, bool):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) if resume_from_checkpoint else None
@@ -123,7 +125,7 @@ class ResumablePPOTrainer(PPOTrainer):
             raise ValueError(
                 f"got {checkpoint} of a run of {state['max_steps']} steps with {state['episode'] // done} episodes each, "
                 f"need {steps} with {self.args.batch_size}, because the learning rate and the order of the prompts depend on "
-                "them: go on with the recipe that began the run, or take another output_dir."
+                "them: use the recipe that began the run, or another output_dir."
             )
         if self.is_deepspeed_enabled:
             deepspeed_load_checkpoint(self.model, str(checkpoint))
@@ -154,17 +156,17 @@ class ResumablePPOTrainer(PPOTrainer):
         for name in ("objective/scores", "objective/kl"):
             if not math.isfinite(logs.get(name, 0.0)):
                 raise ValueError(
-                    f"got {name} {logs[name]} at step {self.state.global_step}, need a number, because one reward that is "
-                    "none spoils the advantages of its whole batch, and with them the weights: score texts of the last "
+                    f"got {name} {logs[name]} at step {self.state.global_step}, need a number, because one NaN or infinite "
+                    "reward spoils the advantages of its whole batch, and with them the weights: score texts of the last "
                     "steps with the reward model, load it in float32 or bfloat16, or lower the learning rate. The "
-                    f"checkpoints in {self.args.output_dir} are from before."
+                    f"checkpoints in {self.args.output_dir} are from earlier steps."
                 )
         super().log(logs, start_time)
 
 
 @contextmanager
 def _reward_models_left_alone() -> Iterator[None]:
-    """Context manager in which PPOTrainer puts no engine of DeepSpeed around our reward models; [`~dmoerm_trl.distributed.sharding`] says why."""
+    """Context manager in which PPOTrainer wraps our reward models in no DeepSpeed engine; see [`~dmoerm_trl.distributed.sharding`]."""
     prepare = ppo_trainer.prepare_deepspeed
 
     def prepare_others(model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -179,7 +181,7 @@ def _reward_models_left_alone() -> Iterator[None]:
 
 
 def _place(reward_model: nn.Module, accelerator: Accelerator) -> None:
-    """What DeepSpeed's engine would do for our reward models: their bases in bf16 where it is on, under ZeRO-3 in parts."""
+    """Do for our reward models what DeepSpeed's engine would: cast their bases to bf16 if it is on, and shard them under ZeRO-3."""
     plugin = accelerator.state.deepspeed_plugin
     for module in reward_model.modules():
         if isinstance(module, DMoERMModel):
@@ -192,7 +194,7 @@ def _place(reward_model: nn.Module, accelerator: Accelerator) -> None:
 
 
 class _GoOn(TrainerCallback):
-    """Puts a run that `PPOTrainer.train` has just set to step 0 where it was, right before its loop."""
+    """Callback that restores the step of a resumed run, which `PPOTrainer.train` has just set to 0, right before its loop."""
 
     def __init__(self, state: dict[str, Any], restore_random_state: Any):
         self.saved, self.restore_random_state = state, restore_random_state
@@ -215,7 +217,7 @@ class _GoOn(TrainerCallback):
 
 
 def _in_order(batches: Iterable, seed: int) -> Iterator:
-    """What a data loader gives, epoch after epoch, in an order that depends on the seed alone, not on what was drawn before."""
+    """Yield the batches of a data loader, epoch after epoch, in an order that depends only on the seed."""
     seeds = torch.Generator().manual_seed(seed)
     while True:
         with torch.random.fork_rng():

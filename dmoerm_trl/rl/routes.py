@@ -1,4 +1,4 @@
-"""Which of a DMoERM's tasks the prompts of a run need; the others' inner models are not kept in memory."""
+"""Find the tasks that the prompts of a run need, and free the inner models of the others."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ def routed_tasks(
     model: DMoERMForSequenceClassification, prompts: Sequence[list[dict]], formatter: Formatter
 ) -> dict[str, int]:
     """
-    Task -> how many of the prompts the router sends there, the most frequent first. Tasks without any are absent.
+    Count the prompts that the router sends to each task, the most frequent task first. Tasks without prompts are absent.
 
-    It runs where the router is, which may be moved to a device by itself, and needs no base.
+    Only the router runs, on the device where it is.
 
     Example:
 
@@ -39,11 +39,11 @@ def routed_tasks(
 
 def keep_tasks(model: DMoERMForSequenceClassification, tasks: Sequence[str]) -> None:
     """
-    Free the bases and experts of all other tasks. The router stays as it is, so a text of a kept task has the reward it
-    had, and one that is sent to another task raises a ValueError. With a shared base nothing is freed.
+    Free the bases and experts of all tasks except `tasks`. The router is unchanged: texts of a kept task have the same rewards as
+    before, and a text that is routed to another task raises a ValueError. With a shared base nothing is freed.
 
-    Of a model that was loaded with `resident_tasks`, the kept bases are read now, and the others never. The model can no
-    longer be saved.
+    If the model was loaded with `resident_tasks`, the kept bases are loaded now and the others never. The model can no longer be
+    saved.
 
     Example:
 
@@ -77,10 +77,10 @@ def keep_needed_tasks(
     Free the bases and experts of all tasks that none of the prompts is routed to; see [`keep_tasks`].
 
     Args:
-        device (`torch.device`): Device to which the router is moved, since it reads all prompts.
+        device (`torch.device`): Device to which the router is moved, because it reads all prompts.
 
     Returns:
-        `dict[str, int]`: [`routed_tasks`], of an ensemble those of the last member.
+        `dict[str, int]`: The result of [`routed_tasks`]; for an ensemble, that of the last member.
 
     Example:
 
@@ -101,7 +101,7 @@ def keep_needed_tasks(
 
 
 def _left_out(kept: list[str], key: str, device: torch.device) -> PreTrainedModel:
-    """To ask for a base that was freed is an error that says why it is not there."""
+    """Raise the error for a text that needs a freed base."""
     raise ValueError(
         f"got a prompt that the router sends to the task {key!r}, which was left out to save memory, need one of "
         f"{kept}: give all prompts to `routed_tasks` before `keep_tasks`, or keep this task too."

@@ -1,4 +1,4 @@
-"""What PPO, GRPO and RLOO start from: the policy, its reference, the reward model and the prompts."""
+"""Load the policy, its reference, the reward model and the prompts of PPO, GRPO and RLOO."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +27,15 @@ class RLSetup:
 
     Attributes:
         arguments (`PPOArguments` or `GRPOArguments`), args (`PPOConfig`, `GRPOConfig` or `RLOOConfig`): The recipe.
-        policy (`PreTrainedModel`): The causal language model that is optimised, in fp32: at RL's learning rates a step is smaller
-            than what bf16 weights can tell apart.
-        reference (`PreTrainedModel`): The same model as it starts.
+        policy (`PreTrainedModel`): The causal language model that is optimised, in fp32, because at the learning rates of RL a
+            step is smaller than the resolution of bf16 weights.
+        reference (`PreTrainedModel`): The policy before training.
         tokenizer (`PreTrainedTokenizerBase`): The policy's tokenizer, which pads on the left.
-        reward_model (`DMoERMForSequenceClassification` or `RewardEnsemble`): With the tasks alone that the prompts need.
-        formatter (`Formatter`): The reward model's.
-        prompts (`list[list[dict]]`): Prompts to optimise on, as turns.
+        reward_model (`DMoERMForSequenceClassification` or `RewardEnsemble`): The reward model, with only the tasks that the prompts need.
+        formatter (`Formatter`): The formatter of the reward model.
+        prompts (`list[list[dict]]`): Prompts to optimise on, as lists of turns.
         eval_rows (`list[dict]`): Rows with the prompts to measure on.
-        tasks (`dict[str, int]`): Task -> how many of the prompts the router sends there.
+        tasks (`dict[str, int]`): Task -> number of prompts that the router sends there.
 
     Example:
 
@@ -64,14 +64,14 @@ class RLSetup:
     @classmethod
     def load(cls, arguments: RLArguments, args: Any) -> "RLSetup":
         """
-        Load all of it, and print what became of the prompts.
+        Load the models and prompts, and print how many prompts are used.
 
         Args:
             arguments ([`~dmoerm_trl.rl.arguments.PPOArguments`] or [`~dmoerm_trl.rl.arguments.GRPOArguments`]): The recipe's keys.
             args (`PPOConfig`, `GRPOConfig` or `RLOOConfig`): TRL's keys of the recipe.
 
         Raises:
-            ValueError: If a model or the prompts cannot be read; it names what and why.
+            ValueError: If a model or the prompts cannot be read; the message names the source and the reason.
         """
         is_ppo = isinstance(arguments, PPOArguments)
         dtype = "bfloat16" if args.bf16 else "float32"
@@ -98,8 +98,8 @@ class RLSetup:
 
     def value_model(self) -> PreTrainedModel:
         """
-        Load the value model of PPO, in fp32: the recipe's `value_model` with a new head, or else the reward model's base of the
-        prompts' most frequent task, with a head of zeros. The last member of an ensemble gives its base.
+        Load PPO's value model in fp32: the recipe's `value_model` with a new head or, by default, the reward model's base of the
+        prompts' most frequent task with a head of zeros. For an ensemble it is the base of the last member.
         """
         name = self.arguments.value_model
         if name is None:
@@ -110,11 +110,11 @@ class RLSetup:
 
     def monitor(self, proxy: TextScorer | None = None) -> PolicyMonitor:
         """
-        Build the callback that measures the policy on the held-out prompts and writes `monitor.jsonl` into the run's folder.
+        Build the callback that measures the policy on the held-out prompts and writes `monitor.jsonl` to the output folder.
 
         Args:
-            proxy ([`~dmoerm_trl.scoring.reward_functions.TextScorer`], *optional*): The reward that is optimised; the reward model's if
-                absent.
+            proxy ([`~dmoerm_trl.scoring.reward_functions.TextScorer`], *optional*): The reward that is optimised; the reward model's
+                by default.
         """
         arguments, args, new = self.arguments, self.args, _max_new_tokens(self.args)
         max_length = self.formatter.max_length
@@ -135,5 +135,5 @@ class RLSetup:
 
 
 def _max_new_tokens(args: Any) -> int:
-    """Tokens of a response: TRL's PPO has another name for it."""
+    """Return the maximum tokens of a response, whose name differs between PPO and the others."""
     return args.response_length if hasattr(args, "response_length") else args.max_completion_length

@@ -1,4 +1,4 @@
-"""A value model for PPO that starts from a task's base."""
+"""Build PPO's value model from a task's base."""
 
 import copy
 
@@ -11,9 +11,9 @@ from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
 
 def value_model_from(model: DMoERMForSequenceClassification, task: str) -> PreTrainedModel:
     """
-    A value model for PPO that starts from a task's base, as it left phase 1, with copies of the weights, in fp32.
+    Build a value model for PPO from the base of a task as phase 1 left it, with a copy of the weights in fp32.
 
-    Its head is zero, so that all values start at 0, the mean of normalised rewards.
+    Its head is zero, so that all values start at 0, the mean of the normalised rewards.
 
     Example:
 
