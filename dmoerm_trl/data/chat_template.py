@@ -1,8 +1,8 @@
 """
-What a tokenizer's chat template writes around an assistant's turn, read off the short chats that it renders.
+The tokens that a tokenizer's chat template writes around an assistant's turn, found by rendering short chats.
 
-A template may write one thing in a generation prompt and another in a whole chat, end the last turn otherwise than an earlier one,
-and write the date. The reward model needs one form of each text, so the whole chat is taken for the form, on one fixed date.
+A template may write a generation prompt and a complete chat differently. It may also end the last turn differently from
+earlier ones, and write the date. The reward model needs one form of each text: that of the complete chat, with a fixed date.
 """
 
 import re
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..modeling.response_opening import ResponseOpening
 
 DATE = date(2024, 7, 26)
-"""The date that chat templates write, on whatever day: that of Llama 3.1's template, which has no clock."""
+"""The fixed date that chat templates write, the same as in Llama 3.1's template, which does not read the clock."""
 
 THOUGHTS = (
     ("<think>", "</think>"),
@@ -27,47 +27,51 @@ THOUGHTS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|channel>thought", "<channel|>"),
 )
-"""How models write their thoughts: for templates that open them in the generation prompt, or drop them from a whole chat."""
+"""
+The texts that open and close a model's thoughts. They are tried for templates that open thoughts in the generation prompt
+or drop them from a complete chat.
+"""
 
 Turns = list[dict[str, Any]]
 
 
 class ChatMarkers(NamedTuple):
-    """What a chat template writes around an assistant's turn, as token ids."""
+    """Token ids that a chat template writes around an assistant's turn."""
 
     response_marker: list[int]
-    """The tokens right before the assistant's text, without white space at their end; empty without a template."""
+    """The tokens right before the assistant's text, without trailing white space; empty without a template."""
     end_of_turn: list[int]
-    """The single tokens that end an assistant's turn; the first is the one the template writes."""
+    """The tokens that can each end an assistant's turn; the first is the one that the template writes."""
 
 
 class ChatFormat(NamedTuple):
-    """All that is read off a chat template; a [`DMoERMConfig`] takes the first four under the same names."""
+    """Properties of a chat template. [`DMoERMConfig`] takes the first four under the same names."""
 
     response_marker: list[int]
     end_of_turn: list[int]
     response_opening: ResponseOpening | None
-    """What stands between marker and response, where that is not always the same."""
+    """The tokens between the marker and the response; None if they are always the same."""
     reads_end: bool
-    """Whether a whole chat ends in an end of turn."""
+    """Whether a complete chat ends with an end-of-turn token."""
     in_parts: bool
-    """Whether the template renders text only as `[{"type": "text", "text": ...}]`, as those of some multimodal models do."""
+    """Whether the content of a turn must be `[{"type": "text", "text": ...}]`, as for some multimodal models."""
     thoughts: tuple[str, str] | None
-    """The texts between which a model of this template writes its thoughts."""
+    """The texts that open and close a model's thoughts with this template."""
 
 
 def chat_markers(tokenizer: PreTrainedTokenizerBase) -> ChatMarkers:
-    """The first two of [`read_chat_format`]."""
+    """Return the first two fields of [`read_chat_format`]."""
     return ChatMarkers(*read_chat_format(tokenizer)[:2])
 
 
 def fix_date(tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    Let the tokenizer's chat template write [`DATE`] in place of today's date, in place and wherever the tokenizer is saved, so
-    that a text has the same tokens on every day.
+    Replace today's date in the tokenizer's chat template by [`DATE`], so that a text has the same tokens every day.
+
+    The template is changed in place, and is saved with the tokenizer.
 
     Raises:
-        ValueError: if the template asks for the date in a way that is not a literal format.
+        ValueError: If the template formats the date with anything but a literal.
     """
     template = tokenizer.chat_template
     if isinstance(template, dict):
@@ -81,16 +85,17 @@ def _with_fixed_date(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     fixed = call.sub(lambda match: match[1][0] + DATE.strftime(match[1][1:-1]) + match[1][0], template)
     if re.search(r"strftime_now\s*\(", fixed):
         raise ValueError(
-            f"{tokenizer.name_or_path}: got a chat template that calls strftime_now with a format that is no literal, need a "
-            "literal, because the date is fixed there: a reward must not change at midnight. Write a date into the template."
+            f"{tokenizer.name_or_path}: got a chat template that calls strftime_now with a format that is not a literal, need "
+            "a literal, because the date is fixed there: a reward must not change at midnight. Write a date into the template."
         )
     return fixed
 
 
 def leave_thoughts(tokenizer: PreTrainedTokenizerBase, thoughts: tuple[str, str] | None) -> None:
     """
-    Let the tokenizer leave the tokens that open and close thoughts as they are where [`render`] turns control tokens into text:
-    chat templates look for them in earlier turns. Special tokens are turned into text whatever they are.
+    Exempt the tokens that open and close thoughts when [`render`] turns control tokens into text.
+
+    Chat templates look for these tokens in earlier turns. Special tokens are always turned into text.
     """
     if thoughts is not None and getattr(tokenizer, "chat_control_tokens", None) is None:
         template = tokenizer.get_chat_template()
@@ -101,14 +106,14 @@ def leave_thoughts(tokenizer: PreTrainedTokenizerBase, thoughts: tuple[str, str]
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: Turns | Sequence[Turns], **options: Any) -> list[Any]:
     """
-    The ids of a rendered chat, or of each of several, in which text that spells a special token is text.
+    Return the token ids of one rendered chat, or of each of several. Text that spells a special token stays text.
 
     Raises:
-        ValueError: if the chat template refuses the turns.
+        ValueError: If the chat template refuses the turns.
     """
     try:
         return tokenizer.apply_chat_template(turns, return_dict=False, sanitize_control_tokens=True, **options)
-    except Exception as error:  # whatever a foreign program raises
+    except Exception as error:  # a chat template may raise anything
         first = turns[0] if isinstance(turns[0], list) else turns
         raise ValueError(
             f"got a prompt with turns of {[turn['role'] for turn in first]}, which the tokenizer's chat template refuses "
@@ -117,17 +122,18 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Turns | Sequence[Turns], *
 
 
 class _Late(BaseException):
-    """Passes through all that a template's errors are caught by."""
+    """Timeout that no `except Exception` around a template catches."""
 
 
 @contextmanager
 def time_limit(tokenizer: PreTrainedTokenizerBase, seconds: float = 30) -> Iterator[None]:
     """
-    Context manager in which a chat template that does not end is an error: it is a program of strangers. In a thread other than the main one there
-    is no limit.
+    Context manager that limits the time a chat template may take, because templates are untrusted programs.
+
+    There is no limit in threads other than the main thread, or on systems without `signal.setitimer`.
 
     Raises:
-        ValueError: if the seconds are over.
+        ValueError: If the time is over.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
@@ -141,8 +147,8 @@ def time_limit(tokenizer: PreTrainedTokenizerBase, seconds: float = 30) -> Itera
         yield
     except _Late:
         raise ValueError(
-            f"{tokenizer.name_or_path}: got a chat template that took over {seconds} seconds for a few short chats, need one that "
-            "ends, because every text is rendered by it: fix the template."
+            f"{tokenizer.name_or_path}: got a chat template that took over {seconds} seconds for a few short chats, need "
+            "one that ends, because every text is rendered by it: fix the template."
         ) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, *timer)
@@ -151,20 +157,20 @@ def time_limit(tokenizer: PreTrainedTokenizerBase, seconds: float = 30) -> Itera
 
 def read_chat_format(tokenizer: PreTrainedTokenizerBase, score_thinking: bool = False) -> ChatFormat:
     """
-    Read off the tokenizer's chat template how an assistant's turn begins and ends, by rendering short chats.
+    Find out how the tokenizer's chat template begins and ends an assistant's turn, by rendering short chats.
 
-    - `response_marker` is what the generation prompt and the whole chat share after the user's turn, such as
-      `<|im_start|>assistant`. If the template has no generation prompt (Mistral), it is what stands between a user's text and
-      the assistant's, from its last special token on, such as `[/INST]`. White space at its end is left off, because it may
-      merge with the response's first token when a chat is tokenised as one text.
-    - `end_of_turn` is the special token after the assistant's text at a chat's end, the one after it in the middle of a chat, and
-      the tokenizer's eos.
+    - `response_marker` holds the tokens that the generation prompt and the complete chat share after the user's turn, such
+      as `<|im_start|>assistant`. If the template has no generation prompt (Mistral), it holds the tokens between the user's
+      text and the assistant's, from the last special token on, such as `[/INST]`. Trailing white space is removed, because
+      it may merge with the response's first token when a chat is tokenised as one text.
+    - `end_of_turn` holds the special token after the assistant's text at the end of a chat, the one after it in the middle
+      of a chat, and the tokenizer's eos.
 
     Args:
-        score_thinking (`bool`): whether thoughts are scored with the response, rather than left out.
+        score_thinking (`bool`): Whether thoughts are scored with the response. By default they are removed.
 
     Raises:
-        ValueError: if the template does not render the prompt, or renders a whole chat from which the response cannot be told.
+        ValueError: If the template does not render the prompt, or the response cannot be found in a complete chat.
     """
     if not tokenizer.chat_template:
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
@@ -183,14 +189,14 @@ def read_chat_format(tokenizer: PreTrainedTokenizerBase, score_thinking: bool = 
         shared = before[0]
     elif not marker:
         raise ValueError(
-            f"{tokenizer.name_or_path}: got a chat template whose generation prompt ends in {tokenizer.decode(prompt[-8:])!r}, which "
-            "a whole chat does not have, need something in common, because without it the place where a response begins cannot "
-            "be found: fix the template."
+            f"{tokenizer.name_or_path}: got a chat template whose generation prompt ends in {tokenizer.decode(prompt[-8:])!r}, "
+            "which a complete chat does not have, need something in common, because the start of a response cannot be found "
+            "without it: fix the template."
         )
     thinks = thought != answered
     if thinks and not chats.strip(_prefix(thought, chats("one", "one", thoughts="six"))[len(shared) :]):
         marker = chats.strip(marker)
-        opened, marker = marker[-1:], marker[:-1]  # all three open thoughts, so that opens them
+        opened, marker = marker[-1:], marker[:-1]  # shared by all three chats, so it opens thoughts
     marker = chats.strip(marker)
     start = _last_place(shared, marker) + len(marker)
 
@@ -205,7 +211,7 @@ def read_chat_format(tokenizer: PreTrainedTokenizerBase, score_thinking: bool = 
         ]
         close, name = chats.strip(scored[1]), chats.strip(written)
         if name and close[-len(name) :] == name:
-            close = close[: -len(name)]  # gpt-oss: thoughts and response are two messages
+            close = close[: -len(name)]  # gpt-oss: thoughts and response are separate messages
         thinking = [chats.strip(scored[0]), close]
         opened = thinking[0]
     elif pair := next((pair for pair in THOUGHTS if tokenizer.decode(rest) == pair[0] or chats.drops(pair)), None):
@@ -214,12 +220,12 @@ def read_chat_format(tokenizer: PreTrainedTokenizerBase, score_thinking: bool = 
     thoughts = (tokenizer.decode(thinking[0]), tokenizer.decode(thinking[1])) if thinking else None
     if score_thinking and not scored:
         raise ValueError(
-            f"{tokenizer.name_or_path}: got score_thinking=True and a chat template that leaves thoughts out of a whole chat, need "
-            "one that writes a turn's `reasoning_content`, because trainers would score a text without what others score: leave "
-            "score_thinking off, or fix the template."
+            f"{tokenizer.name_or_path}: got score_thinking=True and a chat template that leaves thoughts out of a complete "
+            "chat, need one that writes a turn's `reasoning_content`, because trainers would score the text without its "
+            "thoughts: leave score_thinking off, or fix the template."
         )
     opening = None
-    if blank := chats.writes_a_blank():  # a policy writes none where its prompt ends, or writes it itself
+    if blank := chats.writes_a_blank():  # a policy does not write this white space, or writes it itself
         written = prompt[start:]
     if thinking or blank or chats.strip(written) != rest:
         others = [ids for ids in (chats.strip(written), rest) if ids and ids != opened]
@@ -234,7 +240,7 @@ def read_chat_format(tokenizer: PreTrainedTokenizerBase, score_thinking: bool = 
 
 
 class _Probe:
-    """Renders short chats and remembers them: `chats("one", "six")` is a user's "one" and the assistant's "six"."""
+    """Cached renderings of short chats: `chats("one", "six")` is a user's "one" and the assistant's "six"."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -248,8 +254,8 @@ class _Probe:
             self._known.clear()
             if not self._renders():
                 raise ValueError(
-                    f"{tokenizer.name_or_path}: got a chat template that renders the prompts 'one' and 'six' alike, need one that "
-                    "writes what the user says, because all prompts would be one: fix the template."
+                    f"{tokenizer.name_or_path}: got a chat template that renders the prompts 'one' and 'six' alike, need one "
+                    "that writes the user's text, because all prompts would look the same: fix the template."
                 )
 
     def _renders(self) -> bool:
@@ -270,7 +276,7 @@ class _Probe:
         return self._known[key]
 
     def writes_a_blank(self) -> bool:
-        """Whether a whole chat has white space before the response that the generation prompt does not have."""
+        """Return whether a complete chat has white space before the response that the generation prompt lacks."""
         render = self.tokenizer.apply_chat_template
         turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "one"}]
         turns = in_parts(turns) if self.in_parts else turns
@@ -280,7 +286,7 @@ class _Probe:
         return rest != whole and rest[:1].isspace() and rest.lstrip().startswith("one")
 
     def drops(self, pair: tuple[str, str]) -> bool:
-        """Whether a whole chat has no thoughts, though the assistant's text begins with them."""
+        """Return whether a complete chat omits the thoughts at the beginning of the assistant's text."""
         turns = [
             {"role": "user", "content": "one"},
             {"role": "assistant", "content": f"{pair[0]}\neleven{pair[1]}twelve"},
@@ -289,17 +295,21 @@ class _Probe:
         return "twelve" in whole and "eleven" not in whole
 
     def strip(self, ids: list[int]) -> list[int]:
-        """Tokens without the white space at their ends."""
+        """Return tokens without white space at either end."""
         places = [i for i, token in enumerate(ids) if not _is_space(self.tokenizer, token)]
         return ids[places[0] : places[-1] + 1] if places else []
 
     def between(self, first: list[int], other_thoughts: list[int], other_response: list[int]) -> list[int]:
-        """What stands between thoughts and response, from three chats, two of which differ in one of them alone."""
+        """
+        Return the tokens between thoughts and response.
+
+        The second chat differs from the first in its thoughts alone, the third in its response alone.
+        """
         tail = _suffix(first, other_thoughts)
         return tail[: len(tail) - (len(first) - len(_prefix(first, other_response)))]
 
     def after_earlier_turn(self) -> list[int]:
-        """The special token that follows an assistant's turn before the last; empty where a chat has no two of them."""
+        """Return the special token after an assistant's turn in the middle of a chat; empty if there is none."""
         try:
             rest = _suffix(self("one", "one", "two"), self("one", "six", "two"))
         except ValueError:
@@ -308,7 +318,7 @@ class _Probe:
 
 
 def in_parts(turns: Turns) -> Turns:
-    """Turns whose content is a list of one part, as the templates of some multimodal models want it."""
+    """Return turns whose content is a list of one text part, as the templates of some multimodal models need it."""
     return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
 
 
@@ -317,12 +327,12 @@ def _open(open: bool) -> dict[str, bool]:
 
 
 def _prefix(*rows: list[int]) -> list[int]:
-    """What all begin with."""
+    """Return the longest common prefix."""
     return [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*rows, strict=False))]
 
 
 def _suffix(*rows: list[int]) -> list[int]:
-    """What all end with."""
+    """Return the longest common suffix."""
     return _prefix(*(row[::-1] for row in rows))[::-1]
 
 

@@ -1,4 +1,4 @@
-"""Chats that were written as one text in a format that is known, as turns."""
+"""Parser of chats that are written as one text in a known format."""
 
 import re
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ _ROLES = {
     "ipython": "tool",
     "系统": "system",
 }
-"""What formats call a role -> the role; other names stay, in small letters."""
+"""Name of a role in some format -> role. Other names are kept in lower case."""
 
 _BEGINNING = re.compile(
     r"(?:<s>|<bos>|\[BOS\]|\[gMASK\]|<sop>|<\|begin_of_text\|>|<\|begin▁of▁sentence\|>|<｜begin▁of▁sentence｜>"
@@ -37,24 +37,25 @@ _LLAMA2_SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
 @dataclass(frozen=True)
 class TranscriptFormat:
     """
-    A way to write a chat as one text.
+    Format in which a chat is written as one text.
 
     Args:
-        opener (`re.Pattern`): what begins a turn; its group `role` says whose.
-        end (`re.Pattern`, *optional*): what may end a turn.
+        opener (`re.Pattern`): Pattern that opens a turn. Its group `role` names the role.
+        end (`re.Pattern`, *optional*): Pattern that may end a turn.
     """
 
     opener: re.Pattern[str]
     end: re.Pattern[str] | None = None
 
     def roles(self, text: str) -> list[str]:
-        """The roles of the turns, one an opener."""
+        """Return the role of each turn, one per opener."""
         return [role for role, _, _ in self._openers(text)]
 
     def turns(self, text: str) -> list[dict[str, str]]:
         """
-        The turns, without white space at their ends; of one role in a row they are one turn. What stands before the first is
-        the system's.
+        Return the turns, without white space at either end.
+
+        Successive turns of the same role are joined. Text before the first opener is a system turn.
         """
         openers = [*self._openers(text), ("", len(text), len(text))]
         parts = [("system", _BEGINNING.sub("", text[: openers[0][1]]))]
@@ -75,7 +76,7 @@ class TranscriptFormat:
         return turns
 
     def _openers(self, text: str) -> Iterator[tuple[str, int, int]]:
-        """(role, where its opener begins, where that ends) of each turn."""
+        """Yield (role, start of the opener, end of the opener) for each turn."""
         for found in self.opener.finditer(text):
             name = found["role"].lower()
             yield _ROLES.get(name, name), found.start(), found.end()
@@ -86,7 +87,7 @@ def _format(opener: str, end: str | None = None) -> TranscriptFormat:
 
 
 HH = _format(r"(?:\A|\n\n)(?P<role>Human|Assistant):")
-"""Anthropic's HH: a paragraph `Human: ...` or `Assistant: ...` a turn."""
+"""Anthropic's HH: each turn is a paragraph `Human: ...` or `Assistant: ...`."""
 
 FORMATS = (
     _format(r"<\|im_start\|>(?P<role>[\w-]+)(?:\n|<\|im_sep\|>)", r"<\|im_end\|>"),  # ChatML: Qwen, SmolLM2; Phi-4
@@ -97,7 +98,7 @@ FORMATS = (
     _format(r"<start_of_turn>(?P<role>\w+)\n", r"<end_of_turn>"),  # Gemma
     _format(
         r"<\|start\|>(?P<role>\w+)(?:<\|channel\|>\w+)?<\|message\|>", r"<\|(?:end|return)\|>"
-    ),  # gpt-oss, the final channel alone
+    ),  # gpt-oss, only the final channel
     _format(r"<\|start_of_role\|>(?P<role>\w+)<\|end_of_role\|>", r"<\|end_of_text\|>"),  # Granite
     _format(
         r"<\|START_OF_TURN_TOKEN\|><\|(?P<role>USER|CHATBOT|SYSTEM)_TOKEN\|>", r"<\|END_OF_TURN_TOKEN\|>"
@@ -112,14 +113,14 @@ FORMATS = (
     HH,
     _format(
         r"(?:\A|\n)[ \t]*(?P<role>Human|User|USER|Assistant|ASSISTANT|AI|用户|人类|助手|问|答)[ \t]*[:：]"
-    ),  # a line a turn
+    ),  # one line per turn
     _format(r"(?:\A|\s|</s>)(?P<role>USER|ASSISTANT):", r"</s>"),  # Vicuna
 )
-"""The first that fits counts: those with special tokens come first."""
+"""The known formats, in the order in which they are tried. Formats with special tokens come first."""
 
 
 def format_of(text: str) -> TranscriptFormat | None:
-    """The format of a chat that begins a text: one in which a turn of the user and one of the assistant begin; or None."""
+    """Return the first format in which a turn of the assistant follows one of the user, or None."""
     for form in FORMATS:
         roles = form.roles(text)
         if "user" in roles and "assistant" in roles[roles.index("user") :]:

@@ -1,4 +1,4 @@
-"""The one formatter that turns messages into tokens: for training, evaluation, scoring and serving alike."""
+"""Formatter that turns messages into tokens, the same for training, evaluation, scoring and serving."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -27,23 +27,23 @@ __all__ = ["ChatMarkers", "CutReport", "Encoding", "Formatter", "chat_markers"]
 
 
 PROBE = " ".join(["one two three four five six seven eight nine ten"] * 4)
-"""A text that a chat template has to write whole."""
+"""A text that a chat template must write in full."""
 
 
 class Encoding(NamedTuple):
-    """One prompt with one response as tokens, special tokens included."""
+    """Tokens of one prompt with one response, including special tokens."""
 
     input_ids: list[int]
-    """Prompt, response and the token that ends it, without padding; at most `max_length` tokens."""
+    """Prompt, response and end token, without padding. There are at most `max_length` tokens."""
     prompt_length: int
-    """`input_ids[:prompt_length]` are the prompt: what a policy is given before it writes the response."""
+    """`input_ids[:prompt_length]` is the prompt, which a policy is given before it writes the response."""
     cut_turns: int
-    """How many turns of the prompt were dropped, plus one if the last user turn was shortened. 0: nothing was cut."""
+    """Number of turns dropped from the prompt, plus one if the last user turn was shortened; 0 if nothing was cut."""
 
 
 @dataclass
 class CutReport:
-    """How many of the encoded rows and responses lost turns of their prompt because they were over-long."""
+    """Numbers of encoded rows and responses, and of those whose prompt was cut because they were too long."""
 
     max_length: int
     rows: int = 0
@@ -60,31 +60,31 @@ class CutReport:
 
 class Formatter:
     """
-    Encodes prompts with responses.
+    Encoder of prompts with responses.
 
-    - With a chat template: the whole chat as the template renders it, up to the token that ends the response, so that the ids
-      are those of TRL's trainers. Text that spells a special token stays text, in the prompt as in the response.
-    - Without one, a decoder: `[bos] prompt response eos`, the prompt's turns joined by blank lines.
-    - Without one, an encoder such as BERT: the pair of prompt and response, `[CLS] prompt [SEP] response [SEP]`.
+    - With a chat template, a text is the complete chat as rendered, up to the token that ends the response. The ids are
+      those of TRL's trainers. Text that spells a special token stays text, both in the prompt and in the response.
+    - Without one, a decoder reads `[bos] prompt response eos`. The turns of the prompt are joined by blank lines.
+    - Without one, an encoder such as BERT reads the pair of prompt and response, `[CLS] prompt [SEP] response [SEP]`.
 
-    What is over-long loses the oldest turns of its prompt: whole turns, up to a turn of the user, while a leading system
-    turn stays. If the last user turn alone is too long, it loses its start. The response is never cut.
+    If a text is too long, the oldest turns of its prompt are dropped, so that the prompt begins with a turn of the user. A
+    leading system turn is kept. If the last user turn alone is too long, its start is cut. The response is never cut.
 
-    Two things are set in the given tokenizer itself: a chat template that writes today's date writes one fixed date, see
-    [`~dmoerm_trl.data.chat_template.fix_date`], and tokens of thoughts are no control tokens.
+    The formatter changes two settings of the given tokenizer. A chat template that writes today's date writes a fixed date
+    instead, see [`~dmoerm_trl.data.chat_template.fix_date`]. Tokens of thoughts are not treated as control tokens.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
             Tokenizer of the reward model, with a pad token.
         max_length (`int`):
-            The greatest length of `input_ids`, in tokens.
-        score_thinking (`bool`):
-            Whether the thoughts of a model that reasons (`<think>...</think>` before a response) are scored with the response.
-            By default they are left out, whether the chat template writes them or not. Thoughts that are never closed are
-            read as the response.
+            Maximum length of `input_ids`, in tokens.
+        score_thinking (`bool`, *optional*, defaults to `False`):
+            Whether the thoughts of a reasoning model (`<think>...</think>` before a response) are scored with the response.
+            By default they are removed, even if the chat template writes them. Thoughts that are never closed belong to
+            the response.
 
     Raises:
-        ValueError: if the tokenizer has no pad token, or its chat template cannot be brought into one form.
+        ValueError: If the tokenizer has no pad token, or its chat template does not give each text a single form.
 
     Example:
 
@@ -118,7 +118,7 @@ class Formatter:
         leave_thoughts(tokenizer, self.format.thoughts)
         self.markers = ChatMarkers(*self.format[:2])
         empty, some = tokenizer(["", "a"]).input_ids
-        self._bos = empty[:1] if empty[:1] == some[:1] else []  # what the tokenizer puts before every text
+        self._bos = empty[:1] if empty[:1] == some[:1] else []  # the token that the tokenizer puts before every text
         self._pair = None if tokenizer.chat_template else _around_pair(tokenizer)
         if tokenizer.chat_template:
             self._check_template()
@@ -126,14 +126,15 @@ class Formatter:
     @classmethod
     def for_model(cls, config: DMoERMConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> "Formatter":
         """
-        The formatter with which a trained DMoERM reads texts as it did in training.
+        Return the formatter that writes texts in the form of a trained model's training.
 
         Args:
-            config (`DMoERMConfig`): the model's.
-            tokenizer (`PreTrainedTokenizerBase`): from the model's folder.
+            config (`DMoERMConfig`): Configuration of the model.
+            tokenizer (`PreTrainedTokenizerBase`): Tokenizer from the model's folder.
+            max_length (`int`): Maximum length of `input_ids`, in tokens.
 
         Raises:
-            ValueError: if the tokenizer's chat template is not the model's, or is missing.
+            ValueError: If the tokenizer's chat template is missing, or is not the model's.
         """
         opening = config.response_opening
         formatter = cls(tokenizer, max_length, score_thinking=bool(opening and opening["scored"]))
@@ -145,7 +146,7 @@ class Formatter:
         Check that this formatter writes texts in the form of a model's training.
 
         Raises:
-            ValueError: if a DMoERM of this configuration was trained on texts in another form than this formatter's.
+            ValueError: If the model was trained on texts in a different form.
         """
         if not config.end_of_turn:
             return
@@ -162,13 +163,13 @@ class Formatter:
                     if self.tokenizer.chat_template
                     else "is missing"
                 )
-                + ", need the one of the model's training, because texts in another form would get rewards that mean nothing: "
+                + ", need the one of the model's training, because rewards of texts in another form are meaningless: "
                 "take the tokenizer, with its chat_template.jinja, from the model's folder."
             )
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        """The arguments of [`DMoERMConfig`] with which a model reads texts as this formatter writes them."""
+        """Arguments of [`DMoERMConfig`] for a model that reads the texts of this formatter."""
         names = ("response_marker", "end_of_turn", "response_opening", "reads_end")
         return {
             **{name: getattr(self.format, name) for name in names},
@@ -183,19 +184,19 @@ class Formatter:
 
         Args:
             prompt (`list[dict]` or `str`):
-                Turns with `role` and `content`, oldest first; text is one turn of the user.
+                Turns with `role` and `content`, oldest first. A string is one turn of the user.
             response (`str`):
-                The assistant's answer; may be empty.
+                The assistant's answer, which may be empty.
 
         Raises:
-            `ValueError`: If the response does not fit beside the shortest form of the prompt, or the chat template
+            `ValueError`: If the response does not fit together with the shortest form of the prompt, or the chat template
                 refuses the prompt.
         """
         turns = _turns(prompt)
         return self._fit(turns, lambda turns: self._join(turns, response))
 
     def encode_responses(self, prompt: list[dict] | str, responses: Sequence[str]) -> list[Encoding]:
-        """What [`encode`] gives for each response; what they share of the prompt is made once for all of them."""
+        """Encode each response like [`encode`], but the shared prompt only once."""
         if not self.tokenizer.chat_template or not responses:
             return [self.encode(prompt, response) for response in responses]
         turns = _turns(prompt)
@@ -207,8 +208,8 @@ class Formatter:
 
     def batch(self, prompts: Sequence[list[dict] | str], responses: Sequence[str]) -> dict[str, Tensor]:
         """
-        What a DMoERM's forward takes: `input_ids` and `attention_mask`, shape (B, T), padded on the right, and `prompt_lengths`,
-        shape (B,), so that no response can be taken for a part of its prompt.
+        Return the inputs of a DMoERM's forward: `input_ids` and `attention_mask` of shape (B, T), padded on the right, and
+        `prompt_lengths` of shape (B,), which mark where each response begins.
         """
         encodings = [self.encode(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         ids = [torch.tensor(encoding.input_ids) for encoding in encodings]
@@ -220,14 +221,14 @@ class Formatter:
         }
 
     def generation_prompt(self, prompt: list[dict] | str) -> list[int]:
-        """What a policy is given before it writes the response, with the oldest turns cut as in [`encode`]."""
+        """Return the tokens that a policy is given before it writes the response. They are cut as in [`encode`]."""
         if not self.tokenizer.chat_template:
             encoding = self.encode(prompt, "")
             return encoding.input_ids[: encoding.prompt_length]
         return self._fit(_turns(prompt), lambda turns: (ids := self._open(turns), len(ids))).input_ids
 
     def prompt_length(self, prompt: list[dict]) -> int:
-        """Tokens of a whole prompt, up to where the response begins, even if they are more than `max_length`."""
+        """Return the number of tokens of an uncut prompt, which may be more than `max_length`."""
         return len(self._open(prompt)) if self.tokenizer.chat_template else self._join(prompt, "")[1]
 
     def encode_rows(self, rows: Sequence[PreferenceRow]) -> tuple[list[list[Encoding]], CutReport]:
@@ -235,7 +236,7 @@ class Formatter:
         Encode every response of every row.
 
         Returns:
-            One list of encodings a row, in the order of `row.responses`, and a [`CutReport`] to print.
+            One list of encodings per row, in the order of `row.responses`, and a [`CutReport`] to print.
         """
         encodings, report = [], CutReport(self.max_length)
         for number, row in enumerate(tqdm(rows, desc="tokenising", unit=" rows", delay=3), start=1):
@@ -251,11 +252,11 @@ class Formatter:
         return encodings, report
 
     def _open(self, turns: list[dict]) -> list[int]:
-        """A prompt's tokens, ready for the response, by the chat template."""
+        """Return a prompt's tokens with the generation prompt, rendered by the chat template."""
         return self._render([turns], add_generation_prompt=True)[0]
 
     def _join(self, turns: list[dict], response: str) -> tuple[list[int], int]:
-        """The uncut ids, and how many of them are the prompt."""
+        """Return the uncut ids, and how many of them belong to the prompt."""
         if self.tokenizer.chat_template:
             return self._join_all(turns, [response])[0]
         text = "\n\n".join(turn["content"] for turn in turns)
@@ -267,18 +268,18 @@ class Formatter:
         return prompt_ids + self._text_ids(response) + self.markers.end_of_turn[:1], len(prompt_ids)
 
     def _join_all(self, turns: list[dict], responses: Sequence[str]) -> list[tuple[list[int], int]]:
-        """[`_join`] for several responses, by the chat template."""
+        """Apply [`_join`] to several responses, with the chat template."""
         opened, answers = self._open(turns), [self._answer(response) for response in responses]
         head = self._head(opened)
         (first,) = self._render([[*turns, answers[0]]])
         if first[:head] != opened[:head]:
             raise ValueError(
-                f"got a prompt with turns of {[turn['role'] for turn in turns]}, which the tokenizer's chat template renders in "
-                "another way before a response than in a generation prompt, need one way, because a text would have two "
+                f"got a prompt with turns of {[turn['role'] for turn in turns]}, which the tokenizer's chat template renders "
+                "differently with a response and with a generation prompt, need the same tokens, because a text would have two "
                 "rewards: change the turns or the template."
             )
         tails = [first[head:]]
-        if len(answers) > 1:  # after the shortest prompt, if the template writes the same there
+        if len(answers) > 1:  # rendered after a short prompt, if that gives the same tokens
             short = [_user("one")]
             start = self._head(self._open(short))
             tails = [ids[start:] for ids in self._render([[*short, answer] for answer in answers])]
@@ -288,7 +289,7 @@ class Formatter:
         return [(text, max(head, _shared(opened, text))) for text in texts]
 
     def _head(self, opened: list[int]) -> int:
-        """Where a prompt's last response marker ends."""
+        """Return the index after a prompt's last response marker."""
         marker = self.markers.response_marker
         ends = (i for i in range(len(opened), len(marker) - 1, -1) if opened[i - len(marker) : i] == marker)
         return next(ends, len(opened))
@@ -297,14 +298,14 @@ class Formatter:
         return render(self.tokenizer, [in_parts(chat) if self.format.in_parts else chat for chat in chats], **options)
 
     def _response(self, ids: list[int]) -> list[int]:
-        """What follows the response marker in a whole chat: the opening in its one form, the response, its end."""
+        """Return the tokens after the response marker: the normalised opening, the response and its end."""
         ends, opening = self.markers.end_of_turn, self.format.response_opening
         written, response = ([], ids) if opening is None else opening.read(ids, ends)
         end = next((i for i, token in enumerate(response) if token in ends), len(response))
         return written + response[:end] + (ends[:1] if self.format.reads_end else [])
 
     def _answer(self, response: str) -> dict[str, str]:
-        """The assistant's last turn, its thoughts apart where they are scored, without them elsewhere."""
+        """Return the assistant's last turn. Thoughts become a field of the turn if they are scored, else they are removed."""
         if self.format.thoughts is None:
             return {"role": "assistant", "content": response}
         opened, closed = self.format.thoughts
@@ -318,23 +319,23 @@ class Formatter:
 
     def _check_template(self) -> None:
         """
-        Check that the chat template writes a prompt in full, and a whole chat as the prompt and the response that follows it.
+        Check that the chat template writes a prompt in full, and a complete chat like a prompt followed by its response.
 
         Raises:
-            ValueError: if the template does not write all of a prompt, or what a policy writes after it is read otherwise than the
-                whole chat.
+            ValueError: If the template does not write all of a prompt, or if the complete chat differs from the prompt with
+                a policy's own text.
         """
         for turns in ([_user(PROBE)], [_user("one"), self._answer(PROBE), _user(PROBE)]):
             try:
                 opened = self._open(turns)
             except ValueError:
-                if len(turns) > 1:  # a template for one question alone
+                if len(turns) > 1:  # the template allows one question only
                     continue
                 raise
             if self._letters(self._text_ids(PROBE)) not in self._letters(opened):
                 raise ValueError(
-                    f"{self.tokenizer.name_or_path}: got a chat template that makes {self.tokenizer.decode(opened)!r} of a longer "
-                    "prompt, need one that writes all of it, because the rest would not be read: fix the template."
+                    f"{self.tokenizer.name_or_path}: got a chat template that writes {self.tokenizer.decode(opened)!r} for a "
+                    "longer prompt, need one that writes all of it, because the rest would not be read: fix the template."
                 )
             whole = self._join(turns, PROBE)[0]
             head = self._head(opened)
@@ -342,21 +343,21 @@ class Formatter:
             written = opened[:head] + self._response(opened[head:] + self._text_ids(PROBE) + ends)
             if self._letters(whole) != self._letters(written):
                 raise ValueError(
-                    f"{self.tokenizer.name_or_path}: got a chat template by which a whole chat ends in "
-                    f"{self.tokenizer.decode(whole[head:])!r}, and a policy's own text in {self.tokenizer.decode(written[head:])!r}, "
-                    "need one form of both, because a text would have two rewards: fix the template, or add the tokens that it "
-                    "writes around a response to the tokenizer."
+                    f"{self.tokenizer.name_or_path}: got a chat template with which a complete chat ends in "
+                    f"{self.tokenizer.decode(whole[head:])!r}, and a policy's own text in "
+                    f"{self.tokenizer.decode(written[head:])!r}, need one form of both, because a text would have two rewards: "
+                    "fix the template, or add the tokens that it writes around a response to the tokenizer."
                 )
 
     def _letters(self, ids: list[int]) -> str:
-        """What tokens spell, without white space, with which a tokenizer may begin a text."""
+        """Return the decoded text without white space, because a tokenizer may add some at the start."""
         return "".join(self.tokenizer.decode(ids).split())
 
     def _text_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def _fit(self, turns: list[dict], join: Callable[[list[dict]], tuple[list[int], int]]) -> Encoding:
-        """What `join` makes of the turns, or of as many of the last as fit."""
+        """Encode the turns with `join`, or as many of the last turns as fit."""
         whole = Encoding(*join(turns), cut_turns=0)
         return whole if len(whole.input_ids) <= self.max_length else self._shorten(turns, join)
 
@@ -373,7 +374,7 @@ class Formatter:
         def fits(start: int, cut: int = 0) -> bool:
             return len(join(start, cut)[0]) <= self.max_length
 
-        kept = bisect_left(starts, True, key=fits)  # dropping more never makes it longer, so halving finds the first
+        kept = bisect_left(starts, True, key=fits)  # dropping more turns never makes a text longer, so bisection works
         if kept < len(starts):
             return Encoding(*join(starts[kept]), cut_turns=starts[kept] - len(head))
 
@@ -385,7 +386,7 @@ class Formatter:
             raise ValueError(
                 f"got a response of {len(shortest) - prompt_length} tokens, which with the shortest form of its prompt "
                 f"({prompt_length} tokens{', with the system turn' if head else ''}) exceeds max_length={self.max_length}; a "
-                "response is never cut: raise max_length or leave the row out."
+                "response is never cut: raise max_length or drop the row."
             )
         return Encoding(*join(last, cut), cut_turns=last - len(head) + 1)
 
@@ -407,8 +408,10 @@ def _user(text: str) -> dict[str, str]:
 
 def _around_pair(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]] | None:
     """
-    The tokens that an encoder's tokenizer puts before, between and after two texts: one separator (BERT), two (RoBERTa), or the
-    end of the text (T5). None for a decoder's, which puts nothing between them, or the beginning of a text.
+    Return the tokens that an encoder's tokenizer puts before, between and after two texts.
+
+    Between them are one separator (BERT), two (RoBERTa), or the end of the text (T5). The result is None for a decoder's
+    tokenizer, which puts nothing or the beginning of a text between them.
     """
     (first, second), pair = tokenizer(["a", "b"], add_special_tokens=False).input_ids, tokenizer("a", "b").input_ids
     for start in range(len(pair) - len(first) + 1):
@@ -421,7 +424,7 @@ def _around_pair(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
 
 
 def _shared(first: list[int], second: list[int]) -> int:
-    """How many tokens two texts begin with alike."""
+    """Return the length of the common prefix of two texts, in tokens."""
     return next(
         (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )

@@ -228,7 +228,7 @@ def test_a_text_has_the_same_tokens_on_every_day(name, monkeypatch, tmp_path):
 def test_a_date_in_a_format_of_the_templates_own_making_is_an_error():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% set f = '%Y' %}{{ strftime_now(f) }}" + tokenizer.chat_template
-    with pytest.raises(ValueError, match="calls strftime_now with a format that is no literal"):
+    with pytest.raises(ValueError, match="calls strftime_now with a format that is not a literal"):
         Formatter(tokenizer, 512)
 
 
@@ -243,7 +243,7 @@ CHATML = make_tokenizer().chat_template
         (CHATML.replace("{% endfor %}", "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}").replace(
             "{{ m.content }}", "{{ m.content }}{{ ' (said)' if m.role == 'assistant' }}"), "one form of both"),
         (CHATML.replace("<|im_start|>assistant\n{% endif %}", "(bot){% endif %}"), "generation prompt ends in"),
-        (CHATML.replace("{{ m.content }}", "{{ m.content[:5] }}"), "of a longer prompt, need one that writes all"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content[:5] }}"), "for a longer prompt, need one that writes all"),
         (CHATML.replace("{{ m.content }}", "{{ m.content[:9] if m.role == 'assistant' else m.content }}"), "one form of both"),
         ("{{ messages[9].content }}", "the tokenizer's chat template refuses"),
         ("{% for m in messages %}", "the tokenizer's chat template refuses"),
