@@ -1,4 +1,4 @@
-"""A preference row: one prompt, two or more responses, and which are the better; what must hold of it."""
+"""Preference rows, each with one prompt and two or more ranked responses, and the checks of their values."""
 
 import hashlib
 import json
@@ -19,19 +19,19 @@ class PreferenceRow:
 
     Args:
         prompt (`list[dict]`):
-            Turns with `role` and `content`, oldest first; the last is the user's, or what a tool gave.
+            Turns with `role` and `content`, oldest first. The last turn is that of the user or of a tool.
         responses (`list[str]`):
             K >= 2 answers to the last turn.
         ranks (`list[int]`):
-            One rank a response, 1 is best, ties allowed. Where all are the same, nothing is said of the overall preference, and
-            the row is one for the experts alone.
+            One rank per response. 1 is the best, and ties are allowed. If all ranks are the same, the row has no overall
+            preference and can train only the experts.
         task (`str`, *optional*):
-            Name of the task, `"others"`, or `None` where it is not known.
+            Name of the task, `"others"`, or `None` if the task is unknown.
         capability_ranks (`dict[str, list[int]]`):
-            Capability point -> one rank a response. A point that is absent here and below is unlabelled for this row.
+            Capability point -> one rank per response. A row has no labels for a point that is neither here nor below.
         capability_pairs (`dict[str, list[list[int]]]`):
-            Capability point -> the pairs `[better, worse]` of responses that a judge decided, by their indices from 0: a
-            partial order, and because judges are not transitive, not even always an order.
+            Capability point -> pairs `[better, worse]` that a judge decided, as indices of responses from 0. They need not
+            cover all pairs, and may contain cycles because judges are not transitive.
 
     Example:
 
@@ -53,31 +53,33 @@ class PreferenceRow:
 
     @property
     def prompt_id(self) -> str:
-        """A stable id of the prompt, in which neither case nor the amount of white space matters."""
+        """Stable id of the prompt, which ignores case and the amount of white space."""
         turns = [[turn["role"], " ".join(turn["content"].split()).casefold()] for turn in self.prompt]
         return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:16]
 
     @property
     def labelled_points(self) -> list[str]:
-        """The capability points with labels of either kind."""
+        """Capability points that have labels, as ranks or as pairs."""
         return [*self.capability_ranks, *self.capability_pairs]
 
     def pairs_of(self, point: str | None = None) -> list[tuple[int, int]]:
         """
-        The labels of a capability point, or without one those of `ranks`, as pairs (better, worse) of indices of responses,
-        sorted. Ranks give a pair for every two that differ; two responses with the same text are no pair, whatever their
-        labels, because there is nothing to tell them apart by. Empty where nothing is labelled, or all is tied.
+        Return the labels of a capability point as sorted pairs (better, worse) of indices of responses.
+
+        Without a point, the labels are those of `ranks`. Ranks give a pair for every two responses whose ranks differ. Two
+        responses with the same text form no pair, whatever their labels. The list is empty if there are no labels, or if
+        all responses are tied.
         """
         return [pair for pair in self._labels_of(point) if not self._is_identical(pair)]
 
     @property
     def identical_pairs(self) -> list[tuple[int, int]]:
-        """The pairs of responses, each once, that some label tells apart and that have the same text."""
+        """Pairs of responses with the same text but different labels, each listed once."""
         labels = (pair for point in (None, *self.labelled_points) for pair in self._labels_of(point))
         return sorted({(min(pair), max(pair)) for pair in labels if self._is_identical(pair)})
 
     def merged(self, keys: Sequence[Hashable]) -> "PreferenceRow":
-        """The row in which responses with the same key (such as their tokens) have the same text, that of the first."""
+        """Return the row in which all responses with the same key (such as their tokens) have the text of the first one."""
         first: dict[Hashable, str] = {}
         texts = [first.setdefault(key, text) for key, text in zip(keys, self.responses, strict=True)]
         return self if texts == self.responses else replace(self, responses=texts)
@@ -93,7 +95,7 @@ class PreferenceRow:
 
 
 class RowError(ValueError):
-    """A row that cannot be used. `reason` names the kind of fault, under which skipped rows are counted."""
+    """Error in a row. Skipped rows are counted by its `reason`, which names the kind of error."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -102,14 +104,16 @@ class RowError(ValueError):
 
 def turns_of(prompt: Any, name: str) -> list[dict]:
     """
-    A prompt as turns: text is one turn of the user; of turns the `role` and the text of the `content` are kept. Content in
-    parts is the text of its parts, one after the other; a turn that calls a tool may have none.
+    Convert a prompt to turns with the `role` and the text of the `content`.
+
+    A string becomes one turn of the user. The parts of a turn's content are joined. A turn that calls a tool may have no
+    content.
 
     Args:
-        name (`str`): what errors call the field.
+        name (`str`): Name of the field in error messages.
 
     Raises:
-        [`RowError`]: if it is neither, or a part of it is no text.
+        [`RowError`]: If the prompt is neither text nor turns, or a part of it is not text.
     """
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
@@ -127,16 +131,17 @@ def _role(turn: Any, name: str) -> str:
     if not _ROLE.fullmatch(turn["role"]):
         raise RowError(
             "bad prompt",
-            f"field `{name}`: got the role {short(turn['role'])}, need a word such as 'user', because a chat template writes it "
-            "as it stands: fix the turn.",
+            f"field `{name}`: got the role {short(turn['role'])}, need a word such as 'user', because a chat template writes "
+            "it unchanged: fix the turn.",
         )
     return turn["role"]
 
 
 def turn_text(turn: dict[str, Any], name: str) -> str:
     """
-    The text of a turn, whose content may be text, a list of parts of text, or nothing where a tool is called. Errors call the
-    turn's field `name`.
+    Return the text of a turn. Its content may be a string or a list of text parts, or empty if the turn calls a tool.
+
+    Errors call the field of the turn `name`.
     """
     content = turn.get("content")
     if isinstance(content, str):
@@ -153,7 +158,7 @@ def turn_text(turn: dict[str, Any], name: str) -> str:
             raise RowError(
                 "content that is not text",
                 f'field `{name}`: got a part of the content {what}, need {{"type": "text", "text": ...}} because nothing but '
-                "text is read: leave the row out.",
+                "text is read: drop the row.",
             )
         texts.append(text)
     return "".join(texts)
@@ -168,17 +173,18 @@ def check_row(row: PreferenceRow, tasks: TaskTable | None = None) -> None:
     Check the values of one row.
 
     Args:
-        row (`PreferenceRow`): the row.
-        tasks (`TaskTable`, *optional*): the tasks and capability points that it may name; without a table, any.
+        row (`PreferenceRow`): The row to check.
+        tasks (`TaskTable`, *optional*): Tasks and capability points that the row may name. By default, all names are
+            allowed.
 
     Raises:
-        [`RowError`]: If the row cannot be used; the text names the field, what was got, what is needed, and the way out.
+        [`RowError`]: If the row cannot be used. The message names the field, its value, what is needed, and how to fix it.
     """
     check_prompt(row.prompt)
     if not isinstance(row.responses, list) or len(row.responses) < 2:
         raise RowError(
             "fewer than two responses",
-            f"field `responses`: got {short(row.responses)}, need a list of two or more because one alone has no rank.",
+            f"field `responses`: got {short(row.responses)}, need a list of two or more because a single one has no rank.",
         )
     for number, response in enumerate(row.responses, start=1):
         if not isinstance(response, str) or is_blank(response):
@@ -203,10 +209,12 @@ def check_row(row: PreferenceRow, tasks: TaskTable | None = None) -> None:
         raise RowError(
             "capability point with ranks and pairs",
             f"fields `capability_ranks` and `capability_pairs`: got the point {both[0]!r} in both, need it in one because a "
-            "row has one set of labels of a point: take it out of one of them.",
+            "row has one set of labels per point: remove it from one of them.",
         )
     if not isinstance(row.task, str | None):
-        raise RowError("bad task", f"field `task`: got {short(row.task)}, need a name as text, or none: fix the row.")
+        raise RowError(
+            "bad task", f"field `task`: got {short(row.task)}, need a name as text, or nothing: fix the row."
+        )
     for name, text in [("task", row.task or ""), *(("capability_ranks", point) for point in row.labelled_points)]:
         check_characters(text, name)
     if tasks is not None:
@@ -215,13 +223,13 @@ def check_row(row: PreferenceRow, tasks: TaskTable | None = None) -> None:
 
 def check_prompt(prompt: list[dict]) -> None:
     """
-    Check turns, see [`turns_of`].
+    Check the turns of a prompt, see [`turns_of`].
 
     Raises:
-        [`RowError`]: if there is nothing to answer, or a text cannot be written.
+        [`RowError`]: If the last turn is empty or not one that a response can answer, or a text cannot be encoded.
     """
     if not prompt or is_blank(prompt[-1]["content"]):
-        raise RowError("empty prompt", "field `prompt`: got an empty one, need a question: write it or drop the row.")
+        raise RowError("empty prompt", "field `prompt`: got an empty one, need a question: write one or drop the row.")
     if prompt[-1]["role"] not in ASKING:
         raise RowError(
             "last turn not the user's",
@@ -233,22 +241,22 @@ def check_prompt(prompt: list[dict]) -> None:
 
 
 ASKING = ("user", "tool", "function")
-"""Roles of the turn that a response answers."""
+"""The roles that the last turn of a prompt may have."""
 
 _BLANK = regex.compile(r"[\s\p{Cc}\p{Default_Ignorable_Code_Point}\u2800]*")
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text is to be seen: it is empty, or white space, control and zero-width characters alone."""
+    """Return whether a text has no visible characters: only white space, control or zero-width characters, or nothing."""
     return _BLANK.fullmatch(text) is not None
 
 
 def typed(value: Any, kind: type, name: str) -> Any:
     """
-    The value of a field.
+    Return the value of a field unchanged after a check of its type.
 
     Raises:
-        [`RowError`]: if it is not of the kind `str`, `list` or `dict`.
+        [`RowError`]: If the value is not an instance of `kind`, which is `str`, `list` or `dict`.
     """
     if not isinstance(value, kind):
         needed = {str: "text", list: "a list", dict: "an object"}[kind]
@@ -258,10 +266,10 @@ def typed(value: Any, kind: type, name: str) -> Any:
 
 def check_characters(text: str, name: str) -> None:
     """
-    Check that a text can be written.
+    Check that a text can be encoded.
 
     Raises:
-        [`RowError`]: if a text has half of a surrogate pair, which cannot be written; it calls the field `name`.
+        [`RowError`]: If the text of the field `name` contains half of a surrogate pair, which cannot be encoded.
     """
     try:
         text.encode()
@@ -269,17 +277,17 @@ def check_characters(text: str, name: str) -> None:
         raise RowError(
             "half a character",
             f"field `{name}`: got {text[error.start]!a} at place {error.start} of a text, half of a surrogate pair, need whole "
-            "characters because others cannot be written: fix the text.",
+            "characters because half a pair cannot be encoded: fix the text.",
         ) from error
 
 
 def _check_names(row: PreferenceRow, tasks: TaskTable) -> None:
-    """That the table has the task and the capability points."""
+    """Check that the table has the task and the capability points."""
     if row.task is not None and row.task != OTHERS and row.task not in tasks.tasks:
         raise RowError(
             "unknown task",
-            f"field `task`: got {row.task!r}, need one of {[*tasks.tasks, OTHERS]}, or none where the task is not "
-            "known: rename it, or add it to the task table.",
+            f"field `task`: got {row.task!r}, need one of {[*tasks.tasks, OTHERS]}, or nothing if the task is "
+            "unknown: rename it, or add it to the task table.",
         )
     if row.task is None:
         known = {point for points in tasks.tasks.values() for point in points} | set(tasks.overall)
@@ -299,17 +307,17 @@ def _check_ranks(name: str, ranks: Any, count: int) -> None:
         got = f"{len(ranks)} ranks" if isinstance(ranks, list) else short(ranks)
         raise RowError(
             "ranks and responses of different lengths",
-            f"field `{name}`: got {got} for {count} responses, need one rank a response: add or remove some.",
+            f"field `{name}`: got {got} for {count} responses, need one rank per response: add or remove some.",
         )
     if not all(type(rank) is int and abs(rank) < 2**53 for rank in ranks):
         raise RowError(
             "ranks that are not integers",
-            f"field `{name}`: got {short(ranks)}, need integers below 2**53, 1 for the best: turn scores into ranks.",
+            f"field `{name}`: got {short(ranks)}, need integers below 2**53, 1 for the best: convert scores to ranks.",
         )
 
 
 def _check_pairs(name: str, pairs: Any, count: int) -> None:
-    """Longer cycles than two responses, each better than the other, are let be: judges are not transitive."""
+    """Check pairs of responses. Cycles of three or more are allowed, because judges are not transitive."""
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(type(index) is int for index in pair) for pair in pairs
     ):
@@ -337,7 +345,7 @@ def _check_pairs(name: str, pairs: Any, count: int) -> None:
 
 
 def short(value: Any) -> str:
-    """What a message quotes of a value."""
+    """Return a value as a short text for messages."""
     try:
         text = repr(value)
     except RecursionError:

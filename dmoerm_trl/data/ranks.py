@@ -1,4 +1,4 @@
-"""Scores and ratings as ranks."""
+"""Conversion of scores and ratings to ranks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from .preference_row import RowError, short
 
 
 def number(value: Any) -> float | None:
-    """Convert a score to a number; None for an absence, NaN, infinity, or a text that is no number, such as `"N/A"`."""
+    """Convert a score to a finite number, or to None if it is missing, NaN, infinite, or a text such as `"N/A"`."""
     try:
         score = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -18,13 +18,13 @@ def number(value: Any) -> float | None:
 
 def ranks_of(scores: Sequence[float], tie_margin: float = 0.0, *, gaps: bool = False) -> list[int]:
     """
-    One rank a score, 1 for the greatest.
+    Return one rank per score, 1 for the greatest.
 
-    From the greatest score down, a score shares the rank of the one that opened it if it is at most `tie_margin` below. So
-    a rank spans no more than the margin, however many scores stand close to each other in a chain.
+    From the greatest score down, the first score of a rank opens it. Scores at most `tie_margin` below the first share its
+    rank. A rank therefore never spans more than the margin, even in a long chain of close scores.
 
     Args:
-        gaps (`bool`): whether the rank after a tie of two is two more, as in a competition, or one more.
+        gaps (`bool`): Whether the rank after a tie of two is two more, as in a competition, or one more.
     """
     ranks, rank, opened = [0] * len(scores), 0, math.inf
     for place, index in enumerate(sorted(range(len(scores)), key=lambda index: -scores[index]), start=1):
@@ -36,28 +36,28 @@ def ranks_of(scores: Sequence[float], tie_margin: float = 0.0, *, gaps: bool = F
 
 def overall_ranks(values: Sequence[Any], tie_margin: float) -> list[int]:
     """
-    The ranks of a row.
+    Return the ranks of a row's responses, one per score.
 
     Raises:
-        [`RowError`]: If a response has no score: where it stands among the others is not known.
+        [`RowError`]: If a response has no score, because its rank is then unknown.
     """
     scores = [number(value) for value in values]
     if None in scores:
         value = values[scores.index(None)]
-        raise RowError("response without a score", f"got the score {short(value)}, need a number a response.")
+        raise RowError("response without a score", f"got the score {short(value)}, need a number for each response.")
     return ranks_of(scores, tie_margin)
 
 
 def capability_labels(ratings: Mapping[str, Sequence[Any]], tie_margin: float) -> dict[str, dict[str, list]]:
     """
-    The capability labels of a row, as arguments of [`PreferenceRow`].
+    Return the capability labels of a row as arguments of [`PreferenceRow`].
 
     Args:
-        ratings (`Mapping[str, Sequence]`): capability point -> one value a response, the greater the better.
+        ratings (`Mapping[str, Sequence]`): Capability point -> one value per response. Greater is better.
 
     Returns:
-        `capability_ranks` of the points on which every response is rated; of the others, `capability_pairs` among the
-        rated responses. A point is absent where that leaves no pair.
+        `capability_ranks` for the points on which every response is rated. The other points have `capability_pairs` of the
+        rated responses, or are left out if there is no such pair.
     """
     ranks, pairs = {}, {}
     for point, values in ratings.items():

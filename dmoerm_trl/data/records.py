@@ -1,4 +1,4 @@
-"""Records of files: JSON Lines, JSON, CSV, Parquet and Arrow, compressed by gzip or not, each with the place where it stands."""
+"""Records of JSON Lines, JSON, CSV, Parquet and Arrow files, optionally compressed by gzip, with the place of each record."""
 
 import csv
 import gzip
@@ -21,30 +21,30 @@ import pyarrow.parquet as pq
 from .preference_row import RowError, short
 
 LONGEST_LINE = 2**26
-"""Characters of a line, a cell of CSV among them."""
+"""Maximum number of characters in a line, or in a cell of CSV."""
 
 LARGEST_ARRAY = 2**30
-"""Characters of a `.json` file that is one array, which is in memory as a whole."""
+"""Maximum number of characters in a `.json` file with one array, which is read into memory as a whole."""
 
 DEEPEST = 64
-"""How deep objects and lists may stand in each other."""
+"""Maximum depth of nested objects and lists."""
 
 
 class Record(NamedTuple):
-    """What stands at one place of a source."""
+    """Value at one place of a source."""
 
     place: str
-    """Such as `"rows.jsonl, line 3"`; lines, rows and elements are counted from 1."""
+    """Place such as `"rows.jsonl, line 3"`. Lines, rows and elements are counted from 1."""
     value: Any
-    """Mostly an object; a [`RowError`] in the place of what cannot be read, while the records after it can."""
+    """Usually an object. A [`RowError`] if this record cannot be read but those after it can."""
 
 
 @dataclass(frozen=True)
 class Records:
-    """The records of a source, which may be read more than once."""
+    """Records of a source, which can be read more than once."""
 
     name: str
-    """What messages call the source."""
+    """Name of the source in messages."""
     read: Callable[[], Iterator[Record]]
 
     def __iter__(self) -> Iterator[Record]:
@@ -53,38 +53,38 @@ class Records:
     @classmethod
     def of_files(cls, name: str, paths: Iterable[str | Path]) -> "Records":
         """
-        The records of files, one file after the other.
+        Return the records of files, one file after the other.
 
         Raises:
-            ValueError: while reading, for a file that cannot be read on: it is cut off, of another kind than its name says, or
-                in an encoding that is neither UTF-8 nor told by its first bytes.
+            ValueError: While reading, if the rest of a file cannot be read. It may be cut off, of a different kind than its
+                name says, or in an encoding that is neither UTF-8 nor marked by its first bytes.
         """
         paths = [Path(path) for path in paths]
         return cls(name, lambda: (record for path in paths for record in _KINDS[kind_of(path)](path)))
 
     @classmethod
     def of_dataset(cls, name: str, dataset: Iterable[dict]) -> "Records":
-        """The rows of a dataset of `datasets`, or of any list of rows."""
+        """Return the rows of a dataset of `datasets`, or of any list of rows, as records."""
         return cls(name, lambda: (Record(f"{name}, row {number}", row) for number, row in enumerate(dataset, start=1)))
 
 
 def is_file(path: Path) -> bool:
     """
-    Whether a path is that of a file.
+    Return whether a path is a file.
 
     Raises:
-        ValueError: if that cannot be told, such as of a path that is too long.
+        ValueError: If the path cannot be checked, for example because it is too long.
     """
     try:
         return path.is_file()
     except OSError as error:
         raise ValueError(
-            f"got {short(str(path))}, a path that cannot be read ({error.strerror}), need another: fix it."
+            f"got {short(str(path))}, a path that cannot be read ({error.strerror}), need a valid one: fix it."
         ) from error
 
 
 def kind_of(path: Path) -> str | None:
-    """The ending that says how a file is read, one of [`KINDS`]; None where it is not."""
+    """Return the file ending that determines the format, one of [`KINDS`], or None for any other ending."""
     suffix = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
     return suffix.lower() if suffix.lower() in _KINDS else None
 
@@ -94,7 +94,7 @@ def kind_of(path: Path) -> str | None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file. Whether it is compressed is told by its content."""
+    """Open a file as bytes. Compression is detected by the content."""
     try:
         with path.open("rb") as file:
             compressed = file.read(2) == b"\x1f\x8b"
@@ -102,20 +102,22 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             yield gzip.GzipFile(fileobj=file) if compressed else file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
-            f"{path}: got a gzip file that is cut off or damaged ({error}), need a whole one: get it anew."
+            f"{path}: got a gzip file that is cut off or damaged ({error}), need a complete one: download or write it again."
         ) from error
     except OSError as error:
         raise ValueError(
-            f"{path}: got a file that cannot be read ({error.strerror or error}), need one that can: fix its permissions or "
-            "its disk."
+            f"{path}: got a file that cannot be read ({error.strerror or error}), need a readable one: check its permissions "
+            "and its disk."
         ) from error
 
 
 @contextmanager
 def _as_text(path: Path, newline: str | None) -> Iterator[TextIO]:
     """
-    The text of a file: UTF-8, or UTF-16 or UTF-32 where the first bytes tell it. What is no UTF-8 becomes half characters,
-    which [`_undecoded`] finds, so that what stands after it can be read.
+    Open a file as text: UTF-8, or UTF-16 or UTF-32 if the first bytes show it.
+
+    Bytes that are not UTF-8 become halves of surrogate pairs, which [`_undecoded`] finds, so that the text after them can
+    still be read.
     """
     with _opened(path) as file:
         encoding = json.detect_encoding(file.read(4))
@@ -125,19 +127,19 @@ def _as_text(path: Path, newline: str | None) -> Iterator[TextIO]:
             yield io.TextIOWrapper(file, encoding=encoding, errors=errors, newline=newline)
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{path}: got text that begins as {encoding} and is not ({error.reason}), need one encoding from beginning to "
-                "end: write it in UTF-8."
+                f"{path}: got text that begins as {encoding} but is not ({error.reason}), need one encoding for the whole "
+                "file: write it in UTF-8."
             ) from error
 
 
 def _undecoded(text: str) -> RowError | None:
-    """That a text is not UTF-8, if so."""
+    """Return an error if a text was not UTF-8, else None."""
     if text.isascii() or (found := re.search("[\udc80-\udcff]", text)) is None:
         return None
     return RowError(
         "not UTF-8",
-        f"got the byte {ord(found[0]) - 0xDC00:#x} at place {found.start()} ({short(text[: found.start()][-20:])} stands before "
-        "it), need UTF-8: convert the file, as by `iconv -f LATIN1 -t UTF-8`.",
+        f"got the byte {ord(found[0]) - 0xDC00:#x} at place {found.start()} (after {short(text[: found.start()][-20:])}), "
+        "need UTF-8: convert the file, for example by `iconv -f LATIN1 -t UTF-8`.",
     )
 
 
@@ -145,7 +147,7 @@ def _lines_of(text: TextIO, path: Path) -> Iterator[str]:
     for number, line in enumerate(iter(lambda: text.readline(LONGEST_LINE), ""), start=1):
         if len(line) == LONGEST_LINE and not line.endswith("\n"):
             raise ValueError(
-                f"{path}, line {number}: got more than {LONGEST_LINE} characters, need a line a row: split it."
+                f"{path}, line {number}: got more than {LONGEST_LINE} characters, need one row per line: split it."
             )
         yield line
 
@@ -154,7 +156,7 @@ def _lines_of(text: TextIO, path: Path) -> Iterator[str]:
 
 
 class _Json:
-    """Reads JSON as the standard library does, but no object that gives a field twice, of which it would keep the last."""
+    """JSON reader that rejects objects with a field given twice, of which the standard library would keep the last."""
 
     def __init__(self):
         self._twice: list[str] = []
@@ -169,10 +171,10 @@ class _Json:
 
     def value(self, text: str, start: int = 0) -> tuple[Any, int]:
         """
-        The value that begins at `start`, or a [`RowError`] in its place, and where it ends.
+        Return the value that begins at `start`, or a [`RowError`] instead of it, and the index of its end.
 
         Raises:
-            [`RowError`]: if it does not end as JSON.
+            [`RowError`]: If the text is not valid JSON, so that the end is unknown.
         """
         self._twice.clear()
         try:
@@ -191,7 +193,7 @@ class _Json:
         return value, end
 
     def line(self, text: str) -> Any:
-        """The one value of a text, or a [`RowError`] in its place."""
+        """Return the only value of a text, or a [`RowError`] instead of it."""
         text = text.strip().lstrip("\ufeff").lstrip()
         try:
             value, end = self.value(text)
@@ -209,7 +211,7 @@ def _broken(problem: str) -> RowError:
 def _too_deep() -> RowError:
     return RowError(
         "broken JSON",
-        f"got broken JSON (more than {DEEPEST} objects or lists in each other), need one JSON object: fix it.",
+        f"got broken JSON (more than {DEEPEST} nested objects or lists), need one JSON object: fix it.",
     )
 
 
@@ -222,7 +224,7 @@ def _deeper_than(value: Any, depth: int) -> bool:
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
-    """A value a line. Blank lines are no records."""
+    """Read one value per line. Blank lines are ignored."""
     reader = _Json()
     with _as_text(path, newline=None) as text:
         for number, line in enumerate(_lines_of(text, path), start=1):
@@ -231,7 +233,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
 
 
 def _json(path: Path) -> Iterator[Record]:
-    """One array of values, or a value a line."""
+    """Read one array of values, or one value per line."""
     with _as_text(path, newline=None) as text:
         start = text.read(1)
         while start and start in "\ufeff \t\n\r":
@@ -239,16 +241,16 @@ def _json(path: Path) -> Iterator[Record]:
         rest = text.read(LARGEST_ARRAY) if start == "[" else None
         if start == "{" and (start + text.readline(LONGEST_LINE)).rstrip()[-1] in "{[,":
             raise ValueError(
-                f"{path}: got an object that goes over several lines, need an array, or an object a line: write "
-                "`[` before the first, `,` between them and `]` after the last."
+                f"{path}: got an object that spans several lines, need an array, or one object per line: write "
+                "`[` before the first object, `,` between them and `]` after the last."
             )
     if rest is None:
         yield from _json_lines(path)
         return
     if len(rest) == LARGEST_ARRAY:
         raise ValueError(
-            f"{path}: got an array of more than {LARGEST_ARRAY} characters, need JSON Lines, because an array is in memory as a "
-            "whole: write an object a line."
+            f"{path}: got an array of more than {LARGEST_ARRAY} characters, need JSON Lines, because a whole array is read "
+            "into memory: write one object per line."
         )
     if wrong := _undecoded(rest):
         raise ValueError(f"{path}: {wrong}")
@@ -285,8 +287,9 @@ def _after_space(text: str, start: int) -> int:
 
 def _csv(path: Path) -> Iterator[Record]:
     """
-    A record a line, its fields named by the first one. Every cell is text as it stands, whatever word or number it is; an
-    empty one is no field.
+    Read one record per line, with the names of the fields in the first line.
+
+    All cells are read as text, even numbers. An empty cell gives None, which means that the field is absent.
     """
     csv.field_size_limit(LONGEST_LINE)
     with _as_text(path, newline="") as text:
@@ -301,7 +304,7 @@ def _csv(path: Path) -> Iterator[Record]:
             except csv.Error as error:
                 yield Record(
                     f"{path}, line {line}",
-                    RowError("broken CSV", f"got broken CSV ({error}), need cells as of RFC 4180: fix the line."),
+                    RowError("broken CSV", f"got broken CSV ({error}), need valid CSV (RFC 4180): fix the line."),
                 )
                 continue
             if not cells:
@@ -309,18 +312,18 @@ def _csv(path: Path) -> Iterator[Record]:
             if header is None:
                 header = cells
                 if twice := [name for name in header if name and header.count(name) > 1]:
-                    raise ValueError(f"{path}: got two columns {twice[0]!r}, need each once: rename one.")
+                    raise ValueError(f"{path}: got two columns {twice[0]!r}, need unique names: rename one.")
                 continue
             yield Record(f"{path}, line {line}", _undecoded("".join(cells)) or _named(header, cells))
     if header is None:
-        raise ValueError(f"{path}: got no line with the names of the columns, need one: write it.")
+        raise ValueError(f"{path}: got no line with the names of the columns, need one: add it.")
 
 
 def _named(header: list[str], cells: list[str]) -> dict[str, str | None] | RowError:
     if len(cells) != len(header):
         return RowError(
             "broken CSV",
-            f"got broken CSV ({len(cells)} cells for {len(header)} columns), need a cell a column: quote cells with commas.",
+            f"got broken CSV ({len(cells)} cells for {len(header)} columns), need one cell per column: quote cells with commas.",
         )
     return {name: cell or None for name, cell in zip(header, cells, strict=True)}
 
@@ -353,7 +356,7 @@ def _seekable(path: Path) -> Iterator[BinaryIO]:
                 yield file
         except pa.ArrowException as error:
             raise ValueError(
-                f"{path}: got no whole {kind_of(path)} file ({error}), need one: get or write it anew."
+                f"{path}: got no complete {kind_of(path)} file ({error}), need one: download or write it again."
             ) from error
 
 
@@ -380,4 +383,4 @@ _KINDS: dict[str, Callable[[Path], Iterator[Record]]] = {
 }
 
 KINDS = tuple(_KINDS)
-"""Endings of the files that are read."""
+"""The supported file endings."""

@@ -46,7 +46,7 @@ def test_what_is_a_number(value, expected):
 
 def test_a_response_without_an_overall_score_is_an_error():
     assert overall_ranks(["2", 3], 0) == [2, 1]
-    with pytest.raises(RowError, match="got the score 'N/A', need a number a response") as error:
+    with pytest.raises(RowError, match="got the score 'N/A', need a number for each response") as error:
         overall_ranks([1, "N/A"], 0)
     assert error.value.reason == "response without a score"
 
