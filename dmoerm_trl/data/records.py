@@ -323,7 +323,8 @@ def _named(header: list[str], cells: list[str]) -> dict[str, str | None] | RowEr
     if len(cells) != len(header):
         return RowError(
             "broken CSV",
-            f"got broken CSV ({len(cells)} cells for {len(header)} columns), need one cell per column: quote cells with commas.",
+            f"got broken CSV ({len(cells)} cells for {len(header)} columns), need one cell per column: quote cells that "
+            "contain commas.",
         )
     return {name: cell or None for name, cell in zip(header, cells, strict=True)}
 

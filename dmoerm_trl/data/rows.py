@@ -1,4 +1,4 @@
-"""Preference rows from files and datasets, and back to files; see recipes/DATA.md."""
+"""Reading of preference rows from files and datasets, and writing to files; see recipes/DATA.md."""
 
 import json
 import os
@@ -25,24 +25,24 @@ OnError = Literal["raise", "skip"]
 
 @dataclass
 class LoadReport:
-    """What became of the rows of a source: `rows` were kept, the others are counted by what happened to them."""
+    """Counts of the rows of a source: `rows` were kept, and the others are counted by what happened to them."""
 
     source: str
     rows: int = 0
     duplicates: int = 0
-    contradictions: int = 0  # those of the duplicates whose labels differ from those of the row that was kept
+    contradictions: int = 0  # duplicates with other labels than the row that was kept
     skipped: Counter = field(default_factory=Counter)  # reason -> rows
-    read_as_others: Counter = field(default_factory=Counter)  # label of the paper's published rows -> rows
+    read_as_others: Counter = field(default_factory=Counter)  # label in the paper's published rows -> rows
     ignored_fields: Counter = field(default_factory=Counter)  # field -> rows
-    prompts_found: Counter = field(default_factory=Counter)  # how the prompt was told from texts without one -> rows
-    identical_pairs: int = 0  # pairs of responses with the same text that labels tell apart
+    prompts_found: Counter = field(default_factory=Counter)  # how the prompt was found in both texts -> rows
+    identical_pairs: int = 0  # pairs of responses with the same text but different labels
 
     def __str__(self) -> str:
         return "; ".join([f"{self.source}: {self.rows} rows", *self.remarks])
 
     @property
     def remarks(self) -> list[str]:
-        """What else is to be said, besides the number of rows."""
+        """Sentences about everything but the number of rows kept."""
         remarks = []
         if self.duplicates:
             remarks.append(f"{self.duplicates} duplicates removed ({self.contradictions} of them with other labels)")
@@ -50,14 +50,14 @@ class LoadReport:
             ("skipped", self.skipped),
             ("with a label that was read as others", self.read_as_others),
             ("fields not read", self.ignored_fields),
-            ("with a prompt that was told from both texts", self.prompts_found),
+            ("with a prompt that was found in both texts", self.prompts_found),
         ):
             if counts:
                 listed = ", ".join(f"{name}: {count}" for name, count in counts.most_common())
                 remarks.append(f"{sum(counts.values())} {what} ({listed})")
         if self.identical_pairs:
             remarks.append(
-                f"{self.identical_pairs} pairs of responses with the same text and different labels, of which nothing is learnt"
+                f"{self.identical_pairs} pairs of responses with the same text and different labels, which are ignored"
             )
         return remarks
 
@@ -73,20 +73,20 @@ def load_rows(
 
     Args:
         source (`str`):
-            A `.jsonl`, `.json`, `.parquet`, `.arrow` or `.csv` file, also compressed as `.gz`; a folder of such files or of
-            `save_to_disk`; or the name of a dataset on the hub.
+            A `.jsonl`, `.json`, `.parquet`, `.arrow` or `.csv` file, which may be compressed as `.gz`; a folder of such
+            files or of `save_to_disk`; or the name of a dataset on the Hub.
         tasks (`TaskTable`, *optional*):
-            The tasks and capability points that rows may name; those of the paper's table 12 if absent.
+            Tasks and capability points that rows may name. Defaults to the paper's table 12.
         split (`str`, *optional*, defaults to `"train"`):
-            The split of a folder or of a dataset on the hub.
+            Split of a folder or of a dataset on the Hub.
         on_error (`str`, *optional*, defaults to `"raise"`):
-            `"raise"` stops at the first bad row; `"skip"` leaves bad rows out and counts them by reason.
+            `"raise"` stops at the first bad row. `"skip"` drops bad rows and counts them by reason.
 
     Returns:
         The rows without duplicates, in the order of the source, and a [`LoadReport`], which prints as a short text.
 
     Raises:
-        `ValueError`: For the first bad row, naming the source, the line (from 1), the field and the way out.
+        `ValueError`: For the first bad row. The message names the source, the line (from 1), the field and how to fix it.
 
     Example:
 
@@ -109,8 +109,9 @@ def iter_rows(
     report: LoadReport | None = None,
 ) -> Iterator[PreferenceRow]:
     """
-    As [`load_rows`], one row at a time, so that the rows need not fit into memory. Duplicates are among them; `report`, if
-    there is one, counts what is read.
+    Read and check preference rows one at a time, so that they need not fit into memory.
+
+    Duplicates are not removed. If `report` is given, it counts the rows. See [`load_rows`] for the other arguments.
     """
     return _checked(records_of(source, split), tasks, on_error, LoadReport(str(source)) if report is None else report)
 
@@ -119,7 +120,7 @@ def rows_from_dataset(
     dataset: "Dataset", *, tasks: TaskTable, on_error: OnError = "raise", name: str = "dataset"
 ) -> tuple[list[PreferenceRow], LoadReport]:
     """
-    As [`load_rows`], for a dataset in memory; `name` is what messages call it.
+    Read and check the preference rows of a dataset in memory, as in [`load_rows`]. Messages call it `name`.
 
     Example:
 
@@ -136,7 +137,7 @@ def rows_from_dataset(
 
 def write_rows(rows: Iterable[PreferenceRow], path: str | os.PathLike) -> None:
     """
-    Write rows as JSONL that [`load_rows`] reads back. The file appears whole or not at all.
+    Write rows as JSONL for [`load_rows`]. The file is either written completely or not at all.
 
     Example:
 
@@ -153,11 +154,11 @@ def write_rows(rows: Iterable[PreferenceRow], path: str | os.PathLike) -> None:
 
 def records_of(source: str | os.PathLike, split: str = "train") -> Records:
     """
-    The records of a source, see [`load_rows`]; a file may have none.
+    Return the records of a source, see [`load_rows`]. A file may be empty.
 
     Raises:
-        FileNotFoundError: if the source is a file that is not there, or of a kind that is not read.
-        ValueError: if it does not have the split.
+        FileNotFoundError: If the source is a file that does not exist or has an unsupported format.
+        ValueError: If the source does not have the split.
     """
     path = Path(source)
     if is_file(path) and kind_of(path):
@@ -168,7 +169,7 @@ def records_of(source: str | os.PathLike, split: str = "train") -> Records:
 def places_of(
     rows: Iterable[PreferenceRow], source: str | os.PathLike, *, tasks: TaskTable, split: str = "train"
 ) -> list[str]:
-    """Where some of the rows that [`load_rows`] gave stand in their source: file and line, in the source's order."""
+    """Return the places (file and line) of some rows of [`load_rows`] in their source, in the order of the source."""
     wanted = {(row.prompt_id, tuple(row.responses)) for row in rows}
     places, report = [], LoadReport(str(source))
     for place, raw in records_of(source, split):
@@ -222,7 +223,7 @@ def _collect(records: Records, tasks: TaskTable, on_error: OnError) -> tuple[lis
 
 
 def _labels(row: PreferenceRow) -> tuple[str | None, dict[str | None, list[tuple[str, str]]]]:
-    """What a row says of its responses, in whatever order and whichever way it says it."""
+    """Return the labels of a row, independent of the order of its responses and of their form (ranks or pairs)."""
     texts = row.responses
     return row.task, {
         point: sorted((texts[better], texts[worse]) for better, worse in row.pairs_of(point))
@@ -241,11 +242,12 @@ _PUBLISHED = {"src", "tgt", "response", "rank", "label"}
 
 def parse_row(raw: Any, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
     """
-    Turn one row of any accepted format into a [`PreferenceRow`], whose values are still to be checked; `report` counts what
-    is not read of it.
+    Convert a row of any accepted format to a [`PreferenceRow`], whose values must still be checked.
+
+    The fields that are not read are counted in `report`.
 
     Raises:
-        [`RowError`]: if it is in none of the formats.
+        [`RowError`]: If the row has none of the formats.
     """
     raw = _fields_of(raw)
     format_ = _format_of(raw)
@@ -263,11 +265,10 @@ def parse_row(raw: Any, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
 
 def prompt_of(raw: Any) -> list[dict]:
     """
-    The prompt of a record: of a row in an accepted format, whose other fields do not matter, or of any that has `prompt` or
-    `messages`.
+    Return the prompt of a record, which is a row of an accepted format or any object with `prompt` or `messages`.
 
     Raises:
-        [`RowError`]: if the record has none.
+        [`RowError`]: If the record has no valid prompt.
     """
     raw = _fields_of(raw)
     if {"chosen", "rejected"} <= raw.keys():
@@ -281,7 +282,7 @@ def prompt_of(raw: Any) -> list[dict]:
 
 
 def _fields_of(raw: Any) -> dict[str, Any]:
-    """The fields that are there: None is how `datasets` writes an absence."""
+    """Return the fields that are present. `datasets` writes None for an absent field."""
     if isinstance(raw, RowError):
         raise raw
     if not isinstance(raw, dict):
@@ -290,11 +291,11 @@ def _fields_of(raw: Any) -> dict[str, Any]:
 
 
 def _unread(raw: dict[str, Any]) -> set[str]:
-    """What is not read of the turns of a row."""
+    """Return the fields of a row's turns that are not read."""
     unread = set()
     for name in ("prompt", "messages", "chosen", "rejected"):
         turns = raw[name] if isinstance(raw.get(name), list) else []
-        turns = [turn for turn in turns if isinstance(turn, dict)]  # else it is no chat, and not read
+        turns = [turn for turn in turns if isinstance(turn, dict)]  # otherwise it is not a chat, and is not read
         parts = [part for turn in turns if isinstance(turn.get("content"), list) for part in turn["content"]]
         for path, objects, read in ((name, turns, _TURN), (f"{name}.content", parts, _PART)):
             objects = [one for one in objects if isinstance(one, dict)]
@@ -306,7 +307,9 @@ def _parse_ours(raw: dict, tasks: TaskTable, report: LoadReport) -> PreferenceRo
     prompt = _own_prompt(raw)
     missing = {"responses", "ranks"} - raw.keys()
     if missing:
-        raise RowError("missing field", f"got no field `{missing.pop()}`, need it with one entry a response: add it.")
+        raise RowError(
+            "missing field", f"got no field `{missing.pop()}`, need it with one entry per response: add it."
+        )
     return PreferenceRow(prompt, raw["responses"], raw["ranks"], raw.get("task"), **_capability_labels(raw))
 
 
@@ -321,7 +324,7 @@ def _own_prompt(raw: dict) -> list[dict]:
 
 
 def _parse_trl(raw: dict, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
-    """TRL's preference format, standard or conversational, with or without `prompt`."""
+    """Read TRL's preference format, standard or conversational, with or without `prompt`."""
     pair = pair_of(raw)
     if pair.found is not None:
         report.prompts_found[pair.found] += 1
@@ -330,8 +333,10 @@ def _parse_trl(raw: dict, tasks: TaskTable, report: LoadReport) -> PreferenceRow
 
 def _parse_published(raw: dict, tasks: TaskTable, report: LoadReport) -> PreferenceRow:
     """
-    The paper's published rows: user turns `src`, assistant turns before the last user turn `tgt`, a lower `rank` is
-    better. The Chinese `label` becomes the table's own name for the task; labels outside the five are the paper's others.
+    Read the paper's published rows, with user turns in `src` and the assistant turns between them in `tgt`.
+
+    A lower `rank` is better. The Chinese `label` is translated to the task's name in the table. Labels without a task in
+    the table are read as `others`.
     """
     task = raw.get("label") or None
     if isinstance(task, str) and task not in tasks.tasks and task != OTHERS:
@@ -358,7 +363,7 @@ def _published_prompt(raw: dict) -> list[dict]:
 
 
 def _capability_labels(raw: dict) -> dict[str, dict[str, list]]:
-    """The fields of capability labels without the points that are None."""
+    """Return the fields of capability labels without the points that are None."""
     fields = {}
     for name, kind in _CAPABILITIES.items():
         labels = raw.get(name, {})
@@ -369,7 +374,7 @@ def _capability_labels(raw: dict) -> dict[str, dict[str, list]]:
 
 
 def _format_of(raw: dict) -> tuple[set[str], Callable[[dict, TaskTable, LoadReport], PreferenceRow]] | None:
-    """The fields that a row's format has, and what reads them."""
+    """Return the fields of a row's format and the function that reads it, or None if the format is unknown."""
     if raw.keys() & {"responses", "ranks"}:
         return _OURS, _parse_ours
     if {"chosen", "rejected"} <= raw.keys():
@@ -386,15 +391,16 @@ def merge_same_tokens(
     rows: Iterable[PreferenceRow], encodings: Iterable[Sequence[Any]]
 ) -> tuple[list[PreferenceRow], int]:
     """
-    Give responses to a prompt that are the same tokens the same text, so that they are no pair: a tokenizer may normalise
-    what tells two texts apart, or a chat template leave it out.
+    Give responses with the same tokens the same text, so that they form no pair.
+
+    A tokenizer may normalise the difference between two texts, or a chat template may drop it.
 
     Args:
-        encodings (`Iterable[Sequence]`): of each row those of its responses, with `input_ids`, as of
+        encodings (`Iterable[Sequence]`): For each row, the encodings of its responses with `input_ids`, as returned by
             [`~dmoerm_trl.data.formatting.Formatter.encode_rows`].
 
     Returns:
-        The rows, and how many pairs that labels tell apart are none any more.
+        The rows, and the number of labelled pairs that were lost.
     """
     merged, pairs = [], 0
     for row, of_row in zip(rows, encodings, strict=True):
@@ -412,14 +418,15 @@ def check_capability_labels(rows: Iterable[PreferenceRow], tasks: TaskTable, *, 
 
     Args:
         rows (`Iterable[PreferenceRow]`):
-            The rows for training.
+            Rows for training.
         tasks (`TaskTable`):
-            Each point of each task needs a row of that task in which one response is better than another on the point.
+            Table of tasks and points. Each point of each task needs a row of that task in which one response is better than
+            another on the point.
         overall (`bool`, *optional*, defaults to `True`):
-            Whether the overall points (those of DMoERM-w/o-Outer) need such a row too, of whatever task.
+            Whether the overall points (those of DMoERM-w/o-Outer) need such a row too, from any task.
 
     Raises:
-        `ValueError`: If a point has no labels, naming all such points and the way out.
+        `ValueError`: If a point has no labels. The message names all such points and how to fix them.
     """
     labelled = set()
     for row in rows:

@@ -1,4 +1,4 @@
-"""Splits by prompt: phase 1, phase 3, their validation parts, and the test part never share a prompt."""
+"""Splits of rows by prompt, so that phase 1, phase 3, their validation parts and the test part share no prompt."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -23,25 +23,26 @@ def split_rows(
     part_of: Mapping[str, str] = NOWHERE,
 ) -> dict[str, list[PreferenceRow]]:
     """
-    Split rows into the parts that the phases train on, validate on, and are tested on.
+    Split rows into parts for the training and validation of the phases and for the test.
 
-    All rows of a prompt fall into one part. Each task is split by itself, so that it has its share of every part. Which
-    prompts fall where depends on the seed and the prompts alone, not on the order of the rows.
+    All rows of a prompt belong to one part. Each task is split separately, so that every part has its share of the task.
+    The split depends on the seed and the prompts, not on the order of the rows.
 
     Args:
         rows (`Sequence[PreferenceRow]`):
-            The rows; within a part they keep their order.
+            Rows to split. They keep their order within a part.
         test (`float`, *optional*, defaults to 0.2):
             Share of a task's prompts for `test`.
         phase1 (`float`, *optional*, defaults to 0.6):
-            Share of the other prompts for phase 1; what is left is for phase 3 (the paper's 60% and 40%). Phase 2 trains on both.
+            Share of the other prompts for phase 1. The rest is for phase 3 (60% and 40% in the paper). Phase 2 trains on
+            both.
         validation (`float`, *optional*, defaults to 0.1):
-            Share of each phase's prompts that validates it.
+            Share of each phase's prompts that is used for validation.
         seed (`int`, *optional*, defaults to 0):
             Seed of the split.
         part_of (`Mapping[str, str]`, *optional*):
-            Prompt id -> the part in which it stays, of an earlier split of some of the rows. The other prompts go where a task
-            has less than its share.
+            Prompt id -> part, from an earlier split of some of the rows. These prompts keep their part. The other prompts go
+            to the parts in which a task has less than its share.
 
     Returns:
         `dict[str, list[PreferenceRow]]`: The parts `phase1_train`, `phase1_validation`, `phase3_train`,
@@ -49,8 +50,8 @@ def split_rows(
         unless its share is 0.
 
     Raises:
-        `ValueError`: If a task has too few prompts to fill each part. Rows without a task and those of `others` may leave
-            parts empty, because no inner model is trained on them alone.
+        `ValueError`: If a task has too few prompts to fill each part. Rows of `others` or without a task may leave parts
+            empty, because no inner model is trained on them alone.
 
     Example:
 
@@ -68,7 +69,7 @@ def split_rows(
             )
 
     ids_of_rows = [row.prompt_id for row in rows]
-    task_of = {}  # a prompt that occurs with several tasks counts once, under the last of them by name ("": no task)
+    task_of = {}  # a prompt with several tasks counts once, under the last task by name ("": no task)
     for prompt_id, row in zip(ids_of_rows, rows, strict=True):
         task_of[prompt_id] = max(task_of.get(prompt_id, ""), row.task or "")
     prompts = defaultdict(list)  # task -> prompt ids
@@ -85,7 +86,7 @@ def split_rows(
         if empty and task not in ("", OTHERS):
             raise ValueError(
                 f"task {task!r}: got {len(ids)} prompts, which leaves none for {', '.join(empty)} ({counts}); need at least "
-                f"{len(needed)}, one in each part, because parts share no prompt: add rows of this task, or leave it out."
+                f"{len(needed)}, one in each part, because parts share no prompt: add rows of this task, or drop the task."
             )
         there = Counter(part_of[prompt_id] for prompt_id in ids if prompt_id in part_of)
         new = [prompt_id for prompt_id in ids if prompt_id not in part_of]
@@ -110,11 +111,11 @@ def split_rows_beside_test(
     part_of: Mapping[str, str] = NOWHERE,
 ) -> tuple[dict[str, list[PreferenceRow]], int]:
     """
-    As [`split_rows`], where the test rows are given apart (a file of their own).
+    Split rows as in [`split_rows`], with separate test rows (such as those of another file).
 
     Returns:
-        The parts, `test` being all of `test_rows`; and how many of `rows` were removed because their prompt is in
-        `test_rows`, to be reported.
+        The parts, where `test` contains all of `test_rows`, and the number of `rows` that were removed because their prompt
+        is in `test_rows`.
     """
     tested = {row.prompt_id for row in test_rows}
     kept = [row for row in rows if row.prompt_id not in tested]
@@ -123,7 +124,7 @@ def split_rows_beside_test(
 
 
 def _counts(prompts: int, test: float, phase1: float, validation: float) -> dict[str, int]:
-    """How many of a task's prompts fall into each part."""
+    """Return the number of a task's prompts in each part."""
     tested = _take(prompts, test)
     phases = {"phase1": _take(prompts - tested, phase1)}
     phases["phase3"] = prompts - tested - phases["phase1"]
@@ -135,5 +136,5 @@ def _counts(prompts: int, test: float, phase1: float, validation: float) -> dict
 
 
 def _take(count: int, share: float) -> int:
-    """The share of so many prompts, rounded, but at least one to either side; none if the share is 0."""
+    """Return a share of `count`, rounded, with at least one prompt on either side; 0 if the share is 0."""
     return min(max(1, round(count * share)), count - 1) if share and count else 0

@@ -1,4 +1,4 @@
-"""TRL's preference formats: which part of `chosen` and `rejected` is the prompt, where it is not said or stands in them too."""
+"""TRL's preference formats, in which the prompt may be a part of `chosen` and `rejected`."""
 
 from dataclasses import dataclass
 from itertools import takewhile
@@ -10,32 +10,32 @@ from .chat_text import format_of
 from .preference_row import RowError, is_blank, short, turns_of
 
 IN_ONE_TEXT, BY_WORDS, BY_CHARACTERS = "chats in one text", "words in common", "characters in common"
-"""How a prompt was found in texts. The last two are a guess: what both responses begin with counts as the prompt's."""
+"""How a prompt was found in texts. The last two are guesses: the common beginning of both texts counts as the prompt."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt with the better and the worse response to it."""
+    """Prompt with a better and a worse response."""
 
     prompt: list[dict]
     responses: list[str]
     found: str | None = None
-    """How the prompt was found in texts; None where it was given, or the sides are turns."""
+    """How the prompt was found in texts. None if the prompt was given, or if both sides are turns."""
 
 
 def pair_of(raw: dict[str, Any]) -> Pair:
     """
-    The pair that a row with `chosen` and `rejected`, and maybe `prompt`, holds.
+    Return the pair of a row with `chosen`, `rejected` and possibly `prompt`.
 
-    - Turns: the prompt is `prompt` and the turns that both sides begin with. Whole chats may have a `prompt` beside them, which
-      then has to be among their turns.
-    - Chats in one text, in one of the formats of [`chat_text`]: they are read as turns.
-    - Text with a `prompt`: as it stands.
-    - Text without: what both begin with is the prompt, up to the word in which they part as in TRL, or where words have no
-      spaces between them, to the character.
+    - Turns: the prompt consists of `prompt` and the turns that both sides begin with. If the sides are complete chats, a
+      `prompt` must be among their common turns.
+    - Chats in one text, in a format of [`chat_text`]: they are read as turns.
+    - Text with a `prompt`: it is used unchanged.
+    - Text without a `prompt`: the common beginning of both sides is the prompt. It ends before the first word that differs,
+      as in TRL, or before the first such character in scripts without spaces between words.
 
     Raises:
-        [`RowError`]: if no prompt can be told, or more than one response follows it.
+        [`RowError`]: If no prompt can be found, or if it is not followed by exactly one response.
     """
     chosen, rejected, prompt = raw["chosen"], raw["rejected"], raw.get("prompt")
     if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
@@ -62,7 +62,7 @@ def _of_turns(given: list[dict], chosen: list[dict], rejected: list[dict], found
     if not whole:
         chosen, rejected = given + chosen, given + rejected
     shared = _shared(chosen, rejected)
-    if shared == len(chosen) == len(rejected):  # the same chat twice: its last turn is the response
+    if shared == len(chosen) == len(rejected):  # both chats are the same: the last turn is the response
         shared -= 1
     prompt = chosen[: max(shared, 0)]
     if not prompt:
@@ -71,7 +71,7 @@ def _of_turns(given: list[dict], chosen: list[dict], rejected: list[dict], found
         raise RowError(
             "prompt that is not in the chats",
             f"field `prompt`: got {short(given[-1]['content'])}, which is no turn that `chosen` and `rejected` begin with "
-            f"({[turn['role'] for turn in prompt]}), need the prompt of both: fix it, or leave out `prompt` or the turns.",
+            f"({[turn['role'] for turn in prompt]}), need the prompt of both: fix it, or remove `prompt` or the turns.",
         )
     sides = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
     return Pair(prompt, [response_of(turns, name) for name, turns in sides.items()], found)
@@ -79,10 +79,13 @@ def _of_turns(given: list[dict], chosen: list[dict], rejected: list[dict], found
 
 def response_of(completion: Any, name: str) -> str:
     """
-    The text of a response: of text, or of one turn of the assistant in a list. Errors call the field `name`.
+    Return the text of a response, which is a string or a list with one turn of the assistant.
+
+    Args:
+        name (`str`): Name of the field in error messages.
 
     Raises:
-        [`RowError`]: if it is neither.
+        [`RowError`]: If the response is neither.
     """
     if isinstance(completion, str):
         return completion
@@ -97,7 +100,7 @@ def response_of(completion: Any, name: str) -> str:
 
 
 def _contains(turns: list[dict], given: list[dict]) -> bool:
-    """Whether turns stand among others, case and the amount of white space aside."""
+    """Return whether `given` is a part of `turns`, apart from case and the amount of white space."""
 
     def key(turn: dict) -> tuple[str, str]:
         return turn["role"], " ".join(turn["content"].split()).casefold()
@@ -113,8 +116,8 @@ def _shared(first: Any, second: Any) -> int:
 def _no_beginning() -> RowError:
     return RowError(
         "empty prompt",
-        "field `chosen`: got no beginning in common with `rejected`, need one because without the field `prompt` that is the "
-        "prompt: add `prompt`.",
+        "field `chosen`: got no beginning in common with `rejected`, need one because it is the prompt if there is no field "
+        "`prompt`: add `prompt`.",
     )
 
 
@@ -135,10 +138,10 @@ def _of_text(chosen: str, rejected: str) -> Pair:
     if chosen == rejected:
         raise RowError(
             "empty prompt",
-            "fields `chosen` and `rejected`: got the same text, need a prompt and two responses, of which the text alone does "
-            "not tell which part is which: add `prompt` or leave the row out.",
+            "fields `chosen` and `rejected`: got the same text, need a prompt and two responses because "
+            "the prompt is found by their difference: add `prompt` or drop the row.",
         )
-    sides = regex.findall(r"\X", chosen), regex.findall(r"\X", rejected)  # characters as a reader sees them
+    sides = regex.findall(r"\X", chosen), regex.findall(r"\X", rejected)  # grapheme clusters
     first = sides[0]
     shared = at = _shared(*sides)
 
@@ -146,7 +149,7 @@ def _of_text(chosen: str, rejected: str) -> Pair:
         return _UNSPACED.fullmatch(character) is not None
 
     def parts(at: int) -> bool:
-        """Whether a word ends before the character at this place."""
+        """Return whether a word ends before the character at this index."""
         before = first[at - 1]
         after = [first[at]] if at < shared else [side[at] for side in sides if at < len(side)]
         return before.isspace() or (
@@ -156,13 +159,13 @@ def _of_text(chosen: str, rejected: str) -> Pair:
     while at and not parts(at):
         at -= 1
     by_characters = at > 0 and (unspaced(first[at - 1]) or (at < len(first) and unspaced(first[at])))
-    if by_characters:  # one may be the beginning of the other
+    if by_characters:  # one side may be the beginning of the other
         while at and any(is_blank("".join(side[at:])) for side in sides):
             at -= 1
             while at and not _SENTENCE_END.fullmatch(first[at - 1]):
                 at -= 1
     elif at:
-        at -= first[at - 1] == " "  # it is the responses', as in TRL
+        at -= first[at - 1] == " "  # the space belongs to the responses, as in TRL
     if not at:
         raise _no_beginning()
     texts = ["".join(side[at:]) for side in sides]

@@ -148,7 +148,7 @@ def test_a_chat_in_one_text_is_read_by_its_turns_even_where_the_answers_begin_al
     [row], report = rows_from_dataset([sides], tasks=TASKS)
     assert row.prompt == [user(before[0]), assistant(before[1]), user(before[2])]
     assert row.responses == [f"{answer}。", f"{answer}吗"]
-    assert report.prompts_found == {IN_ONE_TEXT: 1} and "1 with a prompt that was told from both texts" in str(report)
+    assert report.prompts_found == {IN_ONE_TEXT: 1} and "1 with a prompt that was found in both texts" in str(report)
     explicit = FORMATS[name].format(*before, "")
     assert pair_of({"prompt": explicit, **sides}) == pair_of({"prompt": before[2], **sides}) == pair_of(sides)
 
