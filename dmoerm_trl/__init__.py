@@ -1,6 +1,6 @@
 """
-DMoERM reward models for TRL. Importing the package registers the model with transformers' Auto classes; its public names are below, and
-each is imported when it is first used.
+DMoERM reward models for TRL. Importing the package registers the model with transformers' Auto classes. The public names are listed
+below; each is imported when it is first used.
 """
 
 from importlib import import_module

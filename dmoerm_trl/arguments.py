@@ -1,4 +1,4 @@
-"""The options of a program: dataclasses, read from the command line and from a YAML file, and checked alike."""
+"""Parse the options of a program, which are dataclasses, from the command line and from a YAML file."""
 
 import argparse
 import json
@@ -19,16 +19,17 @@ from .yaml_file import read_yaml
 
 class Parser(HfArgumentParser):
     """
-    Transformers' parser of dataclasses, which reads a YAML file too: `--config FILE`, whose values the command line overrides,
-    and whose key `env` sets environment variables, as TRL's parser has it.
+    Transformers' parser of dataclasses that also reads a YAML file, as TRL's parser does: `--config FILE`. The command line
+    overrides the file, and the file's key `env` sets environment variables.
 
-    What is wrong on the command line ends the program with status 2 and a line; what is wrong in the file is a `ValueError`
-    that names the file, the line and the key. `set_defaults(config=FILE)` names the file that is read without `--config`.
+    A mistake on the command line ends the program with status 2 and a one-line message. A mistake in the file raises a
+    `ValueError` that names the file, the line and the key. `set_defaults(config=FILE)` sets the file that is read without
+    `--config`.
 
     Args:
-        dataclasses (`Iterable[type]`): whose fields are the options.
-        prog (`str`): the program's name in messages.
-        options: others of `argparse.ArgumentParser`, such as `description`.
+        dataclasses (`Iterable[type]`): The dataclasses whose fields are the options.
+        prog (`str`): Name of the program in messages.
+        options: Further arguments of `argparse.ArgumentParser`, such as `description`.
 
     Example:
 
@@ -59,11 +60,11 @@ class Parser(HfArgumentParser):
 
     def parse(self, argv: Sequence[str] | None = None, *, pass_over_unknown: bool = False) -> tuple[Any, ...]:
         """
-        Read the options.
+        Parse the options.
 
         Args:
-            argv (`Sequence[str]`, *optional*): the arguments; those of the process by default.
-            pass_over_unknown (`bool`): leave out those that no dataclass has, which another parser reads.
+            argv (`Sequence[str]`, *optional*): The arguments; `sys.argv[1:]` by default.
+            pass_over_unknown (`bool`): Whether to ignore options that no dataclass has, because another parser reads them.
 
         Returns:
             One instance of each dataclass.
@@ -81,13 +82,13 @@ class Parser(HfArgumentParser):
         if unknown and not pass_over_unknown:
             options = [option for option in self._option_string_actions if option.startswith("--")]
             name = unknown[0].partition("=")[0]
-            self.error(f"got {name!r}, which is none of the options{_nearest(name, options)}")
+            self.error(f"got {name!r}, which is not an option{_nearest(name, options)}")
         for one in parsed:
             self._check_not_blank(one)
         return tuple(parsed)
 
     def _check_not_blank(self, options: Any) -> None:
-        """An option that has to be given names something: an empty path would be the folder that one stands in."""
+        """Refuse an empty value of a required option: an empty path would mean the current folder."""
         for field in fields(options):
             value = getattr(options, field.name)
             required = field.default is MISSING and field.default_factory is MISSING
@@ -96,10 +97,10 @@ class Parser(HfArgumentParser):
 
     def set_from_file(self, path: str | os.PathLike, pass_over_unknown: bool = False) -> None:
         """
-        Set the options' defaults from a YAML file.
+        Set the defaults of the options from a YAML file.
 
         Raises:
-            ValueError: for an unknown key or a value of another type.
+            ValueError: If a key is unknown or a value has the wrong type.
         """
         content, lines = read_yaml(path)
         environment = content.pop("env", None) or {}
@@ -134,17 +135,17 @@ class Parser(HfArgumentParser):
 
 
 def asks_for_help(argv: Sequence[str] | None) -> bool:
-    """Whether the arguments, those of the process if None, ask for `--help`, for which no model's library need be imported."""
+    """Return whether the arguments (`sys.argv[1:]` for None) ask for `--help`, which needs no heavy imports."""
     return not {"-h", "--help"}.isdisjoint(sys.argv[1:] if argv is None else argv)
 
 
 def fit(value: Any, hint: Any) -> Any:
     """
-    A value of a YAML file as the type that a field is annotated with: text that reads as a number is one (YAML takes 1e-7 for
-    text), a number is text where text is wanted, and one value is a list of one.
+    Convert a value of a YAML file to the annotated type of a field: text that reads as a number becomes a number (YAML takes 1e-7
+    for text), a number becomes text where text is needed, and a single value becomes a list of one.
 
     Raises:
-        ValueError: if it does not fit; the message says what is needed.
+        ValueError: If the value does not fit; the message says what is needed.
     """
     origin, arguments = get_origin(hint) or hint, get_args(hint)
     if origin in (Union, types.UnionType):
@@ -190,11 +191,11 @@ _FITTING: dict[type, tuple[str, tuple[type, ...], Any]] = {
     float: ("a number", (int, float, str), float),
     str: ("text", (str, int, float), str),
 }
-"""Type -> what is needed, the types of a YAML value that can be it, and how."""
+"""Type -> name of what is needed, the types of YAML values that can be converted, and the conversion."""
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    """An option that holds keys and values, as it is written on the command line."""
+    """Parse an option that holds keys and values, written as JSON on the command line."""
     try:
         value = json.loads(text)
     except ValueError as error:

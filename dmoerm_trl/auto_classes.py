@@ -1,6 +1,6 @@
 """
-transformers' Auto classes know DMoERM's configuration as soon as both packages are imported, in either order; a configuration that is
-made registers the models. `import dmoerm_trl` imports no library for it.
+Register DMoERM with transformers' Auto classes as soon as both packages are imported, in either order. The configuration is registered
+first; building one registers the models. This does not make `import dmoerm_trl` import any library.
 """
 
 import sys
@@ -15,7 +15,7 @@ OURS = "dmoerm_trl.modeling.configuration_dmoerm"
 
 
 class _Finder(MetaPathFinder):
-    """Import our configuration right after the module of `AutoConfig`."""
+    """Import hook that imports our configuration right after the module of `AutoConfig`."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -33,7 +33,7 @@ class _Finder(MetaPathFinder):
 
 
 def register() -> None:
-    """Register DMoERM with the Auto classes, now if they are imported, else when they are."""
+    """Register DMoERM with the Auto classes, now if they are imported, otherwise when they are."""
     if THEIRS in sys.modules:
         import_module(OURS)
     else:

@@ -20,11 +20,11 @@ COMMANDS = {
     "world": "write the simulated preference world to a JSONL file",
     "demo": "the whole method on a simulated world: data, base, training, table, PPO",
 }
-"""Command -> what it does. The script of the same name is imported only when its command runs."""
+"""Command -> its description. The script of the same name is imported only when its command runs."""
 
 
 def usage() -> str:
-    """The text of `dmoerm --help`."""
+    """Return the text of `dmoerm --help`."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
     return "\n".join(
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Args:
         argv (`list[str]`, *optional*):
-            The command and its arguments, whose errors are raised. Without it those of the process, which an error ends with
+            The command and its arguments; errors are raised. By default those of the process, and an error ends the process with
             a line on stderr: see [`~dmoerm_trl.console.run`].
 
     Returns:

@@ -1,6 +1,6 @@
 """
-How a program of this package speaks to its user: errors and warnings in a line each, one progress bar, no foreign noise.
-Libraries make some of it when they are imported: import this before them.
+Output of the programs: one line per error or warning, one progress bar, and no noise of libraries. Some libraries print when they are
+imported, so import this module before them.
 """
 
 import errno
@@ -21,16 +21,15 @@ from .messages import printable, raised_here, reason
 
 def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
     """
-    Run a program and say what goes wrong in a line or two on stderr. With `--debug` among the arguments it shows the
-    traceback and the warnings of the libraries too.
+    Run a program, and report an error in one or two lines on stderr. With `--debug` among the arguments the traceback and the
+    warnings of the libraries are shown too.
 
     Args:
-        program (`Callable`): takes the arguments without `--debug`; what it returns is the exit status, None for 0.
-        argv (`Sequence[str]`, *optional*): the arguments; those of the process by default.
+        program (`Callable`): A function of the arguments without `--debug` that returns the exit status, or None for 0.
+        argv (`Sequence[str]`, *optional*): The arguments; `sys.argv[1:]` by default.
 
     Raises:
-        SystemExit: with the status if it is not 0: 1 after an error, 130 after Ctrl-C, 141 where the reader of the output went
-            away.
+        SystemExit: If the status is not 0: 1 after an error, 130 after Ctrl-C, 141 if the reader of the output has gone.
 
     Example:
 
@@ -55,9 +54,7 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
             sys.stdout.flush()
     except KeyboardInterrupt as error:
         shown = error
-        _say(
-            "stopped by Ctrl-C. What goes on after a stop (training, labelling, best of n) does with the same command."
-        )
+        _say("stopped by Ctrl-C. To resume training, labelling or best of n, run the same command again.")
         status = 130
     except BrokenPipeError as error:
         shown = error
@@ -65,7 +62,7 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
             _say(f"error: {_text_of(error)}")
             status = 1
         else:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains at exit
             status = 141
     except Exception as error:
         shown = error
@@ -79,8 +76,8 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
 
 def _in_utf8() -> None:
     """
-    Start the process anew in Python's UTF-8 mode where the locale has no name for a file in Chinese (`LC_ALL=C`): tasks and
-    points name folders.
+    Restart the process in Python's UTF-8 mode if the locale cannot encode Chinese file names (`LC_ALL=C`), because tasks and points
+    name folders.
     """
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
@@ -105,11 +102,11 @@ def _text_of(error: Exception) -> str:
     text = reason(error)
     if not isinstance(error, (ValueError, OSError)) and text != type(error).__name__:
         text = f"{type(error).__name__}: {text}"
-    return f"{text}\nThe same command with --debug shows where."
+    return f"{text}\nRun the same command with --debug for the traceback."
 
 
 def _is_read(stream: IO[str]) -> bool:
-    """Whether the other end of an output still reads."""
+    """Return whether the other end of an output still reads."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), select.POLLOUT)
@@ -118,7 +115,7 @@ def _is_read(stream: IO[str]) -> bool:
         return False
 
 
-# --------------------------------------------------------------------------------------------------- what libraries say
+# --------------------------------------------------------------------------------------------------- libraries' messages
 
 NOISE = {
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
@@ -128,18 +125,18 @@ NOISE = {
     "transformers.generation.utils": ("Passing `generation_config` together with generation-related arguments",),
     "transformers.utils.generic": ("`use_cache=True` is incompatible with gradient checkpointing",),
 }
-"""Logger -> how messages begin that say nothing to the user of a command."""
+"""Logger -> beginnings of messages that are irrelevant to the user of a command."""
 
 WARNINGS = ("'pin_memory' argument is set as true but no accelerator is found",)
-"""How such warnings begin; those of what will be deprecated are for programmers too."""
+"""Beginnings of irrelevant warnings; deprecation warnings are for programmers too."""
 
 
 @contextmanager
 def _speaking(debug: bool) -> Iterator[None]:
-    """Context manager in which warnings are a line each, the noise of libraries is silent, and one progress bar is shown at a time."""
+    """Context manager that prints warnings on one line each, silences libraries, and shows one progress bar at a time."""
     streams = sys.stdout, sys.stderr
     for stream in streams:
-        if hasattr(stream, "reconfigure"):  # whatever the locale is, as in the files
+        if hasattr(stream, "reconfigure"):  # in every locale, as in the files
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     sys.stdout, sys.stderr = (_Plain(stream) if stream.isatty() else stream for stream in streams)
     try:
@@ -179,7 +176,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 class _Plain:
-    """A stream whose text cannot steer the terminal."""
+    """A stream that escapes control sequences of the terminal."""
 
     def __init__(self, stream: IO[str]):
         self._stream = stream
@@ -200,14 +197,14 @@ class _Plain:
 
 
 DELAY = 3
-"""Seconds after which a progress bar appears that says nothing else."""
+"""Default number of seconds after which a progress bar appears."""
 
 
 @contextmanager
 def _one_bar() -> Iterator[None]:
     """
-    Context manager in which a progress bar appears after [`DELAY`] seconds, and one that runs within another is shown as text at the end of
-    that one's line.
+    Context manager in which progress bars appear after [`DELAY`] seconds, and a nested progress bar is shown as text at the end of the
+    outer one's line.
     """
     from tqdm.std import tqdm
 
@@ -236,7 +233,7 @@ def _one_bar() -> Iterator[None]:
 
 
 class _EndOfLine:
-    """What a progress bar is written to that stands at the end of another one's line."""
+    """File-like object that shows a nested progress bar at the end of the outer one's line."""
 
     def __init__(self, outer: Any):
         self._outer, self._own = outer, outer.postfix

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and folders that one run at a time writes."""
+"""Atomic writes, locked folders and digests."""
 
 import hashlib
 import json
@@ -17,15 +17,15 @@ LOCK = ".dmoerm.lock"
 @contextmanager
 def writing(path: str | os.PathLike, *, binary: bool = False, private: bool = False) -> Iterator[IO[Any]]:
     """
-    Open a file that appears at `path` when the block ends without an error, and takes the place of what stood there. Until
-    then it is `.NAME.partial` beside it, which an error removes. Text is UTF-8. Missing folders are made.
+    Open a file for writing that replaces `path` atomically when the block ends without an error. Until then it is `.NAME.partial`
+    beside it, which is removed after an error. Text is UTF-8. Missing folders are created.
 
     Args:
-        binary (`bool`): whether bytes are written rather than text.
-        private (`bool`): whether only its owner may read the file.
+        binary (`bool`): Whether bytes are written instead of text.
+        private (`bool`): Whether only the owner may read the file.
 
     Raises:
-        RuntimeError: if another process writes the same file meanwhile.
+        RuntimeError: If another process writes the same file meanwhile.
     """
     path = Path(path)
     partial = partial_path(path)
@@ -51,22 +51,24 @@ def writing(path: str | os.PathLike, *, binary: bool = False, private: bool = Fa
 
 
 def write_text(path: str | os.PathLike, text: str, *, private: bool = False) -> None:
-    """Write a text, in UTF-8, see [`writing`]."""
+    """Write text atomically in UTF-8; see [`writing`]."""
     with writing(path, private=private) as file:
         file.write(text)
 
 
 def write_json(path: str | os.PathLike, content: Any, *, private: bool = False) -> None:
     """
-    Write JSON, see [`writing`].
+    Write JSON atomically; see [`writing`].
 
     Raises:
-        ValueError: if a number is NaN or infinite, which JSON does not have.
+        ValueError: If a number is NaN or infinite, which JSON cannot express.
     """
     try:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
-        raise ValueError(f"{path}: got a number that is NaN or infinite, need one that JSON has: {error}.") from error
+        raise ValueError(
+            f"{path}: got a number that is NaN or infinite, need finite numbers, because JSON has no others: {error}."
+        ) from error
     write_text(path, text + "\n", private=private)
 
 
@@ -75,19 +77,19 @@ def read_json(path: str | os.PathLike, way_out: str = "put it back as it was wri
     Read JSON that this package wrote.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is no JSON; the message ends with the way out.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not JSON; the message names the file and ends with `way_out`.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path}: got a file that is no JSON ({error}), need what was written there: {way_out}."
+            f"{path}: got a file that is not JSON ({error}), need its original content: {way_out}."
         ) from error
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> Path:
-    """Write a figure of matplotlib's by way of [`writing`], in the format of the path's suffix, and return the path."""
+    """Write a matplotlib figure atomically in the format of the path's suffix, and return the path; see [`writing`]."""
     path = Path(path)
     with writing(path, binary=True) as file:
         figure.savefig(file, format=path.suffix.removeprefix(".") or "png")
@@ -95,7 +97,7 @@ def save_figure(figure: Any, path: str | os.PathLike) -> Path:
 
 
 def file_digest(paths: Iterable[Path]) -> str:
-    """SHA-256 of what stands in the files."""
+    """Compute the SHA-256 of the contents of files."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -105,26 +107,26 @@ def file_digest(paths: Iterable[Path]) -> str:
 
 
 def partial_path(path: str | os.PathLike) -> Path:
-    """Where a file stands while it is written."""
+    """Return the path of a file while it is being written."""
     path = Path(path)
     return path.with_name(f".{path.name}.partial")
 
 
 def check_writable(path: str | os.PathLike, *, inputs: Iterable[str | os.PathLike | None] = ()) -> None:
     """
-    Check, before any work is done for it, that a file can be written: makes its folder and opens its partial file.
+    Check that a file can be written, before the work for it begins. This creates its folder.
 
     Args:
-        inputs: what is read for it, of which it may be none.
+        inputs (`Iterable`, *optional*): Files that are read, which must not be overwritten.
 
     Raises:
-        ValueError: if it cannot, or is a folder or an input.
+        ValueError: If the file cannot be written, is a folder, or is one of the inputs.
     """
     path = Path(path)
     for read in inputs:
         if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
             raise ValueError(
-                f"{path}: got a file to write that is read too, need another one, because it would be lost: name another place."
+                f"{path}: got an output file that is an input too, need another one, because the input would be lost: name another file."
             )
     try:
         if not path.name or path.is_dir():
@@ -137,19 +139,20 @@ def check_writable(path: str | os.PathLike, *, inputs: Iterable[str | os.PathLik
     except OSError as error:
         raise ValueError(
             f"{path}: got a file that cannot be written ({error.strerror or error}), need one that can, because the results go "
-            "there: name another place, or fix its folder's permissions."
+            "there: name another file, or fix its folder's permissions."
         ) from error
 
 
 @contextmanager
 def locked_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """
-    Make a folder, and hold it until the block ends: while a process is in it, another cannot hold the same folder. The lock
-    is the operating system's, so that it ends with a process that is killed; the file `.dmoerm.lock` names the process, and
-    goes when the block ends. Of the processes that a launcher started the first alone holds the folder, and the others pass.
+    Create a folder and lock it until the block ends, so that one run at a time writes to it. The operating system releases the lock
+    when a process is killed. The file `.dmoerm.lock` names the process and is deleted when the block ends. Of several launched
+    processes only the first locks the folder.
 
     Raises:
-        ValueError: naming the process that holds the folder and its host, or why the folder cannot be written.
+        ValueError: If another process has locked the folder, which the message names with its host, or if the folder cannot be
+            written.
 
     Example:
 
@@ -170,8 +173,8 @@ def locked_folder(folder: str | os.PathLike) -> Iterator[Path]:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(
-            f"{folder}: got a folder that {_owner(folder)} is writing, need one run at a time, because each would overwrite "
-            "what the other does: wait for it, end it, or name another folder."
+            f"{folder}: got a folder that {_owner(folder)} is writing, need one run at a time, because two would "
+            "overwrite each other's files: wait for it, stop it, or name another folder."
         ) from None
     except OSError as error:
         raise ValueError(
@@ -182,13 +185,13 @@ def locked_folder(folder: str | os.PathLike) -> Iterator[Path]:
         (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield folder
     finally:
-        with suppress(OSError):  # Windows lets no open file go
+        with suppress(OSError):  # Windows does not delete an open file
             (folder / LOCK).unlink()
         lock.release()
 
 
 def _is_at(file: os.stat_result, path: Path) -> bool:
-    """Whether a file still stands at a path."""
+    """Return whether a path still names the file."""
     try:
         return os.path.samestat(file, os.lstat(path))
     except FileNotFoundError:
@@ -196,7 +199,7 @@ def _is_at(file: os.stat_result, path: Path) -> bool:
 
 
 def _owner(folder: Path) -> str:
-    """What the holder wrote, if it has by now, and may be read while it is locked."""
+    """Return the name of the process that holds the lock, as far as it can be read."""
     with suppress(OSError):
         return (folder / LOCK).read_text(encoding="utf-8", errors="replace")[:200] or "another process"
     return "another process"

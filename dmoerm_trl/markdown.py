@@ -24,7 +24,7 @@ def pad(text: str, width: int) -> str:
 
 
 def column_widths(rows: Sequence[Sequence[str]]) -> list[int]:
-    """Display width of the widest cell of each column."""
+    """Return the display width of the widest cell of each column."""
     return [max(map(display_width, column)) for column in zip(*rows, strict=True)]
 
 

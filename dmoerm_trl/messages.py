@@ -1,4 +1,4 @@
-"""What others wrote, in messages of ours: errors of libraries, and texts that could steer a terminal."""
+"""Quote foreign text in messages: errors of libraries, and text with control sequences of the terminal."""
 
 import json
 import sys
@@ -8,12 +8,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 
 SHOWN = 600
-"""Characters of a foreign error that are shown."""
+"""Maximum number of characters of a foreign error that are shown."""
 
 
 def raised_here(error: BaseException) -> bool:
-    """Whether an error was raised on purpose by this package or the program that uses it: its message is for the user."""
-    if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):  # or a fault of ours
+    """Return whether this package or the calling program raised an error on purpose, so that its message is for the user."""
+    if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):  # others are bugs
         return False
     frames = traceback.extract_tb(error.__traceback__)
     places = PACKAGE, getattr(sys.modules.get("__main__"), "__file__", None) or PACKAGE
@@ -21,25 +21,26 @@ def raised_here(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """What a foreign error says, on one line of bounded length."""
+    """Return the message of a foreign error on one line of bounded length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= SHOWN else f"{text[:SHOWN].rstrip()} …"
 
 
 def printable(text: str) -> str:
     """
-    A text that cannot steer a terminal: what is not printable in it, but ends of lines and tabs, is escaped as in JSON.
+    Escape the characters of a text that are not printable, except line breaks and tabs, as JSON does, so that it cannot control the
+    terminal.
     """
     return "".join(c if c.isprintable() or c in "\n\r\t" else _escaped(c) for c in text)
 
 
 def one_line(text: str) -> str:
-    """A text on one line that cannot steer a terminal."""
+    """Return a text on one line, with unprintable characters escaped."""
     return printable(" ".join(text.split()))
 
 
 def quoted(text: str) -> str:
-    """What a stranger wrote, on one line: it cannot steer a terminal and is no HTML."""
+    """Return untrusted text on one line, with unprintable characters and HTML escaped."""
     return one_line(text).translate({ord("<"): "‹", ord(">"): "›"})
 
 

@@ -1,4 +1,4 @@
-"""Tasks and their capability points: the paper's table 12, or a YAML file of one's own."""
+"""Tasks and their capability points: the paper's table 12 or a YAML file."""
 
 import re
 import reprlib
@@ -9,10 +9,10 @@ from typing import Any
 from .yaml_file import read_yaml
 
 OTHERS = "others"
-"""The label of rows that belong to none of the tasks: no inner model is trained for them, the router sends them to one."""
+"""Label of rows that belong to none of the tasks. No inner model is trained for them; the router sends them to one of the tasks."""
 
 OVERALL = "overall"
-"""The name of the one task of DMoERM-w/o-Outer."""
+"""Name of the only task of DMoERM-w/o-Outer."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class TaskTable:
             The capability points of DMoERM-w/o-Outer, the one inner model for everything.
 
     Raises:
-        ValueError: for a name that is no text, cannot be shown, or gives no folder of its own; see [`slug`].
+        ValueError: If a name is not text, is not printable, or does not give a folder name of its own; see [`slug`].
 
     Example:
 
@@ -64,7 +64,7 @@ class TaskTable:
 
     @classmethod
     def paper(cls, language: str = "en") -> "TaskTable":
-        """The paper's table 12, in English (`"en"`) or Chinese (`"zh"`)."""
+        """Return the paper's table 12, in English (`"en"`) or Chinese (`"zh"`)."""
         if language not in _PAPER:
             raise ValueError(f"got language {language!r}, need one of {sorted(_PAPER)}.")
         return _PAPER[language]
@@ -76,8 +76,8 @@ class TaskTable:
         `overall` (list of points).
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is no table; it names the file.
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is not a table; the message names the file.
         """
         if source == "paper" or source.startswith("paper-"):
             return cls.paper(source.removeprefix("paper").removeprefix("-") or "en")
@@ -101,21 +101,21 @@ class TaskTable:
 
 
 LONGEST_NAME = 120
-"""Bytes of a task's or a point's [`slug`], of which two and a few more make the name of a file, of at most 255."""
+"""Maximum bytes of a [`slug`]: the name of a file has two of them and a few more characters, and at most 255 bytes."""
 
 
 def check_name(name: Any, what: str = "a task or a point") -> None:
     """
-    Check the name of a task or of a capability point, or of what else names a folder or a file.
+    Check the name of a task, a capability point, or anything else that names a folder or a file.
 
     Raises:
-        ValueError: if it is no text, cannot be shown, or is too long for a folder or has nothing to name one by.
+        ValueError: If it is not text, is not printable, is too long for the name of a folder, or has no letter or digit.
     """
     if not isinstance(name, str):
         raise ValueError(f"got the name {name!r} of {what}, need text: write it in quotes.")
-    if not name.replace("\u200c", "").replace("\u200d", "").isprintable():  # these join letters in some languages
+    if not name.replace("\u200c", "").replace("\u200d", "").isprintable():  # they join letters in some languages
         raise ValueError(
-            f"got the name {name!a} of {what}, need printable characters because it is shown as it stands: rename it."
+            f"got the name {name!a} of {what}, need printable characters, because it is shown to users: rename it."
         )
     if not (length := len(slug(name).encode())) or length > LONGEST_NAME:
         raise ValueError(
@@ -125,7 +125,7 @@ def check_name(name: Any, what: str = "a task or a point") -> None:
 
 
 def slug(name: str) -> str:
-    """`"empathy ability"` -> `"empathy_ability"`: the form in which a point names a module, an adapter or a folder."""
+    """Convert a name to the form that names a module, an adapter or a folder: `"empathy ability"` -> `"empathy_ability"`."""
     return re.sub(r"\W+", "_", name.lower()).strip("_")
 
 

@@ -1,4 +1,4 @@
-"""YAML files, read strictly: one mapping, no key twice, nothing that unfolds to more than it looks."""
+"""Read YAML files strictly: one mapping, no duplicate key, and no aliases that expand to huge values."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import yaml
 
 MOST = 100_000
-"""Values that a file may hold, its aliases unfolded."""
+"""Maximum number of values of a file with its aliases expanded."""
 
 
 class YamlFile(NamedTuple):
-    """What stands in a file, and in which line each of its outermost keys does (from 1)."""
+    """Content of a file, and the line (from 1) of each of its outermost keys."""
 
     content: dict[str, Any]
     lines: dict[str, int]
@@ -19,11 +19,12 @@ class YamlFile(NamedTuple):
 
 def read_yaml(path: str | os.PathLike) -> YamlFile:
     """
-    Read a YAML file, in UTF-8, whose outermost level is a mapping.
+    Read a YAML file in UTF-8 whose outermost level is a mapping.
 
     Raises:
-        ValueError: if it is none, names a key twice, or holds more than [`MOST`] values; it names the file and the line.
-        OSError: if it cannot be read.
+        ValueError: If it is not one, has a duplicate key, or holds more than [`MOST`] values. The message names the file and the
+            line.
+        OSError: If the file cannot be read.
     """
     path, need = Path(path), "need one YAML mapping of `key: value`"
     try:
@@ -54,7 +55,7 @@ def read_yaml(path: str | os.PathLike) -> YamlFile:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that stands twice in one mapping instead of taking the last."""
+    """Safe loader that refuses a duplicate key in a mapping instead of taking the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge" and key.id == "scalar"]
@@ -69,10 +70,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check_size(value: Any, most: int) -> int:
-    """How many more values there may be after those of `value`."""
+    """Return how many more values are allowed after those of `value`."""
     most -= 1
     if most < 0:
-        raise yaml.YAMLError(f"more than {MOST:,} values when its aliases are unfolded")
+        raise yaml.YAMLError(f"more than {MOST:,} values when its aliases are expanded")
     for part in (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ():
         most = _check_size(part, most)
     return most

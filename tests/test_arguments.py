@@ -140,9 +140,9 @@ def test_a_file_by_an_equals_sign_and_by_default(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--cuont", "3"], "got '--cuont', which is none of the options: did you mean --count?"),
-        (["--coun", "3"], "got '--coun', which is none of the options: did you mean --count?"),
-        (["stray"], "got 'stray', which is none of the options."),
+        (["--cuont", "3"], "got '--cuont', which is not an option: did you mean --count?"),
+        (["--coun", "3"], "got '--coun', which is not an option: did you mean --count?"),
+        (["stray"], "got 'stray', which is not an option."),
         (["--count", "x"], "argument --count: invalid int value: 'x'."),
         (["--count"], "argument --count: expected one argument."),
         (["--trust", "perhaps"], "expected one of yes/no"),

@@ -46,16 +46,22 @@ def ours(argv: list[str]) -> None:
 @pytest.mark.parametrize(
     ("program", "shown"),
     [
-        (of_a_library, "dmoerm: error: Expecting property name.*\nThe same command with --debug shows where.\n"),
-        (a_fault, "dmoerm: error: IndexError: list index out of range\nThe same command with --debug shows where.\n"),
+        (
+            of_a_library,
+            "dmoerm: error: Expecting property name.*\nRun the same command with --debug for the traceback.\n",
+        ),
+        (
+            a_fault,
+            "dmoerm: error: IndexError: list index out of range\nRun the same command with --debug for the traceback.\n",
+        ),
         (
             missing_file,
             "dmoerm: error: no/such.jsonl: No such file or directory: fix the path, or its permissions.\n",
         ),
         (fails_with(KeyError()), "dmoerm: error: KeyError\n"),
-        (fails_with(ValueError("a " * 10_000)), "dmoerm: error: (a ){100,400}…\n.*shows where.\n"),
-        (fails_with(ValueError("\x1b[2Jgone\n\nfar")), r"dmoerm: error: \\u001b\[2Jgone far\n.*shows where.\n"),
-        (fails_with(KeyboardInterrupt()), "dmoerm: stopped by Ctrl-C.*does with the same command.\n"),
+        (fails_with(ValueError("a " * 10_000)), "dmoerm: error: (a ){100,400}…\n.*for the traceback.\n"),
+        (fails_with(ValueError("\x1b[2Jgone\n\nfar")), r"dmoerm: error: \\u001b\[2Jgone far\n.*for the traceback.\n"),
+        (fails_with(KeyboardInterrupt()), "dmoerm: stopped by Ctrl-C.*run the same command again.\n"),
     ],
 )
 def test_an_error_is_a_line_or_two_on_stderr(program, shown, capsys):

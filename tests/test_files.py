@@ -94,7 +94,7 @@ def test_an_input_is_not_written_over_by_whatever_name(tmp_path):
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "rows.jsonl")
     check_writable(tmp_path / "scores.jsonl", inputs=[tmp_path / "rows.jsonl", None, "paper", "some/hub-name"])
     for path in (tmp_path / "rows.jsonl", tmp_path / "." / "rows.jsonl", tmp_path / "link.jsonl"):
-        with pytest.raises(ValueError, match="got a file to write that is read too, need another one"):
+        with pytest.raises(ValueError, match="got an output file that is an input too, need another one"):
             check_writable(path, inputs=["paper", tmp_path / "rows.jsonl"])
     with pytest.raises(ValueError, match="cannot be written"):
         check_writable("")
@@ -104,5 +104,5 @@ def test_an_input_is_not_written_over_by_whatever_name(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\xff", b'{"a": '])
 def test_json_that_cannot_be_read_names_its_file_and_the_way_out(content, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.json: got a file that is no JSON .*: write it anew\."):
+    with pytest.raises(ValueError, match=r"a\.json: got a file that is not JSON .*: write it anew\."):
         read_json(tmp_path / "a.json", "write it anew")

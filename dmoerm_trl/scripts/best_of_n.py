@@ -1,10 +1,10 @@
 """
-Best of n against several reward models: figure 5 (left) and table 11 of the paper.
+Measure best of n against several reward models: figure 5 (left) and table 11 of the paper.
 
     dmoerm best-of-n --config recipes/demo/bon.yaml
 
-A killed run goes on where it was. Every key can also stand on the command line: --n 6000 --output_dir runs/bon_6000
-On several GPUs, which share the responses and give the same files: accelerate launch -m dmoerm_trl.cli best-of-n --config ...
+A killed run resumes when it is started again. Every key can also be given on the command line: --n 6000 --output_dir runs/bon_6000
+Several GPUs share the responses and give the same files: accelerate launch -m dmoerm_trl.cli best-of-n --config ...
 """
 
 from ..arguments import Parser

@@ -1,6 +1,6 @@
 """
-`dmoerm demo`: the whole method on a simulated world, on a CPU: preference rows, a tiny pretrained base, the router, the
-three phases, the baselines, the consistency table, best of n, and some steps of PPO with the DMoERM as its reward model.
+Run the whole method on a simulated world, on a CPU: preference rows, a tiny pretrained base, the router, the three phases, the
+baselines, the consistency table, best of n, and some steps of PPO with the DMoERM as reward model.
 """
 
 from dataclasses import dataclass, field
@@ -15,13 +15,13 @@ RECIPE = Path(__file__).parents[1] / "demo" / "demo.yaml"
 
 @dataclass
 class DemoArguments:
-    """What the demo reads beside the recipe: the world, the base, best of n, and PPO."""
+    """Options of the demo beside the recipe: the world, the base, best of n and PPO."""
 
     rows_per_task: int = field(default=240, metadata={"help": "Prompts of each task."})
     rows_of_others: int = field(default=40, metadata={"help": "Prompts that belong to none of the tasks."})
     base: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of `train_tiny_base`."})
     base_texts: int = field(default=6000, metadata={"help": "Conversations that the base is trained on."})
-    best_of_n: int = field(default=256, metadata={"help": "Responses a prompt of which the best is taken."})
+    best_of_n: int = field(default=256, metadata={"help": "Responses per prompt, of which the best is taken."})
     best_of_n_prompts: int = field(default=15, metadata={"help": "Held-out prompts, of each task as many."})
     ppo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of TRL's PPOConfig."})
     ppo_prompts: int = field(default=100, metadata={"help": "Held-out prompts on which PPO is measured."})

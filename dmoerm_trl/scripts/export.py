@@ -1,10 +1,9 @@
 """
-`dmoerm export --model DIR --what reward_model --output DIR`: a part of a DMoERM as files that need this package no more, or as a model of
-its own.
+Export a part of a DMoERM: dmoerm export --model DIR --what reward_model --output DIR
 
 - `reward_model`: a task's base as phase 1 left it, or a baseline, as an ordinary `<Arch>ForSequenceClassification`, which vLLM, TEI and
-  RewardBench take;
-- `experts`: the same, and beside it each expert (or that of `--point`) as a PEFT adapter of it;
+  RewardBench load without this package;
+- `experts`: the same, and each expert (or that of `--point`) as a PEFT adapter of it;
 - `inner_model`: one task's base, experts and aggregator, as a DMoERM without a router.
 """
 
@@ -17,15 +16,15 @@ from ..arguments import Parser
 
 @dataclass
 class ExportArguments:
-    """What `dmoerm export` reads."""
+    """Options of `dmoerm export`."""
 
     model: str = field(metadata={"help": "Folder or hub name of a DMoERM, a phase-1 model or a baseline."})
     output: str = field(metadata={"help": "Folder to write; it must be new or empty."})
     what: Literal["reward_model", "experts", "inner_model"] = field(metadata={"help": "What to export."})
-    task: str | None = field(default=None, metadata={"help": "Task whose part it is; may be absent if there is one."})
+    task: str | None = field(default=None, metadata={"help": "Task to export; needed if the model has several."})
     point: str | None = field(default=None, metadata={"help": "experts: this capability point's alone."})
     pad_token: str | None = field(
-        default=None, metadata={"help": "Padding token of the exported tokenizer, where its own ends turns too."}
+        default=None, metadata={"help": "Padding token of the exported tokenizer, if its own also ends turns."}
     )
 
 
@@ -46,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
 
     folder = Path(arguments.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: got something that is there already, need a new or empty folder: name another.")
+        raise ValueError(
+            f"{folder}: got a file, or a folder that is not empty, need a new or empty folder: name another."
+        )
     if arguments.point is not None and arguments.what != "experts":
         raise ValueError(f"got --point and --what {arguments.what}, need --what experts with it: change one of them.")
     with loading(arguments.model, "a DMoERM", DMoERMConfig.model_type):

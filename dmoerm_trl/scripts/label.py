@@ -1,6 +1,8 @@
 """
-`dmoerm label --config label.yaml`: buys capability labels from a judge: every pair of responses, at every capability point of
-the row's task, in both orders; see recipes/LABELLING.md. A run that was stopped, by whatever, goes on when it is started again.
+Buy capability labels from a judge: dmoerm label --config label.yaml
+
+The judge is asked about every pair of responses, at every capability point of the row's task, in both orders; see
+recipes/LABELLING.md. A run that was stopped resumes when it is started again.
 """
 
 import json
@@ -17,48 +19,51 @@ from ..tasks import TaskTable
 
 @dataclass
 class LabelArguments:
-    """What `dmoerm label` reads: the rows, which questions, the judge, what it may cost."""
+    """Options of `dmoerm label`: the rows, the questions, the judge, and the budget."""
 
     rows: str = field(metadata={"help": "Preference rows: a file, a folder or a hub name; recipes/DATA.md."})
     output_dir: str = field(metadata={"help": "Folder of the answers, the labelled rows and the report."})
     judge: dict[str, Any] | str | None = field(
         default=None,
-        metadata={
-            "help": "Who is asked: `kind` and its settings, see recipes/LABELLING.md; JSON on the command line."
-        },
+        metadata={"help": "The judge: `kind` and its settings, see recipes/LABELLING.md; JSON on the command line."},
     )
     tasks: str = field(default="paper", metadata={"help": "The rows' tasks: 'paper', 'paper-zh', or a YAML file."})
     split: str = field(default="train", metadata={"help": "Split of a folder or of a dataset on the hub."})
-    on_error: str = field(default="raise", metadata={"help": "For a bad row: 'raise', or 'skip' and count."})
+    on_error: str = field(default="raise", metadata={"help": "On a bad row: 'raise', or 'skip' it and count it."})
 
     # Which questions
-    points: list[str] | None = field(default=None, metadata={"help": "These capability points alone."})
+    points: list[str] | None = field(default=None, metadata={"help": "Ask only at these capability points."})
     overall_points: bool = field(
-        default=False, metadata={"help": "Ask of rows of a task at the overall points too, for DMoERM-w/o-Outer."}
+        default=False, metadata={"help": "Ask about rows of a task at the overall points too, for DMoERM-w/o-Outer."}
     )
     without_task: str = field(
-        default="raise", metadata={"help": "For a row without a task: 'raise', or ask at the 'overall' points."}
+        default="raise", metadata={"help": "On a row without a task: 'raise', or ask at the 'overall' points."}
     )
     order: str = field(default="all", metadata={"help": "'all' compares every pair of a row, 'sort' fewer."})
     max_pairs: int | None = field(
-        default=None, metadata={"help": "The most pairs of a prompt at a point, drawn by seed."}
+        default=None, metadata={"help": "Maximum pairs of a prompt at a point, drawn by seed."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the pairs that are drawn, and of the order of sorting."})
 
-    # What it may cost; what earlier runs spent counts
-    max_calls: int | None = field(default=None, metadata={"help": "The most answers; 0 asks nothing, but writes."})
-    max_tokens: int | None = field(default=None, metadata={"help": "The most tokens, of questions and answers."})
-    max_cost: float | None = field(default=None, metadata={"help": "The most to pay, in the unit of the prices."})
-    price_per_million_prompt_tokens: float | None = field(default=None, metadata={"help": "Of the questions."})
-    price_per_million_completion_tokens: float | None = field(default=None, metadata={"help": "Of the answers."})
+    # The budget, which includes what earlier runs spent
+    max_calls: int | None = field(
+        default=None, metadata={"help": "Maximum answers; 0 writes the rows without asking."}
+    )
+    max_tokens: int | None = field(default=None, metadata={"help": "Maximum tokens, of questions and answers."})
+    max_cost: float | None = field(default=None, metadata={"help": "Maximum cost, in the unit of the prices."})
+    price_per_million_prompt_tokens: float | None = field(default=None, metadata={"help": "Price of the questions."})
+    price_per_million_completion_tokens: float | None = field(default=None, metadata={"help": "Price of the answers."})
 
     # How
-    dry_run: bool = field(default=False, metadata={"help": "Say what would be asked and what it costs; ask nothing."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print what would be asked and what it would cost, and ask nothing."}
+    )
     stop_early: bool = field(
-        default=True, metadata={"help": "Stop at a judge that nearly always names one position, or is unreadable."}
+        default=True,
+        metadata={"help": "Stop if a judge nearly always names one position or gives unreadable answers."},
     )
     ask_again_unreadable: bool = field(
-        default=False, metadata={"help": "Ask again what was answered before in a way that could not be read."}
+        default=False, metadata={"help": "Ask again the questions whose answers could not be read."}
     )
     answers: str | None = field(
         default=None, metadata={"help": "File of the answers, if not in `output_dir`; labellings may share one."}
@@ -69,7 +74,7 @@ class LabelArguments:
             try:
                 self.judge = json.loads(self.judge)
             except (ValueError, RecursionError) as error:  # the text is not shown: it may hold a secret
-                raise ValueError(f"`judge`: got text that is no JSON ({error}), need JSON: fix it.") from None
+                raise ValueError(f"`judge`: got text that is not JSON ({error}), need JSON: fix it.") from None
         if not isinstance(self.judge, dict):
             is_text = isinstance(self.judge, (str, list))  # which is not shown either
             got = f"a {type(self.judge).__name__}" if is_text else repr(self.judge)
@@ -111,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     print(report.to_markdown())
     if report.incomplete:
         sys.exit(
-            f"stopped: {report.stopped}.\n{arguments.output_dir}: every answer that came is kept, and the {report.rows:,} rows "
-            f"that are complete are in {UNFINISHED}; {report.incomplete:,} are not. Run the same command to go on."
+            f"stopped: {report.stopped}.\n{arguments.output_dir}: all answers are kept. The {report.rows:,} complete rows are in "
+            f"{UNFINISHED}; {report.incomplete:,} are incomplete. Run the same command to resume."
         )
     print(f"labelled rows: {Path(arguments.output_dir) / FINISHED}")

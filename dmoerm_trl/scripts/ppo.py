@@ -1,11 +1,11 @@
 """
-PPO with a DMoERM, or an ensemble of reward models, as TRL's reward model.
+Train a policy by PPO with a DMoERM, or an ensemble of reward models, as TRL's reward model.
 
     dmoerm ppo --config recipes/qwen1.5-1.8b-chat/ppo.yaml
 
-Needs TRL's PPO: pip install "dmoerm-trl[ppo]". A run that was killed goes on from its last checkpoint when it is started
-again. What it leaves in `output_dir`: the policy, checkpoints, and `monitor.jsonl` with the responses beside it. Every argument
-of TRL's PPOConfig is an option too.
+It needs TRL's PPO: pip install "dmoerm-trl[ppo]". A killed run resumes from its last checkpoint when it is started again.
+`output_dir` gets the policy, the checkpoints, and `monitor.jsonl` with the responses beside it. Every argument of TRL's PPOConfig
+is an option too.
 """
 
 from ..arguments import Parser, asks_for_help
@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     from ..rl.setup import RLSetup
 
     arguments, args = Parser((PPOArguments, ppo_config()), prog="dmoerm ppo", description=__doc__).parse(argv)
-    set_seed(args.seed)  # a value model's new head is drawn
+    set_seed(args.seed)  # for the new head of the value model
     setup = RLSetup.load(arguments, args)
     trainer = ppo_trainer(
         args,

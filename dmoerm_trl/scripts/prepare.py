@@ -1,4 +1,4 @@
-"""`dmoerm prepare --config prepare.yaml`: a public preference set as rows for training, with a report of what is in them."""
+"""Convert a public preference set to training rows, with a report: dmoerm prepare --config prepare.yaml"""
 
 import json
 from dataclasses import dataclass, field
@@ -11,25 +11,28 @@ from ..data.prepare.sets import SETS
 
 @dataclass
 class PrepareArguments:
-    """What `dmoerm prepare` reads, from a YAML file or the command line; recipes/PREPARE.md."""
+    """Options of `dmoerm prepare`; see recipes/PREPARE.md."""
 
-    dataset: str = field(metadata={"help": f"Which set it is, one of {', '.join(SETS)}."})
+    dataset: str = field(metadata={"help": f"Format of the set, one of {', '.join(SETS)}."})
     source: str = field(metadata={"help": "A file, a folder, or the name of a dataset on the hub."})
-    output: str = field(metadata={"help": "JSONL file for the rows; its report and its task table lie beside it."})
+    output: str = field(
+        metadata={"help": "JSONL file for the rows; the report and the task table are written beside it."}
+    )
 
     # Reading
     split: list[str] = field(
-        default_factory=lambda: ["train"], metadata={"help": "Splits; of several, each gets a file <output>-<split>."}
+        default_factory=lambda: ["train"],
+        metadata={"help": "Splits; if there are several, each gets a file <output>-<split>."},
     )
     name: str | None = field(default=None, metadata={"help": "Configuration of the dataset on the hub."})
     data_dir: str | None = field(default=None, metadata={"help": "Folder of the dataset on the hub."})
     revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of the dataset on the hub."})
     max_rows: int | None = field(default=None, metadata={"help": "Rows of a split to write; all if absent."})
     columns: dict[str, str] | str | None = field(
-        default_factory=dict, metadata={"help": "Column as the set has it -> what it is called in this source."}
+        default_factory=dict, metadata={"help": "Standard name of a column -> its name in this source."}
     )
     where: dict[str, Any] | str | None = field(
-        default_factory=dict, metadata={"help": "Column -> value, or list of values, of the examples to take."}
+        default_factory=dict, metadata={"help": "Column -> value, or list of values, of the examples to keep."}
     )
 
     # Labels
@@ -41,7 +44,7 @@ class PrepareArguments:
     )
     min_score_ratio: float | None = field(default=None, metadata={"help": "shp: the least score ratio to take; 1."})
     annotators_agree: bool | None = field(
-        default=None, metadata={"help": "helpsteer3: only pairs whose annotators are all on one side."}
+        default=None, metadata={"help": "helpsteer3: keep only pairs on which all annotators agree."}
     )
     aspects: list[str] | None = field(
         default=None, metadata={"help": "scored, table: columns of ratings, one a capability point."}
@@ -64,15 +67,17 @@ class PrepareArguments:
 
     # Personal data and the report
     drop_personal_data: bool = field(
-        default=False, metadata={"help": "Leave out rows that look as if they held personal data."}
+        default=False, metadata={"help": "Leave out rows that seem to contain personal data."}
     )
     phone_region: str | None = field(
-        default="US", metadata={"help": "Country in whose way phone numbers without a country code are read."}
+        default="US", metadata={"help": "Country whose format is assumed for phone numbers without a country code."}
     )
     against: list[str] | None = field(
         default=None, metadata={"help": "Prepared JSONL files whose prompts are compared with these."}
     )
-    tokenizer: str | None = field(default=None, metadata={"help": "Hub name or folder; counts tokens for the report."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Hub name or folder of a tokenizer that counts tokens for the report."}
+    )
     router: str | None = field(
         default=None,
         metadata={
@@ -108,12 +113,12 @@ class PrepareArguments:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The set's options that are given."""
+        """Return the options of the set that are given."""
         names = ("tie_margin", "min_score_ratio", "annotators_agree", "aspects")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def path(self, split: str) -> Path:
-        """Where the rows of a split go."""
+        """Return the file for the rows of a split."""
         path = Path(self.output)
         return path if len(self.split) == 1 else path.with_stem(f"{path.stem}-{split}")
 

@@ -1,6 +1,7 @@
 """
-`dmoerm score --model DIR`: scores one response, or all of a file of rows, and explains scores point by point. On several GPUs or
-machines the rows are shared: `accelerate launch -m dmoerm_trl.cli score --model DIR --rows FILE --output FILE`.
+Score one response or all rows of a file, and explain scores by capability point: dmoerm score --model DIR
+
+Several GPUs or machines share the rows: accelerate launch -m dmoerm_trl.cli score --model DIR --rows FILE --output FILE
 """
 
 import os
@@ -12,7 +13,7 @@ from ..arguments import Parser
 
 @dataclass
 class ScoreArguments:
-    """What `dmoerm score` reads: a prompt and a response, or a file of rows."""
+    """Options of `dmoerm score`: a prompt and a response, or a file of rows."""
 
     model: str = field(metadata={"help": "Folder or hub name of a DMoERM."})
     prompt: str | None = field(default=None, metadata={"help": "A prompt, one turn of the user."})
@@ -22,7 +23,7 @@ class ScoreArguments:
     output: str | None = field(default=None, metadata={"help": "JSONL file for the scores; printed if absent."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
-        metadata={"help": "Of the bases: the checkpoint's, 'float32' or 'bfloat16'; heads stay in fp32."},
+        metadata={"help": "Dtype of the bases: the checkpoint's, 'float32' or 'bfloat16'; heads stay in fp32."},
     )
     load_in_8bit: bool = field(
         default=False, metadata={"help": "Quantise the bases to 8 bits (LLM.int8); needs bitsandbytes."}
@@ -33,9 +34,7 @@ class ScoreArguments:
     )
     resident_tasks: int | None = field(
         default=None,
-        metadata={
-            "help": "Tasks whose bases are in memory at a time; the others are read when needed. All if absent."
-        },
+        metadata={"help": "Maximum number of tasks' bases in memory at a time; all by default."},
     )
     explain: bool = field(default=False, metadata={"help": "Print the explanation instead of JSON."})
     max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and response; older turns are cut."})

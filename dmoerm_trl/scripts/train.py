@@ -1,4 +1,4 @@
-"""`dmoerm train --config recipe.yaml`: preference rows in, a DMoERM and its baselines out; it goes on after a kill."""
+"""Train a DMoERM and its baselines from preference rows, or resume a killed training: dmoerm train --config recipe.yaml"""
 
 from ..arguments import Parser
 from ..training.recipe import Recipe

@@ -1,4 +1,4 @@
-"""`dmoerm world --output world.jsonl`: writes rows of the simulated preference world, and prints their statistics."""
+"""Write rows of the simulated preference world, and print their statistics: dmoerm world --output world.jsonl"""
 
 from dataclasses import dataclass, field
 from statistics import mean
@@ -8,7 +8,7 @@ from ..arguments import Parser
 
 @dataclass
 class WorldArguments:
-    """What `dmoerm world` reads."""
+    """Options of `dmoerm world`."""
 
     output: str = field(metadata={"help": "JSONL file to write."})
     rows_per_task: int = field(default=300, metadata={"help": "Rows (prompts) of each task."})

@@ -440,7 +440,7 @@ def test_rows_are_not_overwritten(serve, recipe, tmp_path):
     server = serve("longer")
     (tmp_path / "out").mkdir()
     write_rows(ROWS, tmp_path / "out" / "labelled.jsonl")
-    with pytest.raises(ValueError, match="labelled.jsonl: got a file to write that is read too"):
+    with pytest.raises(ValueError, match="labelled.jsonl: got an output file that is an input too"):
         main(["label", "--config", recipe(server.url), "--rows", str(tmp_path / "out" / "labelled.jsonl")])
     assert not server.asked and len(labelled(tmp_path)) == 6
 

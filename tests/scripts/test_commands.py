@@ -91,7 +91,7 @@ def test_what_cannot_be_exported_is_named(arguments, says, run, tmp_path):
 
 
 def test_nothing_is_written_over_and_a_model_without_experts_has_none(run, tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="something that is there already, need a new or empty folder"):
+    with pytest.raises(ValueError, match="got a file, or a folder that is not empty, need a new or empty folder"):
         main(["export", "--model", run["reward_model"], "--what", "experts", "--output", run["policy"]])
     make_single(tokenizer).save_pretrained(tmp_path / "single")
     tokenizer.save_pretrained(tmp_path / "single")

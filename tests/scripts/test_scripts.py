@@ -219,7 +219,7 @@ def test_a_judge_that_stops_leaves_the_table_of_all_before_it(evaluated, capsys)
             "of a judge, need one with letters",
         ),
         (["--judges", '{"a": "S3CRET"}'], "`judges`: got a dict, need name -> `kind`"),
-        (["--judges", '{"a": {"api_key": "S3CRET"'], "`judges`: got text that is no JSON"),
+        (["--judges", '{"a": {"api_key": "S3CRET"'], "`judges`: got text that is not JSON"),
     ],
 )
 def test_mistakes_about_judges_are_found_before_anything_is_scored(evaluated, monkeypatch, options, says):
@@ -269,7 +269,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(scored, tmp_path
     monkeypatch.setattr("dmoerm_trl.commands.score.DMoERMForSequenceClassification", None)  # nothing is loaded
     for output, says in (
         (tmp_path, "it is a folder"),
-        (tmp_path / "rows.jsonl", "that is read too"),
+        (tmp_path / "rows.jsonl", "that is an input too"),
         (tmp_path / "rows.jsonl" / "scores.jsonl", "cannot be written"),
     ):
         with pytest.raises(ValueError, match=says):
