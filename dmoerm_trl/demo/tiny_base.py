@@ -1,4 +1,4 @@
-"""A tiny Qwen2-style language model with a chat template, trained from nothing: the base of the demo and of the tests."""
+"""Train a tiny Qwen2 language model with a chat template from scratch, as the base of the demo and of the tests."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from transformers import (
 START, END, PAD = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
 MAX_LENGTH = 1024
-"""Tokens that the model has positions for."""
+"""Maximum tokens of a text, which is the number of positions of the model."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -41,49 +41,49 @@ def train_tiny_base(
     learning_rate: float = 8e-3,
 ) -> Path:
     """
-    Train a byte-level BPE tokenizer and a `Qwen2ForCausalLM` on conversations and save both to one folder.
+    Train a byte-level BPE tokenizer and a `Qwen2ForCausalLM` on conversations, and save both to one folder.
 
-    With the default sizes the model has 0.85 million parameters. Every token of a conversation is trained on. The same
-    arguments give the same weights on one machine.
+    With the default sizes the model has 0.85 million parameters. The loss covers every token of a conversation. On one machine
+    the same arguments give the same weights.
 
     Args:
         texts (`list[list[dict]]`):
-            Conversations: turns with `role` and `content`.
+            Conversations, each a list of turns with `role` and `content`.
         output_dir (`str` or `Path`):
-            Where the model (safetensors) and the tokenizer go.
+            Folder to which the model (safetensors) and the tokenizer are written.
         seed (`int`, *optional*, defaults to `0`):
-            Seed of the weights and of the order of the texts.
+            Seed of the initial weights and of the order of the texts.
         hidden_size (`int`, *optional*, defaults to `128`):
             Width of the model; the feed-forward layers are three times as wide.
         num_layers (`int`, *optional*, defaults to `3`):
             Number of decoder layers.
         num_heads (`int`, *optional*, defaults to `4`):
-            Number of attention heads, each pair of which shares its keys and values.
+            Number of attention heads; each pair of heads shares its keys and values.
         vocab_size (`int`, *optional*, defaults to `2048`):
-            Size of the vocabulary, special tokens and the 256 bytes included.
+            Size of the vocabulary, including the special tokens and the 256 bytes.
         max_steps (`int`, *optional*, defaults to `900`):
             Number of optimiser steps.
         batch_size (`int`, *optional*, defaults to `8`):
-            Conversations a step.
+            Number of conversations per step.
         learning_rate (`float`, *optional*, defaults to `8e-3`):
-            Peak of a cosine schedule.
+            Peak learning rate of a cosine schedule.
 
     Returns:
         `Path`: `output_dir`.
 
     Raises:
-        `ValueError`: When there is no text, or one is longer than [`MAX_LENGTH`] tokens.
+        ValueError: If there is no text, or a text is longer than [`MAX_LENGTH`] tokens.
     """
     if not texts:
-        raise ValueError("got no texts, need at least one conversation: there is nothing to train the base on.")
+        raise ValueError("got no texts, need at least one conversation to train the base on.")
     set_seed(seed)
     tokenizer = train_tokenizer(texts, vocab_size)
     encoded = [tokenizer(tokenizer.apply_chat_template(text, tokenize=False))["input_ids"] for text in texts]
     for index, ids in enumerate(encoded):
         if len(ids) > MAX_LENGTH:
             raise ValueError(
-                f"texts[{index}]: got {len(ids)} tokens, need at most {MAX_LENGTH}, the positions of the tiny base: "
-                "shorten the conversation or leave it out."
+                f"texts[{index}]: got {len(ids)} tokens, need at most {MAX_LENGTH}, because the tiny base has no more "
+                "positions: shorten the conversation or leave it out."
             )
     model = Qwen2ForCausalLM(
         Qwen2Config(
@@ -96,7 +96,7 @@ def train_tiny_base(
             max_position_embeddings=MAX_LENGTH,
             tie_word_embeddings=True,
             attention_dropout=0.0,
-            initializer_range=0.05,  # of so small a model; with the usual 0.02 it learns to copy words much later
+            initializer_range=0.05,  # with the usual 0.02 so small a model learns to copy words much later
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
@@ -130,8 +130,10 @@ def train_tiny_base(
 
 def train_tokenizer(texts: list[list[dict]], vocab_size: int) -> Qwen2Tokenizer:
     """
-    A byte-level BPE tokenizer of at most `vocab_size` tokens for conversations: Qwen2's own (its way of splitting text into
-    words is what `AutoTokenizer` takes for a Qwen2 model, whatever the file says), with other merges.
+    Train a byte-level BPE tokenizer of at most `vocab_size` tokens on conversations.
+
+    It is a Qwen2 tokenizer with other merges, because `AutoTokenizer` always splits text into words in Qwen2's way for a Qwen2
+    model, whatever the file says.
     """
     qwen = Qwen2Tokenizer(eos_token=END, pad_token=PAD, extra_special_tokens=[START], model_max_length=MAX_LENGTH)
     turns = (f"{turn['role']}\n{turn['content']}\n" for text in texts for turn in text)

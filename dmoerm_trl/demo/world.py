@@ -1,11 +1,11 @@
 """
-A simulated preference world: prompts, responses, and a gold reward that a program reads off the text.
+A simulated preference world: prompts, responses, and a gold reward that is computed from the text.
 
-A response is a row of short clauses. For each capability point some of them are *signs* (the point is shown), the others
-*lapses* of equal length; how many distinct signs there are is the point's level. Gold is a non-linear function of the
-levels that differs from task to task. Human labels are a noisy comparison of gold, capability labels a judge who misreads
-levels. `recipes/demo/WORLD.md` documents it; `dmoerm world` writes rows and prints their
-statistics.
+A response is a sequence of short clauses. For each capability point some clauses are *signs*, which show the point, and the
+others are *lapses* of equal length. The level of a point is its number of distinct signs. The gold reward is a non-linear
+function of the levels, a different one for each task. Human labels compare the gold rewards with noise; capability labels come
+from a simulated judge who misreads levels. `recipes/demo/WORLD.md` documents the world; `dmoerm world` writes rows and prints
+their statistics.
 """
 
 import itertools
@@ -27,56 +27,56 @@ TABLE = TaskTable.paper()
 TASKS = (*TABLE.tasks, OTHERS)
 
 LEVELS = {"poor": {2: (0.45, 0.33, 0.22), 1: (0.6, 0.4)}, "good": {2: (0.22, 0.33, 0.45), 1: (0.4, 0.6)}}
-"""Day on which a response was written (one is as likely as the other) -> number of slots -> probability of each level."""
+"""Kind of day on which a response was written (both are equally likely) -> number of slots -> probability of each level."""
 
 ANNOTATOR_NOISE = 0.78
-"""Standard deviation of an annotator's error, in standard deviations of gold: two of them agree on 74% of the pairs."""
+"""Standard deviation of an annotator's error, in standard deviations of gold; two annotators agree on 74% of the pairs."""
 
 ANNOTATOR_TIE = 0.125
-"""Utilities closer than this are a tie: 5% of the pairs."""
+"""Maximum difference of two noisy gold rewards that makes them a tie, which 5% of the pairs are."""
 
 MISREAD = {2: (0.18, 0.23), 1: (0.30, 0.33)}
-"""Number of slots -> the judge's probability of misreading a level, at the easiest and at the hardest point."""
+"""Number of slots -> the judge's probabilities of misreading a level at the easiest and at the hardest point."""
 
 REPEATED = 0.02
-"""Share of the responses that say a sign twice."""
+"""Probability that a response repeats one of its signs."""
 
 REPETITION_COST = 0.15
-"""Cost in gold of each clause said again, in standard deviations of gold."""
+"""Cost of each repeated clause, in standard deviations of gold."""
 
 STRAY_COST = 4.0
-"""Cost in gold of text that is no clause of the world, times its share of the clauses."""
+"""Cost of clauses that the world does not know, in standard deviations of gold; it is multiplied by their share."""
 
 FLOOR = -6.0
-"""The lowest gold reward: that of an empty response."""
+"""Lowest gold reward, which an empty response gets."""
 
 MAX_PROMPTS = 10_000
-"""Rows a task that one world gives: there are over twenty thousand distinct prompts of each."""
+"""Maximum rows per task in one world; each task has over twenty thousand distinct prompts."""
 
 
 def points_of(task: str) -> dict[str, int]:
-    """The capability points labelled in a task -> number of slots: two for the task's own, one for the overall ones."""
+    """Return capability point -> number of slots for a task: two for its own points, one for the other overall points."""
     if task not in TASKS:
-        raise ValueError(f"got task {task!r}, need one of {list(TASKS)}: the world knows no other.")
+        raise ValueError(f"got task {task!r}, need one of {list(TASKS)}, because the world has no others.")
     own = dict.fromkeys(TABLE.tasks.get(task, TABLE.overall), 2)
     return own | {point: 1 for point in TABLE.overall if point not in own}
 
 
-# Gold: one function a task, of the levels (0, 1, 2) of the task's own points in the order of the table.
+# Each task has one gold function of the levels (0, 1, 2) of its own points, in the order of the table.
 
 
 def _in_keeping(level: int, other: int) -> int:
-    """Two points that suit each other: good when both are high or both low, bad when one is high and the other low."""
+    """Return 1 if both levels are high or both are low, -1 if one is high and the other low, and otherwise 0."""
     return (level - 1) * (other - 1)
 
 
 def _only_with(level: int, other: int) -> int:
-    """`level` counts when `other` is high, nothing when it is middling, and against the response when it is low."""
+    """Return `level` if `other` is high, 0 if it is medium, and minus `level` if it is low."""
     return level * (other - 1)
 
 
 def _in_measure(level: int) -> float:
-    """Some is best; much is little better than none."""
+    """Return the value of a level: medium is best, and high is little better than low."""
     return (0.0, 1.0, 0.4)[level]
 
 
@@ -125,7 +125,7 @@ _GOLD = {
 
 
 def _moments(task: str) -> tuple[float, float]:
-    """Mean and standard deviation of a task's gold over the responses of the world, by counting them out."""
+    """Compute the mean and standard deviation of a task's gold over all combinations of levels, by their probabilities."""
     mean = square = 0.0
     for levels in itertools.product(range(3), repeat=sum(size == 2 for size in points_of(task).values())):
         probability = sum(math.prod(LEVELS[day][2][level] for level in levels) for day in LEVELS) / len(LEVELS)
@@ -153,12 +153,12 @@ _ALL_POINTS = sorted({*CLAUSES, *TOPICAL})
 
 
 def clauses_of(text: str) -> list[str]:
-    """The clauses of a text: what stands between punctuation marks, in lower case."""
+    """Split a text at punctuation marks and line breaks into its clauses, in lower case."""
     return [" ".join(clause.lower().split()) for clause in re.split(r"[.,;:!?\n]", text) if clause.strip()]
 
 
 def _topic_of(prompt: str | list[dict]) -> str | None:
-    """The topic that the prompt's last turn names; `None` for a prompt from elsewhere."""
+    """Return the topic that the prompt's last turn names, or `None` if it names no topic of the world."""
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     return next((word for word in re.findall("[a-z]+", text.lower()) if word in TOPICS), None)
 
@@ -169,7 +169,7 @@ class World:
 
     Args:
         seed (`int`, *optional*, defaults to `0`):
-            Seed of everything drawn. Clauses, templates and gold are the same in every world.
+            Seed of all random draws. Clauses, templates and gold are the same in every world.
 
     Example:
 
@@ -189,8 +189,8 @@ class World:
 
     def levels(self, prompt: str | list[dict], response: str, task: str) -> dict[str, int]:
         """
-        The level of each capability point labelled in `task`: how many distinct signs of it `response` has, at most 2
-        (at most 1 for an overall point that is not the task's own). A sign said twice counts once.
+        Return the level of each capability point labelled in `task`: the number of its distinct signs in `response`. It is at
+        most 2, or at most 1 for an overall point that is not the task's own. A repeated sign counts once.
         """
         topic = _topic_of(prompt)
         slots = points_of(task)
@@ -205,9 +205,9 @@ class World:
 
     def gold(self, prompt: str | list[dict], response: str, task: str) -> float:
         """
-        The gold reward, for any text: the task's function of the levels, with zero mean and unit variance over the
-        world's responses, less [`REPETITION_COST`] for each clause said again and [`STRAY_COST`] times the share of
-        clauses that the world does not know. An empty response gets [`FLOOR`], the lowest.
+        Compute the gold reward of any text. It is the task's function of the levels, with zero mean and unit variance over the
+        world's responses, minus [`REPETITION_COST`] for each repeated clause and [`STRAY_COST`] times the share of clauses that
+        the world does not know. The lowest gold reward is [`FLOOR`], which an empty response gets.
         """
         clauses = clauses_of(response)
         if not clauses:
@@ -223,8 +223,8 @@ class World:
 
     def rows(self, n_per_task: int, n_others: int = 0) -> list[PreferenceRow]:
         """
-        `n_per_task` rows of each task and `n_others` of none, in random order, no prompt twice. A row has 2 to 4
-        responses, the ranks of one human annotator (never all tied), and the judge's ranks for [`points_of`] its task.
+        Draw `n_per_task` rows of each task and `n_others` rows of none, in random order, with distinct prompts. A row has 2 to
+        4 responses, the ranks of one human annotator (never all tied), and the judge's ranks at each point of [`points_of`].
         """
         rng = random.Random(f"rows of world {self.seed}")
         seen, rows = set(), []
@@ -245,8 +245,8 @@ class World:
 
     def texts(self, n: int) -> list[list[dict]]:
         """
-        `n` conversations, each ending with a response as in the rows: text to train a language model on. Four in
-        five have an earlier exchange: from those a small model learns within a minute that a topic comes back.
+        Draw `n` conversations to train a language model on. Each ends with a response as in the rows. Four in five have an
+        earlier exchange, from which a small model learns within a minute that a topic comes back.
         """
         rng = random.Random(f"texts of world {self.seed}")
         texts = []
@@ -258,7 +258,7 @@ class World:
 
     def _row(self, rng: random.Random, prompt: list[dict], topic: str, task: str) -> PreferenceRow:
         ranks = [1]
-        while max(ranks) == 1:  # without two distinct ranks there is nothing to learn from
+        while max(ranks) == 1:  # a row of ties has no preference to learn
             responses = [_write_response(rng, task, topic) for _ in range(rng.randint(2, 4))]
             ranks = _annotate(rng, [self.gold(prompt, response, task) for response in responses])
         levels = [self.levels(prompt, response, task) for response in responses]
@@ -272,15 +272,18 @@ class World:
 
     def statistics(self, rows: Sequence[PreferenceRow]) -> dict:
         """
-        What `recipes/demo/WORLD.md` states about the rows. Shares of pairs of responses of one prompt:
+        Compute the statistics of rows that `recipes/demo/WORLD.md` states. All but `repeated` are shares of pairs of responses to
+        one prompt:
 
-        - `annotator_agreement`: two annotators order it alike, of the pairs that both order (20 simulated pairs of them);
-        - `ceiling`: gold orders it as `ranks` do, of the pairs that `ranks` order;
-        - `length_only`: so does the number of characters (a tie counts half);
-        - `ties`: `ranks` do not order it;
-        - `repeated`: share of the responses that say a clause twice;
-        - `judge`: point -> `agreement` with the order of the levels (of the pairs that both order), `labelled` (ordered by
-          the judge, of those that the levels order) and `tied` (of those whose levels are equal).
+        - `annotator_agreement`: pairs that two annotators order alike, of those that both order; 20 pairs of annotators are
+          drawn;
+        - `ceiling`: pairs that gold orders as `ranks` do, of those that `ranks` order (a tie of gold counts half);
+        - `length_only`: pairs that the number of characters orders as `ranks` do, of the same ones (equal lengths count half);
+        - `ties`: pairs that `ranks` leave tied;
+        - `repeated`: share of the responses that repeat a clause;
+        - `judge`: point -> `agreement` (pairs that the judge orders as the levels do, of those that both order), `labelled`
+          (pairs that the judge orders, of those that the levels order) and `tied` (pairs that the judge ties, of those with
+          equal levels).
         """
         rng = random.Random(f"statistics of world {self.seed}")
         agreed, ceiling, length, tied, repeated = [], [], [], [], []
@@ -293,7 +296,7 @@ class World:
             annotators = [(_annotate(rng, golds), _annotate(rng, golds)) for _ in range(20)]
             pairs = {point: set(row.pairs_of(point)) for point in row.labelled_points}
             for i, j in itertools.combinations(range(len(golds)), 2):
-                label = _sign(row.ranks[j] - row.ranks[i])  # 1 where i is the better
+                label = _sign(row.ranks[j] - row.ranks[i])  # 1 if i is better
                 tied.append(label == 0)
                 if label:
                     ceiling.append((1 + label * _sign(golds[i] - golds[j])) / 2)
@@ -326,12 +329,12 @@ class World:
 
 
 def own_points(task: str) -> list[str]:
-    """The capability points that a task's gold reward rests on, in the order of the table."""
+    """Return the capability points on which a task's gold reward depends, in the order of the table."""
     return [point for point, slots in points_of(task).items() if slots == 2]
 
 
 def _write_prompt(rng: random.Random, task: str, earlier: float = 0.1) -> tuple[list[dict], str]:
-    """A prompt and its topic, with an earlier exchange about the topic in a share `earlier` of the cases."""
+    """Draw a prompt and its topic. With probability `earlier` the prompt begins with an earlier exchange about the topic."""
     topic = rng.choice(TOPICS)
     text = rng.choice(WORDS["openings"]) + rng.choice(WORDS["templates"][task]) + rng.choice(WORDS["closings"])
     turns = []
@@ -345,7 +348,7 @@ def _write_prompt(rng: random.Random, task: str, earlier: float = 0.1) -> tuple[
 
 
 def _write_response(rng: random.Random, task: str, topic: str) -> str:
-    """A response about `topic`: every slot of every point a sign or a lapse, some fillers, all shuffled."""
+    """Draw a response about `topic`: a sign or a lapse for each slot of each point, and some fillers, in random order."""
     day = rng.choice(list(LEVELS))
     astray = rng.choice([other for other in TOPICS if other != topic])
     signs, rest = [], rng.sample(FILLERS, rng.randint(0, 4))
@@ -372,12 +375,12 @@ def _write_response(rng: random.Random, task: str, topic: str) -> str:
 
 
 def _annotate(rng: random.Random, golds: Sequence[float]) -> list[int]:
-    """The ranks of one human annotator."""
+    """Draw the ranks of one human annotator."""
     return _ranks([gold + rng.gauss(0, ANNOTATOR_NOISE) for gold in golds], ANNOTATOR_TIE)
 
 
 def _misread(rng: random.Random, level: int, slots: int, point: str) -> int:
-    """The level that the judge reads: now and then the opposite one."""
+    """Draw the level that the judge reads, which is sometimes wrong."""
     easiest, hardest = MISREAD[slots]
     probability = easiest + (hardest - easiest) * _ALL_POINTS.index(point) / (len(_ALL_POINTS) - 1)
     if rng.random() >= probability:
@@ -386,7 +389,7 @@ def _misread(rng: random.Random, level: int, slots: int, point: str) -> int:
 
 
 def _ranks(scores: Sequence[float], tie: float = 0.0) -> list[int]:
-    """Ranks (1 is best) of scores (more is better); neighbours that are no more than `tie` apart share a rank."""
+    """Rank scores (higher is better) from 1, the best. Neighbours that differ by at most `tie` share a rank."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     ranks = [1] * len(scores)
     for better, worse in itertools.pairwise(order):
@@ -399,10 +402,10 @@ def _sign(value: float) -> int:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """The mean; NaN of nothing."""
+    """Return the mean, or NaN without values."""
     return sum(values) / len(values) if values else math.nan
 
 
 def world_gold(*, prompt: list[dict], response: str, task: str, **_: object) -> float:
-    """[`World.gold`] as a recipe's `gold: module:function` takes it, for rows with `task`; it is the same in every world."""
+    """Compute [`World.gold`] for a recipe's `gold: module:function`, for rows with `task`; all worlds have the same gold."""
     return World().gold(prompt, response, task)
