@@ -33,8 +33,8 @@ def grpo_config(trainer: str = "grpo") -> type[GRPOConfig] | type[RLOOConfig]:
 
 def parse_grpo(argv: Sequence[str] | None = None, **parser: Any) -> tuple[GRPOArguments, GRPOConfig | RLOOConfig]:
     """
-    Read a recipe of GRPO or RLOO. If it asks for DeepSpeed, this starts the distributed processes. Models that are loaded afterwards
-    are not sharded: the trainer shards the policy.
+    Read a recipe of GRPO or RLOO. If it asks for DeepSpeed, this starts the distributed processes. Models that are loaded
+    afterwards are not sharded: the trainer shards the policy.
 
     Args:
         argv (`Sequence[str]`, *optional*): The arguments; `sys.argv[1:]` by default.

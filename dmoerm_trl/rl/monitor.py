@@ -161,11 +161,10 @@ class PolicyMonitor(TrainerCallback):
                 values.append(batch)
                 texts += written
         policy.train(was_training)
-        self.reference.to(home)  # where it waits, if it is the monitor's own
+        self.reference.to(home)
         columns = {name: torch.cat([batch[name] for batch in values]).float() for name in values[0]}
-        texts = _from_main(
-            *texts
-        )  # all processes have to call a sharded reward model equally often, so with the same texts
+        # all processes have to call a sharded reward model equally often, so with the same texts
+        texts = _from_main(*texts)
         scorers = self.scorers if is_main() else {"proxy": self.scorers["proxy"]}
         for name, scorer in scorers.items():
             columns[name] = _rewards(name, scorer, self.prompts, texts)

@@ -18,8 +18,8 @@ def plot_policy_curves(
 ) -> Path:
     """
     Plot the gold reward and, in a second panel, the proxy reward of each method over the KL: one point per monitored step, the
-    mean over seeds, with a band of one standard deviation. The x-axis has a square-root scale. Each proxy is on the scale of its
-    own reward model.
+    mean over seeds, with a band of one standard deviation. The x-axis has a square-root scale. Each proxy is on the scale of
+    its own reward model.
 
     Args:
         runs (`Mapping[str, Sequence[str]]`): Method -> the files of its seeds, written by
@@ -96,8 +96,8 @@ def read_seeds(method: str, files: Sequence[str | Path]) -> dict[str, np.ndarray
     steps = [[line["step"] for line in seed] for seed in lines]
     if not files or not steps[0] or any(seed != steps[0] for seed in steps):
         raise ValueError(
-            f"{method}: got files {[str(file) for file in files]} with {[len(seed) for seed in steps]} lines, need one or more files "
-            "measured at the same steps, because seeds are averaged step by step: finish all runs, or leave out those "
+            f"{method}: got files {[str(file) for file in files]} with {[len(seed) for seed in steps]} lines, need one or more "
+            "files measured at the same steps, because seeds are averaged step by step: finish all runs, or leave out those "
             "that are not finished."
         )
     names = ["step", "k1", "k2", "k3", "proxy"]

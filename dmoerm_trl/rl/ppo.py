@@ -1,4 +1,4 @@
-"""Build TRL's PPOTrainer after checking what it does not: the TRL version, the arguments and the tokenizers."""
+"""Build TRL's PPOTrainer after checks that it does not make: of the TRL version, the arguments and the tokenizers."""
 
 import copy
 import math
@@ -49,8 +49,8 @@ def ppo_config() -> type:
 
 def check_tokenizers(policy_tokenizer: PreTrainedTokenizerBase, reward_tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    Check that the policy's and the reward model's tokenizers agree, because PPO passes token ids from one to the other, and that
-    the policy's tokenizer pads on the left, because PPO generates right after the padded prompts.
+    Check that the policy's and the reward model's tokenizers agree, because PPO passes token ids from one to the other. Check
+    that the policy's tokenizer pads on the left, because PPO generates right after the padded prompts.
 
     Raises:
         ValueError: If their vocabularies, special tokens or chat templates differ, which the message lists, or if the policy's
@@ -129,8 +129,8 @@ def check_arguments(args: Any) -> None:
     Check that PPOTrainer reads every argument that is set, and that the numbers are valid.
 
     Raises:
-        ValueError: If `args` (a fresh `PPOConfig`) sets an argument that PPOTrainer would silently ignore, or a number that is out
-            of range.
+        ValueError: If `args` (a fresh `PPOConfig`) sets an argument that PPOTrainer would silently ignore, or a number that is
+            out of range.
     """
     values = {field.name: getattr(args, field.name) for field in fields(args)}
     bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -138,8 +138,8 @@ def check_arguments(args: Any) -> None:
     bad += ["learning_rate"] * (args.learning_rate < 0)
     if bad:
         raise ValueError(
-            f"got {', '.join(f'{name}={values[name]!r}' for name in dict.fromkeys(bad))}, need finite numbers, a learning rate of 0 "
-            f"or more, and {', '.join(_ABOVE_ZERO)} above 0: fix the recipe."
+            f"got {', '.join(f'{name}={values[name]!r}' for name in dict.fromkeys(bad))}, need finite numbers, a learning rate "
+            f"of 0 or more, and {', '.join(_ABOVE_ZERO)} above 0: fix the recipe."
         )
     unread = [
         f"{field.name}={getattr(args, field.name)!r} (set {_UNREAD[field.name]})"
@@ -174,17 +174,19 @@ def ppo_trainer(
     checks that PPO itself does not make. The arguments are those of `PPOTrainer`, in the same order.
 
     Args:
-        args (`PPOConfig`): The arguments of `PPOTrainer`. `stop_token` becomes `"eos"` if it is not set: a response that goes on after
-            its end could open a new turn, and so choose the task that scores it.
+        args (`PPOConfig`): The arguments of `PPOTrainer`. `stop_token` becomes `"eos"` if it is not set, because a response
+            that continues after its end could open a new turn, and so choose the task that scores it.
         processing_class (`PreTrainedTokenizerBase`): Tokenizer of the policy; it must agree with that of the reward model.
         model (`PreTrainedModel`): The policy, a causal language model.
         ref_model (`PreTrainedModel`, *optional*): The reference policy; a frozen copy of the policy if None.
-        reward_model (`PreTrainedModel`): The DMoERM, a [`~dmoerm_trl.scoring.ensemble.RewardEnsemble`], or any other reward model.
-        train_dataset (`Sequence[list[dict]]`): Prompts as lists of turns; the last turn is the user's. The formatter tokenises them
-            as in the training of the reward model.
+        reward_model (`PreTrainedModel`): The DMoERM, a [`~dmoerm_trl.scoring.ensemble.RewardEnsemble`], or any other reward
+            model.
+        train_dataset (`Sequence[list[dict]]`): Prompts as lists of turns; the last turn is the user's. The formatter tokenises
+            them as in the training of the reward model.
         value_model (`PreTrainedModel`): A sequence classification model with one label, which PPO trains; see
             [`~dmoerm_trl.rl.value_model.value_model_from`].
-        formatter (`Formatter`, *optional*): The formatter of the reward model; needed if its tokenizer is not the policy's object.
+        formatter (`Formatter`, *optional*): The formatter of the reward model; needed if its tokenizer is not the object of the
+            policy.
         options: `top_p` of the rollout, and further arguments of `PPOTrainer`, such as `callbacks`.
 
     Raises:
@@ -202,7 +204,8 @@ def ppo_trainer(
     tokenizer = AutoTokenizer.from_pretrained("runs/demo/base")
     reward_model = DMoERMForSequenceClassification.from_pretrained("runs/demo/model")
     args = ppo_config()(output_dir="runs/ppo", total_episodes=2, per_device_train_batch_size=2, response_length=4, bf16=False,
-                        gradient_checkpointing=False, num_sample_generations=0, num_mini_batches=1, save_strategy="no", report_to="none")
+                        gradient_checkpointing=False, num_sample_generations=0, num_mini_batches=1, save_strategy="no",
+                        report_to="none")
     prompts = [[{"role": "user", "content": text}] for text in ("I feel a bit lonely.", "Tell me a story.")]
     ppo_trainer(args, tokenizer, policy, None, reward_model, prompts, value_model_from(reward_model, "chitchat")).train()
     ```
@@ -232,8 +235,8 @@ def ppo_trainer(
     end = formatter.markers.end_of_turn[0]
     if args.stop_token == "eos" and tokenizer.eos_token_id != end:
         raise ValueError(
-            f"got a tokenizer whose eos is {tokenizer.eos_token!r}, need {tokenizer.convert_ids_to_tokens(end)!r}, by which the "
-            "chat template ends a turn, because PPO cuts a response at eos, and one that goes on could open a new turn and "
+            f"got a tokenizer whose eos is {tokenizer.eos_token!r}, need {tokenizer.convert_ids_to_tokens(end)!r}, with which "
+            "the chat template ends a turn, because PPO cuts a response at eos, and one that goes on could open a new turn and "
             "choose its own judge: set `eos_token` of the policy's and the reward model's tokenizer."
         )
     dataset = prompt_dataset(train_dataset, formatter)

@@ -28,7 +28,7 @@ from ..training.checkpoints import check_checkpoint, last_checkpoint
 @dataclass
 class DeepSpeedPPOConfig(PPOConfig):
     """
-    TRL's `PPOConfig` that accepts a DeepSpeed configuration, as `deepspeed` or from the launcher. Values left at `"auto"` are what
+    TRL's `PPOConfig` that accepts a DeepSpeed configuration, as `deepspeed` or from the launcher. The value `"auto"` means what
     PPOTrainer does without DeepSpeed: gradients are not clipped.
     """
 
@@ -42,7 +42,7 @@ class DeepSpeedPPOConfig(PPOConfig):
         self.max_grad_norm, self.world_size = given
         if self.deepspeed_plugin is not None and self.deepspeed_plugin.is_auto("gradient_clipping"):
             self.deepspeed_plugin.deepspeed_config["gradient_clipping"] = 0.0
-        unset_hf_deepspeed_config()  # else models would be loaded in shards, and the trainer divides them
+        unset_hf_deepspeed_config()  # otherwise models would be loaded in shards, but the trainer shards them
 
 
 class ResumablePPOTrainer(PPOTrainer):
@@ -63,7 +63,7 @@ class ResumablePPOTrainer(PPOTrainer):
         kwargs: Arguments of `PPOTrainer`, by name.
 
     Raises:
-        ValueError: If DeepSpeed is configured and would not run, or under FSDP.
+        ValueError: If DeepSpeed is configured but would not run, or if the run uses FSDP.
     """
 
     def __init__(self, *, top_p: float = 1.0, **kwargs: Any):
@@ -76,33 +76,33 @@ class ResumablePPOTrainer(PPOTrainer):
             kwargs["value_model"].gradient_checkpointing_enable(kwargs["args"].gradient_checkpointing_kwargs)
         start_deepspeed(kwargs["args"])
         if kwargs["args"].deepspeed_plugin is not None:
-            Accelerator(deepspeed_plugin=kwargs["args"].deepspeed_plugin)  # PPOTrainer's own then has it too
+            Accelerator(deepspeed_plugin=kwargs["args"].deepspeed_plugin)  # PPOTrainer's own then has the plugin too
         with _reward_models_left_alone():
             super().__init__(**kwargs)
         check_engine(self)
         if wants_fsdp(self):
             raise ValueError(
-                "got FSDP, need DeepSpeed or plain data parallelism, because PPOTrainer gives its models to no other engine: "
-                "take recipes/accelerate/deepspeed.yaml."
+                "got FSDP, need DeepSpeed or plain data parallelism, because PPOTrainer supports no other engine: "
+                "use recipes/accelerate/deepspeed.yaml."
             )
         if self.is_deepspeed_enabled:
             _place(self.reward_model, self.accelerator)
         self.top_p = top_p
-        # loading and saving ask for them, and PPOTrainer does not call Trainer.__init__
+        # loading and saving read these attributes, which PPOTrainer does not set, because it does not call Trainer.__init__
         self.is_fsdp_xla_v1_enabled = self.is_distributed_loading_by_transformers = False
-        self.model._keys_to_ignore_on_save = None  # loading a policy with tied weights asks for it
+        self.model._keys_to_ignore_on_save = None  # loading a policy with tied weights reads it
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None) -> None:
         """
         Train, starting from a checkpoint if one is given.
 
         Args:
-            resume_from_checkpoint (`str` or `bool`, *optional*): A folder `checkpoint-N` of this run, or True for the last complete one in
-                `output_dir`, if there is one.
+            resume_from_checkpoint (`str` or `bool`, *optional*): A folder `checkpoint-N` of this run, or True for the last
+                complete one in `output_dir`, if there is one.
 
         Raises:
-            ValueError: If the checkpoint is from a run with other numbers of steps or episodes, another ZeRO stage or, with ZeRO,
-                another number of processes.
+            ValueError: If the checkpoint is from a run with other numbers of steps or episodes, another ZeRO stage or, with
+                ZeRO, another number of processes.
         """
         if isinstance(resume_from_checkpoint, bool):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) if resume_from_checkpoint else None
@@ -136,12 +136,12 @@ class ResumablePPOTrainer(PPOTrainer):
         for _ in range(done):
             next(self.dataloader)
         go_on = _GoOn(state, lambda: self._load_rng_state(str(checkpoint)))
-        self.callback_handler.callbacks.insert(0, go_on)  # before those that look at the step
+        self.callback_handler.callbacks.insert(0, go_on)  # before the callbacks that read the step
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         with unsharded(self.value_model):
-            if self.args.should_save:  # before TRL's, which writes the file that marks a whole checkpoint last
+            if self.args.should_save:  # before TRL, which writes the file that marks a complete checkpoint last
                 self.value_model.save_pretrained(folder / "value_model")
         super()._save_checkpoint(model, trial)
 
@@ -166,7 +166,7 @@ class ResumablePPOTrainer(PPOTrainer):
 
 @contextmanager
 def _reward_models_left_alone() -> Iterator[None]:
-    """Context manager in which PPOTrainer wraps our reward models in no DeepSpeed engine; see [`~dmoerm_trl.distributed.sharding`]."""
+    """Context manager that keeps our reward models out of DeepSpeed's engine; see [`~dmoerm_trl.distributed.sharding`]."""
     prepare = ppo_trainer.prepare_deepspeed
 
     def prepare_others(model: nn.Module, accelerator: Accelerator) -> nn.Module:
@@ -181,7 +181,7 @@ def _reward_models_left_alone() -> Iterator[None]:
 
 
 def _place(reward_model: nn.Module, accelerator: Accelerator) -> None:
-    """Do for our reward models what DeepSpeed's engine would: cast their bases to bf16 if it is on, and shard them under ZeRO-3."""
+    """Cast the bases of our reward models to bf16 if it is on, and shard them under ZeRO-3, as DeepSpeed's engine would."""
     plugin = accelerator.state.deepspeed_plugin
     for module in reward_model.modules():
         if isinstance(module, DMoERMModel):
@@ -205,15 +205,15 @@ class _GoOn(TrainerCallback):
         state.global_step, state.episode = self.saved["global_step"], self.saved["episode"]
         state.log_history = self.saved["log_history"]
         self.steps = args.num_total_batches
-        args.num_total_batches -= state.global_step  # how often the loop runs
+        args.num_total_batches -= state.global_step  # the number of steps that the loop runs
         self.restore_random_state()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        args.num_total_batches = self.steps  # before they are saved with a checkpoint; the loop has its count by now
+        args.num_total_batches = self.steps  # before a checkpoint saves it; the loop has read it by now
 
-    on_train_end = on_step_end  # where no step was left
+    on_train_end = on_step_end  # for a run without steps left
 
 
 def _in_order(batches: Iterable, seed: int) -> Iterator:
@@ -223,6 +223,6 @@ def _in_order(batches: Iterable, seed: int) -> Iterator:
         with torch.random.fork_rng():
             torch.manual_seed(int(torch.randint(2**62, (), generator=seeds)))
             epoch = iter(batches)
-            first = next(epoch)  # with which the whole order is drawn
+            first = next(epoch)  # this draws the whole order
         yield first
         yield from epoch

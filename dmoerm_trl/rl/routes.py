@@ -39,11 +39,11 @@ def routed_tasks(
 
 def keep_tasks(model: DMoERMForSequenceClassification, tasks: Sequence[str]) -> None:
     """
-    Free the bases and experts of all tasks except `tasks`. The router is unchanged: texts of a kept task have the same rewards as
-    before, and a text that is routed to another task raises a ValueError. With a shared base nothing is freed.
+    Free the bases and experts of all tasks except `tasks`. The router is unchanged: texts of a kept task have the same rewards
+    as before, and a text that is routed to another task raises a ValueError. With a shared base nothing is freed.
 
-    If the model was loaded with `resident_tasks`, the kept bases are loaded now and the others never. The model can no longer be
-    saved.
+    If the model was loaded with `resident_tasks`, the kept bases are loaded now and the others never. The model can no longer
+    be saved.
 
     Example:
 

@@ -31,7 +31,8 @@ class RLSetup:
             step is smaller than the resolution of bf16 weights.
         reference (`PreTrainedModel`): The policy before training.
         tokenizer (`PreTrainedTokenizerBase`): The policy's tokenizer, which pads on the left.
-        reward_model (`DMoERMForSequenceClassification` or `RewardEnsemble`): The reward model, with only the tasks that the prompts need.
+        reward_model (`DMoERMForSequenceClassification` or `RewardEnsemble`): The reward model, with only the tasks that the
+            prompts need.
         formatter (`Formatter`): The formatter of the reward model.
         prompts (`list[list[dict]]`): Prompts to optimise on, as lists of turns.
         eval_rows (`list[dict]`): Rows with the prompts to measure on.
@@ -67,7 +68,8 @@ class RLSetup:
         Load the models and prompts, and print how many prompts are used.
 
         Args:
-            arguments ([`~dmoerm_trl.rl.arguments.PPOArguments`] or [`~dmoerm_trl.rl.arguments.GRPOArguments`]): The recipe's keys.
+            arguments ([`~dmoerm_trl.rl.arguments.PPOArguments`] or [`~dmoerm_trl.rl.arguments.GRPOArguments`]): The recipe's
+                keys.
             args (`PPOConfig`, `GRPOConfig` or `RLOOConfig`): TRL's keys of the recipe.
 
         Raises:
@@ -98,8 +100,8 @@ class RLSetup:
 
     def value_model(self) -> PreTrainedModel:
         """
-        Load PPO's value model in fp32: the recipe's `value_model` with a new head or, by default, the reward model's base of the
-        prompts' most frequent task with a head of zeros. For an ensemble it is the base of the last member.
+        Load PPO's value model in fp32. It is the recipe's `value_model` with a new head or, by default, the reward model's base
+        of the prompts' most frequent task with a head of zeros. For an ensemble it is the base of the last member.
         """
         name = self.arguments.value_model
         if name is None:
@@ -113,8 +115,8 @@ class RLSetup:
         Build the callback that measures the policy on the held-out prompts and writes `monitor.jsonl` to the output folder.
 
         Args:
-            proxy ([`~dmoerm_trl.scoring.reward_functions.TextScorer`], *optional*): The reward that is optimised; the reward model's
-                by default.
+            proxy ([`~dmoerm_trl.scoring.reward_functions.TextScorer`], *optional*): The reward that is optimised; that of the
+                reward model by default.
         """
         arguments, args, new = self.arguments, self.args, _max_new_tokens(self.args)
         max_length = self.formatter.max_length
