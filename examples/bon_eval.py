@@ -1,10 +1,10 @@
 """
-Best of n against several reward models (figure 5, left, and table 11): `dmoerm best-of-n`, to copy and to change.
+Measure best of n of several reward models (figure 5, left, and table 11): `dmoerm best-of-n` as a script to copy and change.
 
     python examples/bon_eval.py --config recipes/demo/bon.yaml
 """
 
-from dmoerm_trl import run  # first, so that the libraries are quiet
+from dmoerm_trl import run  # imported first, to silence the libraries
 
 # isort: split
 from dmoerm_trl import BestOfNArguments, Parser, launched_processes, run_best_of_n

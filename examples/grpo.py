@@ -1,10 +1,10 @@
 """
-GRPO or RLOO with a DMoERM as the reward function: `dmoerm grpo`, to copy and to change.
+Train a policy by GRPO or RLOO with a DMoERM as the reward function: `dmoerm grpo` as a script to copy and change.
 
     python examples/grpo.py --config recipes/demo/grpo.yaml [--trainer rloo]
 """
 
-from dmoerm_trl import run  # first, so that the libraries are quiet
+from dmoerm_trl import run  # imported first, to silence the libraries
 
 # isort: split
 from dmoerm_trl import RLSetup, TextRewards, grpo_trainer, locked_folder, optimised_reward, parse_grpo, train_or_resume

@@ -1,10 +1,10 @@
 """
-PPO with a DMoERM, or an ensemble of reward models, as TRL's reward model: `dmoerm ppo`, to copy and to change.
+Train a policy by PPO with a DMoERM, or an ensemble, as TRL's reward model: `dmoerm ppo` as a script to copy and change.
 
     python examples/ppo.py --config recipes/demo/ppo.yaml
 """
 
-from dmoerm_trl import run  # first, so that the libraries are quiet
+from dmoerm_trl import run  # imported first, to silence the libraries
 
 # isort: split
 from transformers import set_seed

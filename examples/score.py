@@ -1,10 +1,10 @@
 """
-Load a DMoERM and score two responses to a prompt, capability by capability: `dmoerm score`, to copy and to change.
+Load a DMoERM and score two responses to a prompt, by capability point: `dmoerm score` as a script to copy and change.
 
     python examples/score.py runs/demo/model
 """
 
-from dmoerm_trl import run  # first, so that the libraries are quiet
+from dmoerm_trl import run  # imported first, to silence the libraries
 
 # isort: split
 from argparse import ArgumentParser

@@ -106,7 +106,7 @@ def make_world_and_base(arguments: "DemoArguments", recipe: Recipe, world: World
 
 
 def evaluate_in_world(run: Pipeline, world: World) -> Table:
-    """Compute the consistency table on the test rows, with the ceiling: the consistency of the gold reward with the noisy labels."""
+    """Compute the consistency table on the test rows, with the ceiling: that of the gold reward with the noisy labels."""
     rows = run.rows("test")
     scores = method_scores(run, rows)
     scores[CEILING] = [[world.gold(row.prompt, text, row.task) for text in row.responses] for row in rows]
@@ -159,10 +159,10 @@ def explain_one(run: Pipeline) -> str:
 
 
 def run_ppo(arguments: "DemoArguments", run: Pipeline, world: World) -> dict[str, dict[str, float]]:
-    """Run some steps of PPO with the DMoERM as reward model, and measure reward and gold before and after on held-out prompts."""
+    """Run some steps of PPO against the DMoERM, and measure reward and gold before and after on held-out prompts."""
     args = ppo_config()(output_dir=str(run.root / "ppo"), seed=run.recipe.seed, **arguments.ppo)
     policy = AutoModelForCausalLM.from_pretrained(run.recipe.base_model)
-    set_seed(run.recipe.seed)  # of the value model's head, which is new
+    set_seed(run.recipe.seed)  # for the new head of the value model
     value_model = AutoModelForSequenceClassification.from_pretrained(run.recipe.base_model, num_labels=1)
     reward_model = run.load("model")
     held_out = [row for row in run.rows("test") if row.task != OTHERS][: arguments.ppo_prompts]

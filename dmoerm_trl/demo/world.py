@@ -272,8 +272,8 @@ class World:
 
     def statistics(self, rows: Sequence[PreferenceRow]) -> dict:
         """
-        Compute the statistics of rows that `recipes/demo/WORLD.md` states. All but `repeated` are shares of pairs of responses to
-        one prompt:
+        Compute the statistics of rows that `recipes/demo/WORLD.md` states. All but `repeated` are shares of pairs of responses
+        to one prompt:
 
         - `annotator_agreement`: pairs that two annotators order alike, of those that both order; 20 pairs of annotators are
           drawn;

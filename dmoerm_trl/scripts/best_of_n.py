@@ -3,7 +3,7 @@ Measure best of n against several reward models: figure 5 (left) and table 11 of
 
     dmoerm best-of-n --config recipes/demo/bon.yaml
 
-A killed run resumes when it is started again. Every key can also be given on the command line: --n 6000 --output_dir runs/bon_6000
+A killed run resumes when it is started again. Every key is an option too: --n 6000 --output_dir runs/bon_6000
 Several GPUs share the responses and give the same files: accelerate launch -m dmoerm_trl.cli best-of-n --config ...
 """
 

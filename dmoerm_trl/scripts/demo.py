@@ -22,7 +22,7 @@ class DemoArguments:
     base: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of `train_tiny_base`."})
     base_texts: int = field(default=6000, metadata={"help": "Conversations that the base is trained on."})
     best_of_n: int = field(default=256, metadata={"help": "Responses per prompt, of which the best is taken."})
-    best_of_n_prompts: int = field(default=15, metadata={"help": "Held-out prompts, of each task as many."})
+    best_of_n_prompts: int = field(default=15, metadata={"help": "Held-out prompts, from each task in turn."})
     ppo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Settings of TRL's PPOConfig."})
     ppo_prompts: int = field(default=100, metadata={"help": "Held-out prompts on which PPO is measured."})
 

@@ -1,8 +1,8 @@
 """
 Export a part of a DMoERM: dmoerm export --model DIR --what reward_model --output DIR
 
-- `reward_model`: a task's base as phase 1 left it, or a baseline, as an ordinary `<Arch>ForSequenceClassification`, which vLLM, TEI and
-  RewardBench load without this package;
+- `reward_model`: a task's base as phase 1 left it, or a baseline, as an ordinary `<Arch>ForSequenceClassification`, which vLLM,
+  TEI and RewardBench load without this package;
 - `experts`: the same, and each expert (or that of `--point`) as a PEFT adapter of it;
 - `inner_model`: one task's base, experts and aggregator, as a DMoERM without a router.
 """
@@ -22,7 +22,7 @@ class ExportArguments:
     output: str = field(metadata={"help": "Folder to write; it must be new or empty."})
     what: Literal["reward_model", "experts", "inner_model"] = field(metadata={"help": "What to export."})
     task: str | None = field(default=None, metadata={"help": "Task to export; needed if the model has several."})
-    point: str | None = field(default=None, metadata={"help": "experts: this capability point's alone."})
+    point: str | None = field(default=None, metadata={"help": "experts: the only capability point to export."})
     pad_token: str | None = field(
         default=None, metadata={"help": "Padding token of the exported tokenizer, if its own also ends turns."}
     )

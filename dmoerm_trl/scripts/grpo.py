@@ -4,9 +4,9 @@ Train a policy by GRPO or RLOO with a DMoERM as the reward function, or with one
     dmoerm grpo --config recipes/qwen1.5-1.8b-chat/grpo.yaml
     dmoerm grpo --config recipes/qwen1.5-1.8b-chat/grpo.yaml --trainer rloo
 
-Policy and reward model may have different tokenizers, because the reward is computed from text. A killed run resumes from its last
-checkpoint when it is started again. `output_dir` gets the policy, the checkpoints, and `monitor.jsonl` with the responses beside
-it. Every argument of TRL's GRPOConfig or RLOOConfig is an option too.
+Policy and reward model may have different tokenizers, because the reward is computed from text. A killed run resumes from its
+last checkpoint when it is started again. `output_dir` gets the policy, the checkpoints, and `monitor.jsonl` with the responses
+beside it. Every argument of TRL's GRPOConfig or RLOOConfig is an option too.
 """
 
 from ..arguments import Parser, asks_for_help

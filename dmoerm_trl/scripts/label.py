@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     print(report.to_markdown())
     if report.incomplete:
         sys.exit(
-            f"stopped: {report.stopped}.\n{arguments.output_dir}: all answers are kept. The {report.rows:,} complete rows are in "
-            f"{UNFINISHED}; {report.incomplete:,} are incomplete. Run the same command to resume."
+            f"stopped: {report.stopped}.\n{arguments.output_dir}: all answers are kept. The {report.rows:,} complete rows are "
+            f"in {UNFINISHED}; {report.incomplete:,} are incomplete. Run the same command to resume."
         )
     print(f"labelled rows: {Path(arguments.output_dir) / FINISHED}")

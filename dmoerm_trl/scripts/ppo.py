@@ -4,8 +4,8 @@ Train a policy by PPO with a DMoERM, or an ensemble of reward models, as TRL's r
     dmoerm ppo --config recipes/qwen1.5-1.8b-chat/ppo.yaml
 
 It needs TRL's PPO: pip install "dmoerm-trl[ppo]". A killed run resumes from its last checkpoint when it is started again.
-`output_dir` gets the policy, the checkpoints, and `monitor.jsonl` with the responses beside it. Every argument of TRL's PPOConfig
-is an option too.
+`output_dir` gets the policy, the checkpoints, and `monitor.jsonl` with the responses beside it. Every argument of TRL's
+PPOConfig is an option too.
 """
 
 from ..arguments import Parser, asks_for_help

@@ -39,21 +39,23 @@ class PrepareArguments:
     tie_margin: float | None = field(
         default=None,
         metadata={
-            "help": "Scores that differ by no more are ties; 0. One number for overall scores and ratings alike."
+            "help": "Maximum difference of tied scores; default 0. It is the same for overall scores and ratings."
         },
     )
-    min_score_ratio: float | None = field(default=None, metadata={"help": "shp: the least score ratio to take; 1."})
+    min_score_ratio: float | None = field(default=None, metadata={"help": "shp: minimum score ratio; default 1."})
     annotators_agree: bool | None = field(
         default=None, metadata={"help": "helpsteer3: keep only pairs on which all annotators agree."}
     )
     aspects: list[str] | None = field(
-        default=None, metadata={"help": "scored, table: columns of ratings, one a capability point."}
+        default=None, metadata={"help": "scored, table: columns of ratings, one per capability point."}
     )
 
     # Tasks and capability points
     tasks: str | None = field(
         default=None,
-        metadata={"help": "'paper', 'paper-zh', or a YAML file that the rows must fit; else one is made of the rows."},
+        metadata={
+            "help": "'paper', 'paper-zh', or a YAML file that the rows must fit; built from the rows if absent."
+        },
     )
     task: str | None = field(default=None, metadata={"help": "Task of the rows that have none."})
     task_column: str | None = field(default=None, metadata={"help": "Column that holds the task."})
