@@ -130,7 +130,8 @@ class Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(
             2,
-            f"{self.prog}: error: {message.rstrip('.?')}{'?' if message.endswith('?') else '.'}\n`{self.prog} --help` lists the options.\n",
+            f"{self.prog}: error: {message.rstrip('.?')}{'?' if message.endswith('?') else '.'}\n"
+            f"`{self.prog} --help` lists the options.\n",
         )
 
 
@@ -141,8 +142,8 @@ def asks_for_help(argv: Sequence[str] | None) -> bool:
 
 def fit(value: Any, hint: Any) -> Any:
     """
-    Convert a value of a YAML file to the annotated type of a field: text that reads as a number becomes a number (YAML takes 1e-7
-    for text), a number becomes text where text is needed, and a single value becomes a list of one.
+    Convert a value of a YAML file to the annotated type of a field. Text that reads as a number becomes a number, because YAML
+    reads 1e-7 as text. A number becomes text where text is needed, and a single value becomes a list of one.
 
     Raises:
         ValueError: If the value does not fit; the message says what is needed.

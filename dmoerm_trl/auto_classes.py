@@ -1,6 +1,6 @@
 """
-Register DMoERM with transformers' Auto classes as soon as both packages are imported, in either order. The configuration is registered
-first; building one registers the models. This does not make `import dmoerm_trl` import any library.
+Register DMoERM with transformers' Auto classes as soon as both packages are imported, in either order. The configuration is
+registered first; building one registers the models. This does not make `import dmoerm_trl` import any library.
 """
 
 import sys

@@ -18,7 +18,7 @@ COMMANDS = {
     "grpo": "optimise a policy with GRPO or RLOO",
     "export": "write a base, its experts or an inner model as ordinary files",
     "world": "write the simulated preference world to a JSONL file",
-    "demo": "the whole method on a simulated world: data, base, training, table, PPO",
+    "demo": "run the whole method on a simulated world: data, base, training, table, PPO",
 }
 """Command -> its description. The script of the same name is imported only when its command runs."""
 
@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
     Args:
         argv (`list[str]`, *optional*):
-            The command and its arguments; errors are raised. By default those of the process, and an error ends the process with
-            a line on stderr: see [`~dmoerm_trl.console.run`].
+            The command and its arguments. If they are given, errors are raised. By default they are those of the process, and
+            an error ends it with a line on stderr; see [`~dmoerm_trl.console.run`].
 
     Returns:
         The exit status: 0, or 2 for an unknown command.

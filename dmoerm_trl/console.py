@@ -1,6 +1,6 @@
 """
-Output of the programs: one line per error or warning, one progress bar, and no noise of libraries. Some libraries print when they are
-imported, so import this module before them.
+Output of the programs: one line per error or warning, one progress bar, and no noise of libraries. Some libraries print when
+they are imported, so import this module before them.
 """
 
 import errno
@@ -76,8 +76,8 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
 
 def _in_utf8() -> None:
     """
-    Restart the process in Python's UTF-8 mode if the locale cannot encode Chinese file names (`LC_ALL=C`), because tasks and points
-    name folders.
+    Restart the process in Python's UTF-8 mode if the locale cannot encode Chinese file names (`LC_ALL=C`), because tasks and
+    points name folders.
     """
     if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"
@@ -203,8 +203,8 @@ DELAY = 3
 @contextmanager
 def _one_bar() -> Iterator[None]:
     """
-    Context manager in which progress bars appear after [`DELAY`] seconds, and a nested progress bar is shown as text at the end of the
-    outer one's line.
+    Context manager in which progress bars appear after [`DELAY`] seconds, and a nested progress bar is shown as text at the end
+    of the outer one's line.
     """
     from tqdm.std import tqdm
 

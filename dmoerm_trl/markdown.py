@@ -8,7 +8,7 @@ from .messages import one_line
 
 
 def escape(text: str) -> str:
-    """Escape a text for one line of Markdown or one table cell, so that it is shown verbatim: no HTML, link or end of the cell."""
+    """Escape a text for one line of Markdown or one table cell, so that it is shown verbatim, without HTML or links."""
     escaped = re.sub(r"[\\`*|]|(?<=\])\(", r"\\\g<0>", text)
     return one_line(escaped).replace("<", "&lt;").replace(">", "&gt;")
 

@@ -28,8 +28,8 @@ def reason(error: BaseException) -> str:
 
 def printable(text: str) -> str:
     """
-    Escape the characters of a text that are not printable, except line breaks and tabs, as JSON does, so that it cannot control the
-    terminal.
+    Escape the characters of a text that are not printable, except line breaks and tabs, as JSON does, so that it cannot control
+    the terminal.
     """
     return "".join(c if c.isprintable() or c in "\n\r\t" else _escaped(c) for c in text)
 

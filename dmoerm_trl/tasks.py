@@ -9,7 +9,7 @@ from typing import Any
 from .yaml_file import read_yaml
 
 OTHERS = "others"
-"""Label of rows that belong to none of the tasks. No inner model is trained for them; the router sends them to one of the tasks."""
+"""Label of rows that belong to none of the tasks. It has no inner model; the router sends the rows to one of the tasks."""
 
 OVERALL = "overall"
 """Name of the only task of DMoERM-w/o-Outer."""

@@ -22,8 +22,8 @@ def read_yaml(path: str | os.PathLike) -> YamlFile:
     Read a YAML file in UTF-8 whose outermost level is a mapping.
 
     Raises:
-        ValueError: If it is not one, has a duplicate key, or holds more than [`MOST`] values. The message names the file and the
-            line.
+        ValueError: If it is not one, has a duplicate key, or holds more than [`MOST`] values. The message names the file and
+            the line.
         OSError: If the file cannot be read.
     """
     path, need = Path(path), "need one YAML mapping of `key: value`"
