@@ -17,8 +17,8 @@ LOCK = ".dmoerm.lock"
 @contextmanager
 def writing(path: str | os.PathLike, *, binary: bool = False, private: bool = False) -> Iterator[IO[Any]]:
     """
-    Open a file for writing that replaces `path` atomically when the block ends without an error. Until then it is `.NAME.partial`
-    beside it, which is removed after an error. Text is UTF-8. Missing folders are created.
+    Open a file for writing that replaces `path` atomically when the block ends without an error. Until then the file is
+    `.NAME.partial` beside it, which is removed after an error. Text is UTF-8. Missing folders are created.
 
     Args:
         binary (`bool`): Whether bytes are written instead of text.
@@ -126,7 +126,8 @@ def check_writable(path: str | os.PathLike, *, inputs: Iterable[str | os.PathLik
     for read in inputs:
         if read is not None and path.exists() and Path(read).exists() and path.samefile(read):
             raise ValueError(
-                f"{path}: got an output file that is an input too, need another one, because the input would be lost: name another file."
+                f"{path}: got an output file that is an input too, need another one, because the input would be lost: name "
+                "another file."
             )
     try:
         if not path.name or path.is_dir():
@@ -146,9 +147,9 @@ def check_writable(path: str | os.PathLike, *, inputs: Iterable[str | os.PathLik
 @contextmanager
 def locked_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """
-    Create a folder and lock it until the block ends, so that one run at a time writes to it. The operating system releases the lock
-    when a process is killed. The file `.dmoerm.lock` names the process and is deleted when the block ends. Of several launched
-    processes only the first locks the folder.
+    Create a folder and lock it until the block ends, so that one run at a time writes to it. The operating system releases the
+    lock when a process is killed. The file `.dmoerm.lock` names the process and is deleted when the block ends. Of several
+    launched processes only the first locks the folder.
 
     Raises:
         ValueError: If another process has locked the folder, which the message names with its host, or if the folder cannot be

@@ -63,17 +63,17 @@ def label(arguments: "LabelArguments") -> Report | None:
             report.save(folder)
         except OSError as error:
             raise ValueError(
-                f"{folder}: got a disk that does not take the labels ({error.strerror or error}), need room for them: free some "
-                f"space, and run the same command to go on. {f'Asking stopped before: {stopped}. ' if stopped else ''}All answers "
-                "are kept."
+                f"{folder}: got labels that cannot be written ({error.strerror or error}), need room for them: free some space, "
+                f"and run the same command to resume. {f'Asking stopped before: {stopped}. ' if stopped else ''}All answers are "
+                "kept."
             ) from error
     return report
 
 
 class Claim:
     """
-    Record of the settings of a labelling, which claims its folder. It is written with the first answer: a start that failed
-    earlier claims nothing.
+    Record of the settings of a labelling, which claims its folder. It is written with the first answer, so that a start that
+    fails earlier claims nothing.
 
     Attributes:
         store (`Path`): The file of the answers.
@@ -106,13 +106,13 @@ class Claim:
             )
         except (AttributeError, ValueError) as error:
             raise ValueError(
-                f"{self.path}: got no settings of a labelling ({error}), need them as they were written: remove the file to go on "
-                "with the settings of today."
+                f"{self.path}: got no settings of a labelling ({error}), need them as they were written: remove the file to go "
+                "on with the current settings."
             ) from error
         if changed:
             raise ValueError(
-                f"{self.folder}: got the folder of a labelling with other settings of {changed}, need the same to go on: choose "
-                f"another `output_dir`; with `answers: {self.store}` it uses the answers that are there where the questions are "
+                f"{self.folder}: got the folder of a labelling with other settings of {changed}, need the same to go on: "
+                f"choose another `output_dir`; with `answers: {self.store}` it uses the existing answers where the questions are "
                 "the same."
             )
 

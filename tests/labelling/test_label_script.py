@@ -454,7 +454,7 @@ def test_a_disk_that_does_not_take_the_labels_says_so(serve, recipe, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr("dmoerm_trl.labelling.labeller.write_rows", full)
         with pytest.raises(
-            ValueError, match="does not take the labels .No space left.*free some space.*All answers are kept"
+            ValueError, match="labels that cannot be written .No space left.*free some space.*All answers are kept"
         ):
             main(["label", "--config", config])
     assert main(["label", "--config", config, "--max_calls", str(QUESTIONS)]) == 0
