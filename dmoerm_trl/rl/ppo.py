@@ -102,7 +102,7 @@ _UNREAD = {
     "dataset_num_proc": "nothing: the prompts are already tokenised",
     "sft_model_path": "policy",
     "reward_model_path": "reward_model",
-    "resume_from_checkpoint": "output_dir: a run goes on from its last checkpoint there",
+    "resume_from_checkpoint": "output_dir: a run resumes from its last checkpoint there",
     "batch_size": "per_device_train_batch_size and gradient_accumulation_steps",
     "mini_batch_size": "num_mini_batches",
     "micro_batch_size": "per_device_train_batch_size",

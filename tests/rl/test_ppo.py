@@ -150,9 +150,7 @@ def test_an_eos_that_does_not_end_a_turn_is_an_error(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.eos_token = "<|endoftext|>"
     policy, value_model, formatter = make_policy(tokenizer), make_value_model(tokenizer), Formatter(tokenizer, 100)
-    says = (
-        r"whose eos is '<\|endoftext\|>', need '<\|im_end\|>', with which the chat template ends a turn.*set `eos_token`"
-    )
+    says = r"whose eos is '<\|endoftext\|>', need '<\|im_end\|>', with which the chat template ends a turn.*set `eos_token`"
     with pytest.raises(ValueError, match=says):
         args = config(tmp_path, total_episodes=4)
         ppo_trainer(args, formatter.tokenizer, policy, None, LowTokens(), CHITCHAT, value_model)
