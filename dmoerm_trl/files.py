@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -86,6 +86,16 @@ def read_json(path: str | os.PathLike, way_out: str = "put it back as it was wri
         raise ValueError(
             f"{path}: got a file that is not JSON ({error}), need its original content: {way_out}."
         ) from error
+
+
+def as_json(content: Any) -> Any:
+    """Return content as it is read back from JSON: tuples as lists, and keys as text."""
+    return json.loads(json.dumps(content))
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """List the keys of two records of settings whose values differ, in alphabetical order; a missing value is None."""
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> Path:

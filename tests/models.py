@@ -14,9 +14,9 @@ from transformers import (
     Qwen2Config,
 )
 
-from dmoerm_trl.data.formatting import Formatter
+from dmoerm_trl.data.formatting import Encoding, Formatter
 from dmoerm_trl.modeling.configuration_dmoerm import DMoERMConfig
-from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
+from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification, DMoERMOutput
 
 TASKS = {
     "story writing": ["logic", "expressiveness"],
@@ -183,3 +183,13 @@ def padded(rows: list[list[int]], pad: int, side: str = "right") -> tuple[Tensor
         row + [pad] * len(f) if side == "right" else [pad] * len(f) + row for row, f in zip(rows, fill, strict=True)
     ]
     return torch.tensor(ids), torch.tensor(mask)
+
+
+@torch.no_grad()
+def score_one(model: DMoERMForSequenceClassification, encoding: Encoding) -> DMoERMOutput:
+    """Run a model on one text."""
+    return model.eval()(
+        torch.tensor([encoding.input_ids], device=model.device),
+        prompt_lengths=torch.tensor([encoding.prompt_length], device=model.device),
+        attention_mask=torch.ones(1, len(encoding.input_ids), dtype=torch.long, device=model.device),
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.rows import LoadReport, iter_rows
-from ..files import check_writable, file_digest, locked_folder, write_json
+from ..files import as_json, changed_keys, check_writable, file_digest, locked_folder, write_json
 from ..labelling.answer_store import AnswerStore
 from ..labelling.judges import judge_from_config
 from ..labelling.labeller import Labeller
@@ -88,7 +88,7 @@ class Claim:
         }
         settings["sha256 of rows"] = file_digest([rows]) if rows.is_file() else None
         settings |= {f"judge.{name}": value for name, value in identity.items()}
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = as_json(settings)
 
     def check(self) -> None:
         """
@@ -100,10 +100,7 @@ class Claim:
         if not self.path.exists():
             return
         try:
-            before = json.loads(self.path.read_text(encoding="utf-8"))
-            changed = sorted(
-                name for name in before.keys() | self.settings.keys() if before.get(name) != self.settings.get(name)
-            )
+            changed = changed_keys(json.loads(self.path.read_text(encoding="utf-8")), self.settings)
         except (AttributeError, ValueError) as error:
             raise ValueError(
                 f"{self.path}: got no settings of a labelling ({error}), need them as they were written: remove the file to go "

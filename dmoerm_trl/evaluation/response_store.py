@@ -25,7 +25,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..distributed.processes import start_worker
-from ..files import write_json, writing
+from ..files import as_json, changed_keys, write_json, writing
 
 RESPONSES = "responses"
 
@@ -152,9 +152,9 @@ class ResponseStore:
                 "the scores depend on: choose another `output_dir`."
             ) from error
         settings = {**settings, "prompts": self.prompts, "n": self.n, "shard_size": self.shard_size}
-        now = json.loads(json.dumps(settings))
+        now = as_json(settings)
         before = manifest.get(part, {}) if any((self.root / part).glob("*.parquet")) else now
-        if changed := sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key)):
+        if changed := changed_keys(before, now):
             raise ValueError(
                 f"{self.root}: got {part!r} that were begun with other settings of {changed}, need the same to go on: "
                 "choose another `output_dir`, or delete this one."

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..data.formatting import Encoding, Formatter
 from ..data.rows import PreferenceRow
 from ..modeling.finite import check_rewards, nan_allowed
-from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification, DMoERMModel, DMoERMOutput
+from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification, DMoERMModel
 from ..modeling.prefix_tree import passes
 
 
@@ -230,19 +230,3 @@ def score_rows(
     }
     rewards = iter(score_encodings(model, flat, **options).tolist())
     return [[next(rewards) for _ in row] for row in encodings]
-
-
-@torch.no_grad()
-def score_one(model: DMoERMForSequenceClassification, encoding: Encoding) -> DMoERMOutput:
-    """
-    The whole output for one text: reward, route and capability scores.
-
-    Raises:
-        ValueError: if the reward is NaN or infinite.
-    """
-    model.eval()
-    return model(
-        torch.tensor([encoding.input_ids], device=model.device),
-        prompt_lengths=torch.tensor([encoding.prompt_length], device=model.device),
-        attention_mask=torch.ones(1, len(encoding.input_ids), dtype=torch.long, device=model.device),
-    )

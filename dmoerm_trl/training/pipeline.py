@@ -1,6 +1,5 @@
 """A run of a recipe: its stages, each done once; a run that was killed goes on where it was."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..distributed.processes import check_joined, is_main, start_worker, wait_for_all
-from ..files import locked_folder, read_json, write_json
+from ..files import as_json, locked_folder, read_json, write_json
 from .checks import check_models, check_places
 from .growth import Growth
 from .recipe import DEFAULTS, Recipe
@@ -96,7 +95,7 @@ class Pipeline(RecipeStages):
             self.run_data  # noqa: B018  (reads and checks the rows)
 
     def _data_stays(self, finished: Manifest) -> bool:
-        return finished.record("data")["settings"] == json.loads(json.dumps(self._data_settings))
+        return finished.record("data")["settings"] == as_json(self._data_settings)
 
     def check_finished(self) -> None:
         """
@@ -113,7 +112,7 @@ class Pipeline(RecipeStages):
             return
         changed, digests = [], self._digests
         if "data" not in there or not self._data_stays(finished):
-            now = json.loads(json.dumps(self._data_settings))
+            now = as_json(self._data_settings)
             before = finished.record("data")["settings"] if "data" in there else now
             changed = [key for key in now if before.get(key) != now[key]]
             try:
@@ -156,7 +155,7 @@ class Pipeline(RecipeStages):
         """Copy the stages that the other run has, and say which; experts are taken over one by one, in their stage's turn."""
         source = self._source
         before = source.record("data")["settings"] if source.has("data") else {}
-        now = json.loads(json.dumps(self._data_settings))
+        now = as_json(self._data_settings)
         changed = [key for key in now if before.get(key) != now[key]]
         print(f"of {source.root}:\n{self._growth(source, self._digests, changed)}")
         for name in self.stages:
@@ -202,12 +201,9 @@ class Pipeline(RecipeStages):
         for name in self.stages:  # of a run that was killed right after it
             if self._done(name) and name not in finished["files"]:
                 finished.note_files(name)
-        finished.content["recipe"] = json.loads(json.dumps(self.recipe.fingerprint()))
+        finished.content["recipe"] = as_json(self.recipe.fingerprint())
         if self._source is not None:
             finished.content["extends"] = str(self._source.root)
-        for name in self.stages:
-            if self._done(name) and name not in finished["files"]:  # a kill came between its end and the note of it
-                finished.note_files(name)
         finished.save()
 
     def _run_rest(self, done: set[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..files import file_digest, write_json
+from ..files import as_json, changed_keys, file_digest, write_json
 
 History = list[dict[str, Any]]
 StageRecord = dict[str, Any]
@@ -47,7 +47,7 @@ def stage_records(stages: Mapping[str, Stage], digests: Mapping[str, Any]) -> di
             "rows": rows,
             "needs": {k: v for need in needs for k, v in need.items()},
         }
-        found[name] = json.loads(json.dumps(record))  # as it is read back
+        found[name] = as_json(record)
     return found
 
 
@@ -71,7 +71,7 @@ def differences(before: StageRecord, now: StageRecord, data: Iterable[str]) -> l
         data (`Iterable[str]`): the keys that the rows depend on and in which they differ.
     """
     own, other = before["settings"], now["settings"]
-    keys = {key for key in own.keys() | other.keys() if own.get(key) != other.get(key)}
+    keys = set(changed_keys(own, other))
     rows, others = before["rows"], now["rows"]
     if isinstance(rows, dict) and isinstance(others, dict):
         keys.update(["tasks"] if rows.keys() != others.keys() else [])

@@ -34,7 +34,6 @@ from dmoerm_trl.generation.prompts import read_prompts
 from dmoerm_trl.generation.samplers import sampler, vllm_sampler
 from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from dmoerm_trl.scoring.aggregation import uncertainty_weighted_reward, worst_case_reward
-from dmoerm_trl.scoring.batch import score_one
 from dmoerm_trl.scoring.reward_models import ScorerSpec
 
 ROOT = Path(__file__).parents[2]
@@ -140,7 +139,7 @@ def test_the_stream_gives_what_is_computed_in_memory(folder, done):
     scores = {
         name: torch.tensor(
             [
-                [float(score_one(model, formatter.encode(prompt, text)).logits) for text in of_prompt]
+                [float(models.score_one(model, formatter.encode(prompt, text)).logits) for text in of_prompt]
                 for prompt, of_prompt in zip(PROMPTS, texts, strict=True)
             ]
         )

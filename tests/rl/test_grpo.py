@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from models import PROMPTS, RESPONSES, TASKS, make_inner, make_policy, make_tokenizer
+from models import PROMPTS, RESPONSES, TASKS, make_inner, make_policy, make_tokenizer, score_one
 from rl_runs import QUIET, LowTokens, letter_count, write_prompts
 from transformers import AutoModelForSequenceClassification, TrainerControl, TrainerState
 from trl import GRPOConfig, GRPOTrainer
@@ -17,7 +17,6 @@ from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.generation.prompts import check_disjoint, load_prompts, prompt_id, split_off
 from dmoerm_trl.rl.monitor import PolicyMonitor, read_monitor, read_responses, repetition
 from dmoerm_trl.rl.policy_curves import plot_policy_curves
-from dmoerm_trl.scoring.batch import score_one
 from dmoerm_trl.scoring.reward_functions import TextRewards, gold_rewards, reward_functions
 
 CHATS = [[{"role": "user", "content": prompt}] for prompt in PROMPTS.values()]

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from models import PROMPTS, RESPONSES, bert_config, chat, make_dmoerm, padded
+from models import PROMPTS, RESPONSES, bert_config, chat, make_dmoerm, padded, score_one
 from transformers import pipeline
 
 from dmoerm_trl.cli import main
@@ -18,7 +18,6 @@ from dmoerm_trl.scoring.batch import (
     points_of,
     score_capabilities,
     score_encodings,
-    score_one,
     score_rows,
 )
 from dmoerm_trl.scoring.describe import describe
