@@ -120,18 +120,18 @@ def run_best_of_n(
         gold (`str`): Name of a scorer, or `"file"` for the column `gold` of the file of responses.
         n (`int`): N, the number of responses per prompt.
         grid (`Sequence[int]`, *optional*): Values of n; about 12 values up to N by default.
-        show (`Sequence[int]`, *optional*, defaults to `(1, 30, 1000, 6000, 60000)`): Values of n whose winners are shown; values
-            above N count as N.
+        show (`Sequence[int]`, *optional*, defaults to `(1, 30, 1000, 6000, 60000)`): Values of n whose winners are shown;
+            values above N count as N.
         show_prompts (`int`, *optional*, defaults to 3): Number of prompts whose winners are shown.
         seed (`int`, *optional*, defaults to 0): Seed of the sampling and of the bootstrap.
-        shard_size (`int`, *optional*, defaults to 1000): Responses per shard, of which each worker loses at most one when the run
-            is killed.
+        shard_size (`int`, *optional*, defaults to 1000): Responses per shard, of which each worker loses at most one when the
+            run is killed.
         workers (`int`, *optional*, defaults to 1): Number of worker processes on a CPU, which share its threads equally.
         max_length (`int`, *optional*, defaults to 2048): Maximum tokens of prompt and response for the reward models.
         dtype (`str`, *optional*, defaults to `"float32"`): Data type of the reward models.
         processes (`PartialState`, *optional*): Processes that share the work, see
-            [`~dmoerm_trl.distributed.processes.launched_processes`]. Each of them calls this function and gets the outcome; only
-            one should save it.
+            [`~dmoerm_trl.distributed.processes.launched_processes`]. Each of them calls this function and gets the outcome;
+            only one should save it.
 
     Raises:
         ValueError: If the settings differ from those of existing responses or scores, another run writes to the folder, a score

@@ -39,8 +39,8 @@ class Curve:
     Args:
         gold (`Tensor` of shape (P, G)): Gold reward, not standardised.
         win_rate (`Tensor` of shape (P, G)): Share of the policy's own responses with a gold reward below the chosen one's.
-        proxy (`Tensor` of shape (P, G)): Reward of the reward model itself, standardised by the mean and standard deviation over
-            all responses to all prompts. So 0 is the policy without optimisation.
+        proxy (`Tensor` of shape (P, G)): Reward of the reward model itself, standardised by the mean and standard deviation
+            over all responses to all prompts. So 0 is the policy without optimisation.
     """
 
     gold: Tensor
@@ -91,9 +91,9 @@ class BestOfNCurves:
 
     def to_dict(self) -> dict[str, Any]:
         """
-        Convert the curves to a dictionary with `grid`, `kl`, `confidence` and `prompts`; `curves`, `proxy` and `win_rate`: reward
-        model -> n -> `{"mean", "low", "high"}` of the gold reward, the standardised proxy and the win rate; and `fits`: reward
-        model -> `a`, `b`, their errors and `peak_kl`.
+        Convert the curves to a dictionary with `grid`, `kl`, `confidence` and `prompts`; `curves`, `proxy` and `win_rate`:
+        reward model -> n -> `{"mean", "low", "high"}` of the gold reward, the standardised proxy and the win rate; and `fits`:
+        reward model -> `a`, `b`, their errors and `peak_kl`.
         """
         tables: dict[str, dict[str, Any]] = {"curves": {}, "proxy": {}, "win_rate": {}}
         for name, curve in self.curves.items():
@@ -176,8 +176,8 @@ def best_of_n_curves(
     Estimate the curves of several reward models from the scores of N responses per prompt.
 
     Args:
-        prompts (`Iterable`): For each prompt, a mapping reward model -> scores of shape (N,), and the gold rewards of shape (N,).
-            It is consumed one prompt at a time, so a generator needs to hold the scores of only one prompt.
+        prompts (`Iterable`): For each prompt, a mapping reward model -> scores of shape (N,), and the gold rewards of shape
+            (N,). It is consumed one prompt at a time, so a generator needs to hold the scores of only one prompt.
         grid (`Sequence[int]`): Values of n up to N. The value 1, which is the policy itself, is added if it is missing.
         bootstrap: `confidence`, `resamples` and `seed` of [`BestOfNCurves`].
 

@@ -56,7 +56,9 @@ def method_scores(run: Pipeline, rows: Sequence[PreferenceRow]) -> dict[str, lis
 
 
 def router_accuracy(run: Pipeline, rows: Sequence[PreferenceRow]) -> float:
-    """Compute the share of rows whose prompt the router sends to the row's task, ignoring rows of tasks unknown to the DMoERM."""
+    """
+    Compute the share of rows whose prompt the router sends to the row's task, ignoring rows of tasks unknown to the DMoERM.
+    """
     model = run.load("model").to(DEVICE)
     tasks = list(model.config.tasks)
     rows = [row for row in rows if row.task in tasks]

@@ -2,8 +2,8 @@
 On-disk store of many responses per prompt and their scores, written by several processes in shards, each of them only once.
 
 A shard is a Parquet file that is written atomically and whose content depends only on the settings, the prompt and the shard's
-number. So a killed run resumes with the missing shards, and its result equals that of an uninterrupted run. Memory needs to hold
-only the texts of one shard and the scores of one prompt, however many responses there are.
+number. So a killed run resumes with the missing shards, and its result equals that of an uninterrupted run. Memory needs to
+hold only the texts of one shard and the scores of one prompt, however many responses there are.
 """
 
 import hashlib
@@ -119,7 +119,9 @@ class ResponseStore:
         return self.read(RESPONSES, Shard(prompt, number), "response")[row].as_py()
 
     def distinct(self, prompt: int) -> np.ndarray:
-        """Number the distinct texts among the n responses to a prompt by first occurrence, and return each response's number."""
+        """
+        Number the distinct texts among the n responses to a prompt by first occurrence, and return each response's number.
+        """
         numbers: dict[bytes, int] = {}
         result = np.empty(self.n, dtype=np.int64)
         for shard in self.shards(prompt):
@@ -171,7 +173,9 @@ Submit = Callable[[Callable[..., int], Iterable[tuple]], Iterator[int]]
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[Submit]:
-    """Context manager that runs calls in worker processes, which share the threads equally; one worker is this process itself."""
+    """
+    Context manager that runs calls in worker processes, which share the threads equally; one worker is this process itself.
+    """
     if workers == 1:
         try:
             yield lambda function, calls: (function(*call) for call in calls)

@@ -56,9 +56,9 @@ class Table:
 
     def to_markdown(self) -> str:
         """
-        Render the table in Markdown, in percent, with an interval in the overall column. The best of each column is bold and the
-        second best underlined, judged by the printed numbers. The rows `"ceiling"` and `"length only"`, which are not reward
-        models, and the numbers of pairs follow in a second table for comparison.
+        Render the table in Markdown, in percent, with an interval in the overall column. The best of each column is bold and
+        the second best underlined, judged by the printed numbers. The rows `"ceiling"` and `"length only"`, which are not
+        reward models, and the numbers of pairs follow in a second table for comparison.
         """
         methods = [method for method in self.cells if method not in (CEILING, LENGTH_ONLY)]
         printed = {

@@ -1,4 +1,4 @@
-"""Sampling from a policy where its log-probabilities are needed too: for PPO's rollout and for the KL."""
+"""Sample from a policy and compute its log-probabilities, for PPO's rollout and for the KL."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +16,10 @@ class Sample(NamedTuple):
     Responses of a policy to a batch of prompts.
 
     Attributes:
-        input_ids (`Tensor` of shape (B, P + T)): prompts padded on the left, responses padded on the right.
-        attention_mask (`Tensor` of shape (B, P + T)): ones for tokens, the response's end included.
-        response_mask (`Tensor` of shape (B, T)): the same for the responses alone.
-        ended (`Tensor` of shape (B,)): whether the response has an end, or was cut off.
+        input_ids (`Tensor` of shape (B, P + T)): Prompts padded on the left, responses padded on the right.
+        attention_mask (`Tensor` of shape (B, P + T)): 1 for tokens, including the end of the response.
+        response_mask (`Tensor` of shape (B, T)): The same for the responses only.
+        ended (`Tensor` of shape (B,)): Whether the response ended; otherwise it was cut off.
     """
 
     input_ids: Tensor
@@ -29,7 +29,7 @@ class Sample(NamedTuple):
 
     @property
     def responses(self) -> list[list[int]]:
-        """The tokens of each response, without its end."""
+        """Return the tokens of each response, without its end."""
         lengths = (self.response_mask.sum(1) - self.ended.long()).tolist()
         rows = self.input_ids[:, -self.response_mask.shape[1] :].tolist()
         return [row[:length] for row, length in zip(rows, lengths, strict=True)]
@@ -46,12 +46,12 @@ def sample(
     top_p: float = 1.0,
 ) -> Sample:
     """
-    One sampled response a prompt, in one batch. The policy should be in evaluation mode.
+    Sample one response per prompt, in one batch. The policy should be in evaluation mode.
 
     Args:
-        prompts (`Sequence[list[dict]]`): turns, the last of the user.
-        formatter (`Formatter`): with the policy's tokenizer.
-        max_new_tokens (`int`): tokens after which a response is cut off.
+        prompts (`Sequence[list[dict]]`): Prompts as lists of turns; the last turn is the user's.
+        formatter (`Formatter`): A formatter with the policy's tokenizer.
+        max_new_tokens (`int`): Maximum tokens of a response.
     """
     tokenizer = formatter.tokenizer
     ids = [formatter.generation_prompt(prompt) for prompt in prompts]
@@ -67,7 +67,7 @@ def sample(
             top_k=0,
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
-            synced_gpus=False,  # the policy is whole in each process
+            synced_gpus=False,  # each process has the unsharded policy
         )
     answers = sequences[:, batch["input_ids"].shape[1] :]
     is_end = torch.isin(answers, torch.tensor(ends, device=answers.device))
@@ -78,8 +78,8 @@ def sample(
 @torch.no_grad()
 def log_probs(model: PreTrainedModel, sample: Sample, temperature: float = 1.0) -> Tensor:
     """
-    The log-probability of every token of the responses under a language model, shape (B, T): those of the whole
-    distribution at that temperature, before any top-p.
+    Compute the log-probability of each token of the responses under a language model, shape (B, T), at the given temperature
+    and without top-p.
     """
     length = sample.response_mask.shape[1]
     positions = (sample.attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -97,17 +97,17 @@ def log_probs(model: PreTrainedModel, sample: Sample, temperature: float = 1.0) 
 @contextmanager
 def nucleus_rollout(policy: PreTrainedModel, top_p: float) -> Iterator[None]:
     """
-    Context manager in which the rollout of TRL's PPO, which has no option for it, samples from the smallest set of tokens whose
-    probabilities sum to `top_p`.
+    Context manager in which the rollout of TRL's PPO, which has no option for it, uses nucleus sampling: it samples from the
+    smallest set of tokens whose probabilities sum to `top_p`.
 
-    The rollout's log-probabilities stay those of the whole distribution, as are those of the reference and of the update:
-    otherwise the first ratio of an update would not be 1, and a token that the reference finds likely and the nucleus
-    leaves out would have an infinite penalty.
+    The log-probabilities of the rollout remain those of the full distribution, like those of the reference and the update.
+    Otherwise the first ratio of an update would not be 1, and a token outside the nucleus that the reference finds likely would
+    have an infinite penalty.
     """
     generate = policy.generate
 
     def rollout(*args: Any, generation_config: GenerationConfig | None = None, **kwargs: Any) -> Any:
-        if generation_config is None:  # not TRL's rollout
+        if generation_config is None:  # another call than TRL's rollout
             return generate(*args, **kwargs)
         generation_config.top_p = top_p
         with _sampling_as_asked(policy):
@@ -126,7 +126,9 @@ def nucleus_rollout(policy: PreTrainedModel, top_p: float) -> Iterator[None]:
 
 @contextmanager
 def _sampling_as_asked(policy: PreTrainedModel) -> Iterator[None]:
-    """Context manager in which the checkpoint's generation_config.json adds nothing: that of Qwen1.5-Chat penalises repetition."""
+    """
+    Context manager that ignores the checkpoint's generation_config.json; that of Qwen1.5-Chat penalises repetition.
+    """
     before = policy.generation_config
     policy.generation_config = GenerationConfig(eos_token_id=before.eos_token_id, pad_token_id=before.pad_token_id)
     try:

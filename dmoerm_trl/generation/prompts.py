@@ -1,4 +1,4 @@
-"""The prompts of a run: those that the policy is optimised on, and others on which it is measured."""
+"""Read the prompts of a run: those on which the policy is optimised, and others on which it is measured."""
 
 import hashlib
 import json
@@ -10,24 +10,24 @@ from ..data.preference_row import RowError
 from ..data.rows import PreferenceRow, prompt_of, records_of
 
 _OF_RESPONSES = ("response", "responses", "gold", "chosen", "rejected", "messages")
-"""Fields of a record that are not its prompt's."""
+"""Fields of a record that do not belong to its prompt."""
 
 
 def read_prompts(path: str | os.PathLike, count: int | None = None, task: str | None = None) -> list[dict]:
     """
-    The distinct prompts of a file in the order of their first occurrence, each with the other fields of that record. The
-    file may hold prompts alone, preference rows in any accepted format (recipes/DATA.md), or responses.
+    Read the distinct prompts of a file in the order of their first occurrence, each with the other fields of that record. The
+    file may hold prompts, preference rows in any accepted format (recipes/DATA.md), or responses.
 
     Args:
         path (`str`): File or folder, see [`~dmoerm_trl.data.rows.load_rows`].
-        count (`int`, *optional*): how many; all if absent.
-        task (`str`, *optional*): only those with this `task`.
+        count (`int`, *optional*): Number of prompts; all by default.
+        task (`str`, *optional*): Task of the prompts; all tasks by default.
 
     Returns:
-        `list[dict]`: rows with `prompt`, a list of turns.
+        `list[dict]`: Rows with `prompt`, a list of turns.
 
     Raises:
-        ValueError: for the first record without a prompt, naming the file and the line; or if there are too few prompts.
+        ValueError: If a record has no prompt, which the message names with its file and line; or if there are too few prompts.
 
     Example:
 
@@ -65,28 +65,28 @@ def load_prompts(
     seed: int = 0,
 ) -> tuple[list[dict], list[dict]]:
     """
-    Read the prompts of a run from files of prompts or of preference rows, and print what became of them.
+    Read the prompts of a run from files of prompts or preference rows, and print how many are used.
 
-    The paper's appendix D.3 draws the reward model's training, the optimisation and the evaluation from different sets.
-    With AlignBench for evaluation, PPO I is `prompts="alignbench.jsonl"`, of which `held_out` are split off, and PPO II is
-    `prompts="ours.jsonl", eval_prompts="alignbench.jsonl"`; `reward_prompts` is what the reward model was trained on.
+    Appendix D.3 of the paper draws the prompts of the reward model's training, the optimisation and the evaluation from
+    different sets. With AlignBench for evaluation, PPO I is `prompts="alignbench.jsonl"`, of which `held_out` are split off,
+    and PPO II is `prompts="ours.jsonl", eval_prompts="alignbench.jsonl"`. `reward_prompts` is the training set of the reward
+    model.
 
     Args:
-        prompts (`str`): file of the prompts to optimise on, as of
-            [`~dmoerm_trl.generation.prompts.read_prompts`].
-        formatter (`Formatter`): with the policy's tokenizer.
-        max_prompt_length (`int`): tokens. Longer prompts are left out and counted, since cutting them would have the
-            reward model judge another conversation than was had.
-        eval_prompts (`str`, *optional*): file of the prompts to measure on; without it they are split off from `prompts`.
-        reward_prompts (`str`, *optional*): file of the prompts that the reward model was trained on, to check that none
+        prompts (`str`): File of the prompts to optimise on; see [`read_prompts`].
+        formatter (`Formatter`): A formatter with the policy's tokenizer.
+        max_prompt_length (`int`): Maximum tokens. Longer prompts are left out and counted, because a prompt that is cut is
+            another conversation.
+        eval_prompts (`str`, *optional*): File of the prompts to measure on; by default they are split off from `prompts`.
+        reward_prompts (`str`, *optional*): File of the prompts on which the reward model was trained, to check that none
             recurs.
-        held_out (`int`): how many prompts to measure on; `monitor_prompts` of a recipe.
+        held_out (`int`): Number of prompts to measure on; `monitor_prompts` of a recipe.
 
     Returns:
         A row with `prompt` for each prompt to optimise on, and for each of at most `held_out` prompts to measure on.
 
     Raises:
-        ValueError: if sets that must not share a prompt do, or one is empty.
+        ValueError: If two sets share a prompt, or one is empty.
 
     Example:
 
@@ -130,8 +130,8 @@ def load_prompts(
 
 def split_off(rows: Sequence[dict], count: int, *, seed: int = 0) -> tuple[list[dict], list[dict]]:
     """
-    Split off the rows of `count` prompts from the others. Which prompts they are depends on the seed and the prompts alone, not on
-    the order of the rows, and no prompt is in both.
+    Split off the rows of `count` prompts. The choice of the prompts depends only on the seed and the prompts, not on the order
+    of the rows, and no prompt is in both parts.
     """
     ids = sorted(map(prompt_id, rows), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
     chosen = set(list(dict.fromkeys(ids))[:count])
@@ -143,7 +143,7 @@ def check_disjoint(sets: dict[str, Sequence[dict]]) -> None:
     Check that no prompt is in two sets.
 
     Raises:
-        ValueError: if a prompt is in two of the named sets, case and white space aside.
+        ValueError: If a prompt is in two of the named sets, ignoring case and white space.
     """
     seen: dict[str, str] = {}
     for name, rows in sets.items():
@@ -159,12 +159,12 @@ def check_disjoint(sets: dict[str, Sequence[dict]]) -> None:
 
 
 def prompt_id(row: dict) -> str:
-    """See [`~dmoerm_trl.data.rows.PreferenceRow.prompt_id`]."""
+    """Return the identifier of a prompt; see [`~dmoerm_trl.data.rows.PreferenceRow.prompt_id`]."""
     return PreferenceRow(row["prompt"], [], []).prompt_id
 
 
 def prompt_records(path: str | os.PathLike) -> Iterator[tuple[str, dict]]:
-    """Yield one record at a time with its place, its prompt as turns."""
+    """Yield the place of each record, and the record with its prompt as turns."""
     for count, (place, raw) in enumerate(records_of(path), start=1):
         place = f"{place}, record {count}"
         try:
@@ -175,5 +175,5 @@ def prompt_records(path: str | os.PathLike) -> Iterator[tuple[str, dict]]:
 
 
 def prompt_key(row: dict) -> str:
-    """Distinguish prompts: equal for rows with the same turns."""
+    """Return a key that is equal for rows with the same turns."""
     return json.dumps(row["prompt"], sort_keys=True)

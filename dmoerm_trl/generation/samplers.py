@@ -1,4 +1,4 @@
-"""Responses of a policy: one to each of many prompts, or many to one prompt."""
+"""Sample responses of a policy: one to each of many prompts, or many to one prompt."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from ..modeling.load_errors import loading
 from .log_probs import sample
 
 Sampler = Callable[[list[dict], int, int], list[str]]
-"""(prompt, number of responses, seed) -> texts, without special tokens; the same arguments give the same texts."""
+"""Function (prompt, number of responses, seed) -> texts without special tokens. The same arguments give the same texts."""
 
 
 def generate(
@@ -37,15 +37,15 @@ def generate(
     seed: int = 0,
 ) -> list[str]:
     """
-    One sampled response a prompt.
+    Sample one response per prompt.
 
     Args:
-        prompts (`Sequence[list[dict]]`): turns, the last of the user.
-        max_new_tokens (`int`): tokens after which a response is cut off.
-        seed (`int`): of the sampling; the global random state is left as it was.
+        prompts (`Sequence[list[dict]]`): Prompts as lists of turns; the last turn is the user's.
+        max_new_tokens (`int`): Maximum tokens of a response.
+        seed (`int`): Seed of the sampling. The global random state is not changed.
 
     Returns:
-        `list[str]`: the responses' texts, without special tokens.
+        `list[str]`: The texts of the responses, without special tokens.
 
     Example:
 
@@ -78,12 +78,12 @@ def sampler(
     batch_size: int = 500,
 ) -> Sampler:
     """
-    Many responses to one prompt, by transformers' `generate`. The prompt goes through the policy once, whatever the
-    number of responses; there is no padding before them.
+    Build a sampler of many responses to one prompt with transformers' `generate`. The prompt goes through the policy once,
+    whatever the number of responses.
 
     Args:
-        max_new_tokens (`int`): tokens after which a response is cut off.
-        batch_size (`int`): responses generated at a time: it bounds memory. Other batches draw other texts.
+        max_new_tokens (`int`): Maximum tokens of a response.
+        batch_size (`int`): Number of responses generated at a time, which bounds memory. Another number samples other texts.
     """
     policy.eval()
     tokenizer = formatter.tokenizer
@@ -111,8 +111,8 @@ def sampler(
                 attention_mask=torch.ones_like(batch),
                 past_key_values=cache,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,  # the last processor has drawn already
-                repetition_penalty=1.0,  # some models bring another
+                do_sample=False,  # the last processor has already drawn the token
+                repetition_penalty=1.0,  # some models set another
                 logits_processor=processors,
                 eos_token_id=end,
                 pad_token_id=tokenizer.pad_token_id,
@@ -125,8 +125,8 @@ def sampler(
 
 class _Draw(LogitsProcessor):
     """
-    Draws each next token and leaves it alone possible. Unlike `do_sample` it has a random state of its own, and takes one
-    random number a row instead of one for each token of the vocabulary, which on a CPU is a third of the time.
+    Logits processor that draws the next token and masks all others. Unlike `do_sample` it has its own random state and uses one
+    random number per row instead of one per token of the vocabulary, which takes a third of the time on a CPU.
     """
 
     def __init__(self, generator: torch.Generator):
@@ -145,14 +145,14 @@ def vllm_sampler(
     policy: str, formatter: Formatter, *, max_new_tokens: int, temperature: float = 1.0, top_p: float = 1.0, **engine
 ) -> Sampler:
     """
-    As [`sampler`], by vLLM, which makes its own batches and shares the prompt among them.
+    Build a sampler with vLLM, which batches the responses and shares the prompt; see [`sampler`].
 
     Args:
         policy (`str`): Folder or hub name.
-        engine: further arguments of `vllm.LLM`, such as `dtype` and `tensor_parallel_size`.
+        engine: Further arguments of `vllm.LLM`, such as `dtype` and `tensor_parallel_size`.
 
     Raises:
-        ImportError: vLLM is not installed.
+        ImportError: If vLLM is not installed.
     """
     try:
         from vllm import LLM, SamplingParams
@@ -183,16 +183,16 @@ def vllm_sampler(
 @dataclass(frozen=True)
 class SamplerSpec:
     """
-    Where a [`Sampler`] comes from.
+    Specification of a [`Sampler`], which [`load`] builds.
 
     Args:
-        name (`str`): folder or hub name of a causal language model.
-        max_new_tokens (`int`): tokens after which a response is cut off.
-        temperature, top_p (`float`): of the sampling.
-        batch_size (`int`): responses that transformers generates at a time.
+        name (`str`): Folder or hub name of a causal language model.
+        max_new_tokens (`int`): Maximum tokens of a response.
+        temperature, top_p (`float`): Settings of the sampling.
+        batch_size (`int`): Number of responses that transformers generates at a time.
         backend (`str`): `"transformers"` or `"vllm"`.
-        dtype (`str`): in which the policy computes.
-        max_length (`int`): tokens of a prompt; older turns are cut.
+        dtype (`str`): Dtype of the policy.
+        max_length (`int`): Maximum tokens of a prompt; older turns are cut.
 
     Example:
 
@@ -270,10 +270,11 @@ def check_dtype(dtype: str) -> None:
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """
-    Policies and reward models exchange text, so their vocabularies may differ; but each must know its own chat format.
+    Check that a tokenizer has a chat template. Policies and reward models exchange text, so their vocabularies may differ, but
+    each needs its own chat format.
 
     Raises:
-        ValueError: a decoder's tokenizer has no chat template.
+        ValueError: If a decoder's tokenizer has no chat template.
     """
     if not tokenizer.chat_template and tokenizer.sep_token_id is None:
         raise ValueError(

@@ -1,6 +1,6 @@
 """
-Limits on what labelling may cost. A question is asked only if the most expensive answer that the judge estimates for it fits the
-limits, so a limit is exceeded only by as much as the estimates of the pending questions are too low.
+Limits on what labelling may cost. A question is asked only if the most expensive answer that the judge estimates for it fits
+the limits, so a limit is exceeded only by as much as the estimates of the pending questions are too low.
 """
 
 import math

@@ -58,9 +58,9 @@ def generative_verdicts(
     both answers agree, but at most `max_rounds` times; after that it is undecided and counts as a tie.
 
     With two responses per row, the consistency in the table is exactly that of the judge's decisions. With K > 2 responses, the
-    table uses their order by pairs won: if the judge is not transitive, a pair may count against the judge's own decision on it,
-    and two responses with equally many wins count as a tie. Pairs that are tied in the labels are asked too, because otherwise
-    the numbers of wins would leak the labels.
+    table uses their order by pairs won: if the judge is not transitive, a pair may count against the judge's own decision on
+    it, and two responses with equally many wins count as a tie. Pairs that are tied in the labels are asked too, because
+    otherwise the numbers of wins would leak the labels.
 
     A judge without an `example` is zero-shot, one with an example is one-shot. `dict(scores, **{"one-shot judge":
     verdicts.scores})` adds the judge to the scores of [`~dmoerm_trl.evaluation.methods.method_scores`].

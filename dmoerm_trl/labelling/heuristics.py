@@ -15,10 +15,10 @@ objectiveness, reasoning ability, depth and breadth of knowledge, convincing abi
 empathy ability, and the points that only roleplay has.
 
 Words are runs of letters and digits; in Chinese and Japanese, which do not separate words, each character counts as a word.
-Text without any word is the worst at every point. The libraries textstat and lexicalrichness would cover one of the eight points
-each, but they split words at spaces, so a Chinese sentence is a single word to them. textstat ends sentences only at `.!?` and
-ignores those of one or two words; lexicalrichness has no MATTR for a text shorter than the window, and depends on SciPy, pandas
-and TextBlob.
+Text without any word is the worst at every point. The libraries textstat and lexicalrichness would cover one of the eight
+points each, but they split words at spaces, so a Chinese sentence is a single word to them. textstat ends sentences only at
+`.!?` and ignores those of one or two words; lexicalrichness has no MATTR for a text shorter than the window, and depends on
+SciPy, pandas and TextBlob.
 """
 
 import math

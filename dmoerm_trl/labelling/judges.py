@@ -27,8 +27,8 @@ class Question:
         second (`str`): Response shown as number 2.
         point (`str`, *optional*): The only capability point to judge by; None to judge overall.
         task (`str`, *optional*): Task of the prompt, for judges that use it.
-        round (`int`, *optional*, defaults to 0): 0 for the first time, and 1 or more if the same question is repeated, so that a
-            judge that samples draws a new answer.
+        round (`int`, *optional*, defaults to 0): 0 for the first time, and 1 or more if the same question is repeated, so that
+            a judge that samples draws a new answer.
     """
 
     prompt: list[dict]
@@ -80,8 +80,8 @@ class Judge(Protocol):
         batch_size (`int`): Number of questions to pass to one call of `ask`.
         concurrency (`int`): Number of concurrent calls of `ask`.
         samples (`bool`): Whether another `round` of a question may get another answer.
-        answered (`bool`): Whether the judge is known to have answered a question. The caller sets it from the stored answers, so
-            that the judge can distinguish a problem with one question from a problem with all.
+        answered (`bool`): Whether the judge is known to have answered a question. The caller sets it from the stored answers,
+            so that the judge can distinguish a problem with one question from a problem with all.
         wanted (`str`, *optional*): Form of a readable answer, for messages.
         failures (`Mapping[str, int]`, *optional*): Kind of failure -> number of requests that failed and were retried.
 

@@ -1,6 +1,6 @@
 """
-Capability labels from a judge (section 4.3). The judge compares pairs of responses at each capability point, in both orders, and
-a label is kept if both answers agree.
+Capability labels from a judge (section 4.3). The judge compares pairs of responses at each capability point, in both orders,
+and a label is kept if both answers agree.
 
 Labelling takes three independent passes over the rows, which stream one row at a time: [`Labeller.estimate`] counts the open
 questions, [`Labeller.ask`] asks them and stores the answers, and [`Labeller.write`] writes labelled rows and a report from the

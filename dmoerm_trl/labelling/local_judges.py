@@ -31,8 +31,8 @@ class ModelJudge:
     and 2. Equally likely answers are a tie.
 
     Both likelihoods come from one forward pass over the question. Nothing is sampled and nothing is parsed, so every answer can
-    be read, and text such as "Answer: 1" in a response has no effect on reading it. A model that has to reason before it answers
-    should be asked through a server instead.
+    be read, and text such as "Answer: 1" in a response has no effect on reading it. A model that has to reason before it
+    answers should be asked through a server instead.
 
     Args:
         model (`str`): Folder or hub name of the model.
@@ -136,7 +136,9 @@ class ModelJudge:
         return log_likelihoods.gather(1, tokens).tolist()
 
     def _encode(self, question: Question) -> "_Encoded":
-        """Tokenize the chats that end in the answers 1 and 2, up to the first difference; works with any template and tokenizer."""
+        """
+        Tokenize the chats that end in the answers 1 and 2, up to the first difference; works with any template and tokenizer.
+        """
         turns = self._template.messages(question)
         one, two = (
             self._tokenizer.apply_chat_template(
@@ -175,7 +177,9 @@ class _Text(NamedTuple):
 
 
 class _ScoreJudge(ABC):
-    """Base of judges that prefer the response with the higher score; equal scores are a tie, and a score of None is no choice."""
+    """
+    Base of judges that prefer the response with the higher score; equal scores are a tie, and a score of None is no choice.
+    """
 
     concurrency = 1
     samples = False

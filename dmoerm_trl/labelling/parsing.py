@@ -26,9 +26,9 @@ def read_choice(text: str, *, structured: bool = False) -> Literal[1, 2] | None:
     - The number on the last line, after `Answer:` or `答案:`.
     - With `structured`, only the JSON object `{"choice": 1}` or `{"choice": 2}`.
 
-    Markdown asterisks and surrounding white space are ignored. Everything up to the last `</think>` is ignored as thinking, even
-    if the opening tag is missing; a thinking block that is not closed is no answer. The tags of other models are recognised too:
-    `thinking`, `thought`, `reasoning`, `seed:think`, and `[THINK]`.
+    Markdown asterisks and surrounding white space are ignored. Everything up to the last `</think>` is ignored as thinking,
+    even if the opening tag is missing; a thinking block that is not closed is no answer. The tags of other models are
+    recognised too: `thinking`, `thought`, `reasoning`, `seed:think`, and `[THINK]`.
     """
     text = _THINKING.sub("", text)
     if _UNCLOSED_THINKING.match(text):

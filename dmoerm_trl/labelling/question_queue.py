@@ -210,7 +210,9 @@ class QuestionQueue:
 
 
 async def gather_answers(calls: Iterable[Awaitable[Result]]) -> list[Result]:
-    """Run calls concurrently and return their results. After all have ended, raise the first error, preferably not [`Stopped`]."""
+    """
+    Run calls concurrently and return their results. After all have ended, raise the first error, preferably not [`Stopped`].
+    """
     results = await asyncio.gather(*calls, return_exceptions=True)
     errors = [result for result in results if isinstance(result, BaseException)]
     if errors:

@@ -56,7 +56,10 @@ def looks_secret(text: str) -> bool:
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """Yield the spellings of a secret. In base64, preceding text shifts it by up to two bytes and changes its first and last characters."""
+    """
+    Yield the spellings of a secret. In base64, preceding text shifts it by up to two bytes and changes its first and last
+    characters.
+    """
     yield secret
     if len(secret) < PART:
         return

@@ -50,18 +50,18 @@ class ServerJudge:
     after the server's Retry-After or else after a delay that doubles with each retry and is drawn between half of it and all of
     it. A 429 pauses all requests, for a time that doubles until the next answer arrives. A question that is too long for the
     model or refused by the server's content filter is answered without a choice, and so is a question refused with status 400,
-    413 or 422 while others are answered, up to 500 in a row. Redirects are not followed, because the key is meant for this server
-    only.
+    413 or 422 while others are answered, up to 500 in a row. Redirects are not followed, because the key is meant for this
+    server only.
 
-    Error messages show the server's host and its text on one line, without the key, anything that looks like a secret in the path
-    of `base_url` or in `extra_body`, and control characters.
+    Error messages show the server's host and its text on one line, without the key, anything that looks like a secret in the
+    path of `base_url` or in `extra_body`, and control characters.
 
     Args:
         base_url (`str`): Address of the server, such as `https://api.openai.com/v1` or `http://localhost:8000/v1`. It is not part
             of the judge's identity: the same model on another server is the same judge.
         model (`str`): Name of the model on the server.
-        api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable that holds the key; None for a server
-            without keys.
+        api_key_env (`str`, *optional*, defaults to `"OPENAI_API_KEY"`): Environment variable that holds the key; None for a
+            server without keys.
         template (`str`, *optional*, defaults to `"en"`): See [`~dmoerm_trl.labelling.template.Template`].
         example (`str`, *optional*): See [`~dmoerm_trl.labelling.template.Template`].
         structured (`bool`, *optional*, defaults to `False`): See [`~dmoerm_trl.labelling.template.Template`]; requires a server
@@ -81,8 +81,8 @@ class ServerJudge:
         retries (`int`, *optional*, defaults to 6): Maximum number of retries of one question, and of 429s in a row without any
             answer, before the server counts as gone.
         first_wait (`float`, *optional*, defaults to 1): Seconds before the first retry.
-        longest_wait (`float`, *optional*, defaults to 300): Maximum seconds before a retry. A server whose Retry-After is longer
-            counts as gone.
+        longest_wait (`float`, *optional*, defaults to 300): Maximum seconds before a retry. A server whose Retry-After is
+            longer counts as gone.
 
     Raises:
         ImportError: If the package `openai` is missing.

@@ -34,8 +34,8 @@ def read_key(variable: Any) -> str | None:
     Read the key from an environment variable; `None` if no variable is given.
 
     Raises:
-        JudgeError: If the variable holds no key, or a key that cannot be sent. The message holds no secret, not even a key given by
-            mistake instead of the variable's name.
+        JudgeError: If the variable holds no key, or a key that cannot be sent. The message holds no secret, not even a key
+            given by mistake instead of the variable's name.
         ValueError: If `variable` is not a name.
     """
     if variable is None:

@@ -21,12 +21,12 @@ def system_strength(ranked: Iterable[tuple[Sequence[int], Sequence[str]]]) -> di
     Compute the share of its comparisons that each system wins.
 
     Args:
-        ranked (`Iterable`): For each prompt, the overall ranks of K responses, 1 is best, and the K systems that wrote them. Use
-            only training prompts.
+        ranked (`Iterable`): For each prompt, the overall ranks of K responses, 1 is best, and the K systems that wrote them.
+            Use only training prompts.
 
     Returns:
-        `dict`: System -> share, from 0 to 1, of the comparisons with other systems' responses to the same prompt that it wins; a
-        tie is half a win. A system that is compared with no other is absent.
+        `dict`: System -> share, from 0 to 1, of the comparisons with other systems' responses to the same prompt that it wins;
+        a tie is half a win. A system that is compared with no other is absent.
     """
     wins: dict[str, float] = defaultdict(float)
     comparisons: dict[str, int] = defaultdict(int)

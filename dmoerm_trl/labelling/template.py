@@ -23,12 +23,12 @@ class Template:
 
     The template is rendered with `prompt` (the turns, each with `role` and `content`), `first`, `second`, `point` and `task`
     (both may be None), `structured` (whether JSON is required) and `mark`. The mark is a word that occurs in none of the texts
-    and that their authors cannot predict, so a response cannot forge lines that begin with it. It is the same for both orders of
-    two responses.
+    and that their authors cannot predict, so a response cannot forge lines that begin with it. It is the same for both orders
+    of two responses.
 
     Args:
-        source (`str`, *optional*, defaults to `"en"`): `"en"`, `"zh"`, or the path of your own Jinja file. It must show the last
-            turn of the prompt, both responses, and the point if there is one; it may omit the earlier turns and the task.
+        source (`str`, *optional*, defaults to `"en"`): `"en"`, `"zh"`, or the path of your own Jinja file. It must show the
+            last turn of the prompt, both responses, and the point if there is one; it may omit the earlier turns and the task.
         example (`str`, *optional*): Worked example for one-shot prompting: `"en"`, `"zh"`, or the path of a YAML file with
             `prompt` (text), `first`, `second`, `choice` (1 or 2), and `point`. The choice must hold at the point and overall.
         structured (`bool`, *optional*, defaults to `False`): Whether to require a JSON object, for servers that enforce it.

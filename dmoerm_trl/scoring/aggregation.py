@@ -1,5 +1,5 @@
 """
-The ensemble baselines of section 5.2: the rewards of k reward models, which differ in their seed alone, made into one.
+Aggregate the rewards of an ensemble, k reward models that differ only in their seed: the baselines of section 5.2.
 
 Coste et al. 2024, "Reward Model Ensembles Help Mitigate Overoptimization", ICLR; Eisenstein et al. 2023, "Helping or
 Herding? Reward Model Ensembles Mitigate but do not Eliminate Reward Hacking", arXiv 2312.09244; Zhai et al. 2024,
@@ -17,7 +17,7 @@ import torch
 
 def mean_reward(rewards: torch.Tensor) -> torch.Tensor:
     """
-    Mean optimisation, equation 8: `R(x) = 1/k sum_i r_i(x)`.
+    Compute the mean over members, equation 8: `R(x) = 1/k sum_i r_i(x)`.
 
     Args:
         rewards (`torch.Tensor` of shape `(k, ...)`): Standardised rewards of each member.
@@ -38,7 +38,7 @@ def mean_reward(rewards: torch.Tensor) -> torch.Tensor:
 
 def worst_case_reward(rewards: torch.Tensor) -> torch.Tensor:
     """
-    Worst-case optimisation (WCO), equation 9: `R(x) = min_i r_i(x)`.
+    Compute the minimum over members, worst-case optimisation (WCO), equation 9: `R(x) = min_i r_i(x)`.
 
     Args:
         rewards (`torch.Tensor` of shape `(k, ...)`): Standardised rewards of each member.
@@ -59,15 +59,15 @@ def worst_case_reward(rewards: torch.Tensor) -> torch.Tensor:
 
 def uncertainty_weighted_reward(rewards: torch.Tensor, coefficient: float = 0.5) -> torch.Tensor:
     """
-    Uncertainty-weighted optimisation (UWO), equation 10, with m(x) the mean of equation 8:
-    `R(x) = m(x) - coefficient * 1/k sum_i (r_i(x) - m(x))^2`.
+    Compute the mean minus a multiple of the variance, uncertainty-weighted optimisation (UWO), equation 10, with m(x) of
+    equation 8: `R(x) = m(x) - coefficient * 1/k sum_i (r_i(x) - m(x))^2`.
 
     The second term is the population variance over the members (divided by k, not k - 1). The paper's tables call the
     method "mean minus std"; this is its equation, which subtracts the variance.
 
     Args:
         rewards (`torch.Tensor` of shape `(k, ...)`): Standardised rewards of each member.
-        coefficient (`float`, *optional*, defaults to `0.5`): The equation's lambda, to which the paper gives no value.
+        coefficient (`float`, *optional*, defaults to `0.5`): Lambda of the equation, whose value the paper does not give.
 
     Example:
 

@@ -1,6 +1,6 @@
 """
-Scoring many texts: task by task, in batches under a token budget in which texts with one prompt stand together. Several processes
-may share the batches: what is in a batch does not depend on how many they are, so neither do the numbers.
+Score many texts task by task, in batches with a token budget that keep the texts of a prompt together. Several processes may
+share the batches. Their number changes neither the batches nor the scores.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,11 +37,11 @@ def map_encodings(
     all texts and return the results in the texts' order, on the CPU.
 
     Args:
-        tokens_per_batch (`int`): tokens of a batch, where a prompt that several texts share counts once; a batch of long
-            texts may have twice its first text's.
-        groups (`Sequence[int]`, *optional*): of each text, such as its task: one group comes after the other.
-        share (`bool`): whether the model computes what several texts begin with once; of another model all tokens count.
-        processes (`PartialState`, *optional*): those that share the batches. Each calls this with the same texts and gets
+        tokens_per_batch (`int`): Token budget of a batch, in which a shared prompt counts once. A batch of long texts may have
+            twice the tokens of its first text.
+        groups (`Sequence[int]`, *optional*): Group of each text, such as its task; the groups are run one after the other.
+        share (`bool`): Whether the model shares prefixes; otherwise all tokens count.
+        processes (`PartialState`, *optional*): Processes that share the batches. Each calls this with the same texts and gets
             all results.
     """
     if not encodings:
@@ -68,8 +68,8 @@ def map_encodings(
         parts = gather_object(parts)
         if sorted(index for batch, _ in parts for index in batch) != list(range(len(texts))):
             raise RuntimeError(
-                "got processes that divide the texts differently, need them to agree, because some texts would have no "
-                "score: start them on GPUs of one kind, so that all route alike."
+                "got processes that divide the texts differently, need the same division, because some texts would have no "
+                "score: start them on GPUs of the same kind, so that their routes are equal."
             )
     result = parts[0][1].new_empty(len(texts), *parts[0][1].shape[1:])
     for batch, values in parts:
@@ -78,7 +78,7 @@ def map_encodings(
 
 
 def _batches(texts: Sequence[list[int]], groups: Sequence[int], tokens: int, share: bool) -> Iterator[list[int]]:
-    """Indices of the texts of a batch, group by group."""
+    """Yield the indices of the texts of each batch, group by group."""
     members: dict[int, list[int]] = {}
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
@@ -88,7 +88,7 @@ def _batches(texts: Sequence[list[int]], groups: Sequence[int], tokens: int, sha
 
 
 def _share(batches: list[list[int]], texts: Sequence[list[int]], processes: PartialState) -> list[list[int]]:
-    """The batches of this process: neighbours, so that it needs few groups, with about as many tokens as the others'."""
+    """Select the batches of this process: consecutive ones, so that it needs few groups, with an equal share of the tokens."""
     sizes = torch.tensor([sum(len(texts[index]) for index in batch) for batch in batches], dtype=torch.float64)
     owners = (sizes.cumsum(0) - sizes / 2) / sizes.sum() * processes.num_processes
     return [
@@ -100,14 +100,13 @@ def route_encodings(
     model: DMoERMForSequenceClassification, encodings: Sequence[Encoding], *, pad_token_id: int
 ) -> Tensor:
     """
-    `E(t | x)` of equation 1 for the texts' prompts, shape (N, tasks). It reads a prompt once, runs where the router is, and
-    needs no base.
+    Compute `E(t | x)` of equation 1 for the prompts of texts, shape (N, tasks). Only the router runs, once per prompt.
 
     Raises:
-        ValueError: if a probability is NaN.
+        ValueError: If a probability is NaN.
     """
     model.eval()
-    dmoerm = next(module for module in model.modules() if isinstance(module, DMoERMModel))  # within PEFT's too
+    dmoerm = next(module for module in model.modules() if isinstance(module, DMoERMModel))  # it may be wrapped by PEFT
     if dmoerm.router is None:
         return torch.ones(len(encodings), 1)
     places: dict[tuple[int, ...], int] = {}
@@ -133,13 +132,13 @@ def score_encodings(
     **options: Any,
 ) -> Tensor:
     """
-    The rewards of texts, shape (N,), task by task. The model is put into evaluation mode.
+    Compute the rewards of texts, shape (N,), task by task. The model is set to evaluation mode.
 
     Args:
-        responses (`Sequence[str]`, *optional*): the texts' responses, which an error quotes.
+        responses (`Sequence[str]`, *optional*): The responses, which an error quotes.
 
     Raises:
-        ValueError: if a reward is NaN or infinite.
+        ValueError: If a reward is NaN or infinite.
     """
     routes = route_encodings(model, encodings, pad_token_id=pad_token_id).argmax(1).tolist()
 
@@ -158,7 +157,7 @@ class CapabilityScores(NamedTuple):
     Rewards, routes and capability scores of N texts.
 
     Attributes:
-        rewards (`Tensor` of shape (N,)), routes (`Tensor` of shape (N,)): the routes as indices of `config.tasks`.
+        rewards (`Tensor` of shape (N,)), routes (`Tensor` of shape (N,)): Rewards, and routes as indices of `config.tasks`.
         scores (`Tensor` of shape (N, points)): of all points of the model, see [`points_of`]; NaN where a text's task does not
             have the point.
     """
@@ -169,7 +168,7 @@ class CapabilityScores(NamedTuple):
 
 
 def points_of(model: DMoERMForSequenceClassification) -> list[str]:
-    """The capability points of all tasks, each once."""
+    """List the distinct capability points of all tasks."""
     return list(dict.fromkeys(point for of_task in model.config.tasks.values() for point in of_task))
 
 
@@ -182,10 +181,10 @@ def score_capabilities(
     **options: Any,
 ) -> CapabilityScores:
     """
-    As [`score_encodings`], with the capability scores.
+    Compute the capability scores of texts too; see [`score_encodings`].
 
     Raises:
-        ValueError: if a reward, or a score of a point that the text's task has, is NaN or infinite.
+        ValueError: If a reward, or a score of a point that the text's task has, is NaN or infinite.
     """
     model.eval()
     points = points_of(model)
@@ -209,7 +208,7 @@ def score_rows(
     model: DMoERMForSequenceClassification, rows: Sequence[PreferenceRow], formatter: Formatter, **options: Any
 ) -> list[list[float]]:
     """
-    The rewards of all responses of all rows, one list a row.
+    Compute the rewards of all responses, one list per row.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Rewards, routes and capability scores of texts as plain numbers."""
+"""Describe texts by plain numbers: rewards, routes and capability scores."""
 
 import warnings
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ def describe(
     processes: PartialState | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Reward, route, the router's probabilities and the capability scores of prompts with responses, as plain numbers.
+    Compute the reward, route, route probabilities and capability scores of prompts with responses, as plain numbers.
 
     Args:
-        texts (`Sequence[tuple[list[dict], str]]`): Prompts as turns, each with a response.
-        processes (`PartialState`, *optional*): those that share the work; each gets all that is described.
+        texts (`Sequence[tuple[list[dict], str]]`): Pairs of a prompt, a list of turns, and a response.
+        processes (`PartialState`, *optional*): Processes that share the work; each gets all results.
 
     Returns:
-        `list[dict]`: `reward`, `route`, `route_probabilities` and `capability_scores` of each.
+        `list[dict]`: `reward`, `route`, `route_probabilities` and `capability_scores` of each text.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""An ensemble as one reward model (section 5.2 of the paper): for PPO, for GRPO and RLOO, for a monitor."""
+"""An ensemble as one reward model (section 5.2 of the paper)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,19 +17,19 @@ from .aggregation import AGGREGATIONS
 
 class RewardEnsemble(nn.Module):
     """
-    The rewards of k reward models made into one, in one pass a member. The members are frozen and in evaluation mode.
+    An ensemble of k reward models, which aggregates their rewards. The members are frozen and in evaluation mode.
 
     PPO reads a reward from `score(backbone(...).hidden_states[-1])`. The ensemble is its own backbone, and `score` is the
     identity, as in [`~dmoerm_trl.modeling.modeling_dmoerm.DMoERMForSequenceClassification`].
 
     Args:
-        members (`Sequence[DMoERMForSequenceClassification]`): k reward models of one tokenizer. Each holds the mean and the
-            deviation that standardise its rewards. They are taken over.
-        aggregate (`Callable`): rewards of shape (k, B, 1) -> (B, 1): one of equations 8 to 10, see
+        members (`Sequence[DMoERMForSequenceClassification]`): k reward models with the same tokenizer, each with the
+            mean and standard deviation that standardise its rewards.
+        aggregate (`Callable`): Function from shape (k, B, 1) to (B, 1), such as one of equations 8 to 10; see
             [`~dmoerm_trl.scoring.aggregation`].
 
     Raises:
-        ValueError: if there is no member, or one is no DMoERM.
+        ValueError: If there is no member, or one is not a DMoERM.
 
     Example:
 
@@ -66,7 +66,7 @@ class RewardEnsemble(nn.Module):
         return self.members[0].device
 
     def train(self, mode: bool = True) -> "RewardEnsemble":
-        """The members stay in evaluation mode."""
+        """Set the mode, but keep the members in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
@@ -74,7 +74,7 @@ class RewardEnsemble(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> SequenceClassifierOutput:
         """
-        Take what [`~dmoerm_trl.modeling.modeling_dmoerm.DMoERMModel`] takes.
+        Compute the aggregated rewards; the arguments are those of [`~dmoerm_trl.modeling.modeling_dmoerm.DMoERMModel`].
 
         Returns:
             `SequenceClassifierOutput`: `logits` of shape (B, 1), the rewards; `hidden_states`, one tensor of shape (B, T, 1)

@@ -1,4 +1,4 @@
-"""One scored response, explained in the terminal capability by capability."""
+"""Explain the score of a response in the terminal, by capability point."""
 
 import textwrap
 
@@ -22,21 +22,20 @@ def explanation(
     """
     Render why a response got its reward: the route, and the score of each expert on its capability point.
 
-    The scores come from heads that were trained one by one, so a score compares responses on one point; it does not
-    say which point of one response is the better one. Nor do the scores add up to the reward: equation 6 aggregates
-    the experts' embeddings, not their scores.
+    The heads were trained one by one, so a score compares responses at one point, not the points of one response. The scores do
+    not add up to the reward either: equation 6 aggregates the experts' embeddings, not their scores.
 
     Args:
-        prompt_text (`str`): The prompt; of a long one the end is shown, which holds the question.
-        response (`str`): The response; of a long one the beginning is shown.
+        prompt_text (`str`): The prompt; only the end of a long one is shown.
+        response (`str`): The response; only the beginning of a long one is shown.
         reward (`float`): The normalised reward.
         route (`str`): The task whose inner model scored the response.
         route_probabilities (`dict[str, float]`): Task -> the router's probability; empty if there is no router.
         capability_scores (`dict[str, float]`): Capability point -> score r_i of equation 4.
 
     Returns:
-        `str`: Some lines of plain text. What was cut from a long text is counted in its place. Control characters are
-        shown as spaces, so that a response cannot steer the terminal.
+        `str`: Some lines of plain text, with the number of characters that were left out of long texts. Control characters are
+        shown as spaces.
 
     Example:
 
@@ -57,10 +56,10 @@ def explanation(
 
 
 def _field(name: str, text: str, keep_end: bool = False) -> list[str]:
-    """`name` and beside it some lines of the text, its beginning or its end, with a count of what is left out."""
+    """Render a name and some lines of a text, its beginning or end, with the number of characters left out."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     columns = _WIDTH - _INDENT
-    characters = max(1, columns * len(text) // max(1, display_width(text)))  # that fill the columns, on average
+    characters = max(1, columns * len(text) // max(1, display_width(text)))  # that fill the columns on average
     kept = characters * _LINES
     left_out = len(text) - kept
     if left_out > 0:
@@ -71,7 +70,7 @@ def _field(name: str, text: str, keep_end: bool = False) -> list[str]:
 
 
 def _bars(title: str, values: dict[str, float], spec: str) -> list[str]:
-    """A heading and a bar a value. A full bar is 1, or the largest size if that is above 1; hatched is negative."""
+    """Render a heading and one bar per value. A full bar is 1 or the largest absolute value; hatched bars are negative."""
     values = {one_line(name): value for name, value in values.items()}
     names = max(display_width(name) for name in (title, *values))
     scale = max(1.0, *(abs(value) for value in values.values()))

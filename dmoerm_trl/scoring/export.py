@@ -1,4 +1,4 @@
-"""A task's base or one of its experts as ordinary files: a `<Arch>ForSequenceClassification`, or a PEFT adapter of one."""
+"""Export a task's base as a `<Arch>ForSequenceClassification`, or an expert as a PEFT adapter of it."""
 
 import copy
 from pathlib import Path
@@ -23,9 +23,9 @@ def sequence_classifier(model: DMoERMForSequenceClassification, task: str) -> Pr
     """
     Copy a task's base, as phase 1 left it, into the class that `AutoModelForSequenceClassification` has for its architecture.
 
-    Its one logit is `w z` of the base's head `w z + b`: the class has no bias, and neither `b`, the sigma of equation 4, nor the
-    normalisation change the order of responses. With `activation="none"` the model's reward is `(logit + b - mean) / std`, with
-    `"sigmoid"` it is `(sigmoid(logit + b) - mean) / std`; see [`logit_shift`].
+    Its one logit is `w z` of the base's head `w z + b`: the class has no bias, and neither `b`, the sigma of equation 4, nor
+    the normalisation change the order of responses. With `activation="none"` the model's reward is `(logit + b - mean) / std`,
+    with `"sigmoid"` it is `(sigmoid(logit + b) - mean) / std`; see [`logit_shift`].
 
     Args:
         model (`DMoERMForSequenceClassification`): A DMoERM, a phase-1 model or a baseline.
@@ -108,8 +108,8 @@ def export_reward_model(
 
 def _end_with_the_turn(tokenizer: PreTrainedTokenizerBase, end_of_turn: list[int]) -> None:
     """
-    Let the chat template leave out the white space after the token that ends the last turn, in place: the class reads the last token
-    of a chat, and the model was trained to read that one.
+    Let the chat template leave out the white space after the token that ends the last turn, in place: the class reads the last
+    token of a chat, and the model was trained to read that one.
 
     Raises:
         ValueError: If something else follows the last turn.
@@ -134,8 +134,8 @@ def export_adapter(
     model: DMoERMForSequenceClassification, task: str, point: str, folder: str | Path, base: str | Path
 ) -> None:
     """
-    Save an expert as a PEFT adapter of the model that [`export_reward_model`] leaves for its task. The adapter holds the expert's
-    head too, so that the logit of the adapted model orders responses as the expert's capability scores do.
+    Save an expert as a PEFT adapter of the model that [`export_reward_model`] leaves for its task. The adapter holds the
+    expert's head too, so that the logit of the adapted model orders responses as the expert's capability scores do.
 
     Args:
         point (`str`): The expert's capability point.

@@ -1,4 +1,4 @@
-"""Reward models as functions of texts: for GRPO and RLOO, for a monitor, for a judge."""
+"""Use reward models as functions of texts, for GRPO, RLOO, monitors and judges."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,24 +16,24 @@ from .batch import map_encodings, points_of, score_capabilities
 from .reward_models import ScorerSpec
 
 TextScorer = Callable[[Sequence[list[dict]], Sequence[str]], Sequence[float] | Tensor]
-"""`scorer(prompts, responses)` -> one reward a response; prompts are turns, the last of the user."""
+"""`scorer(prompts, responses)` returns one reward per response. Prompts are lists of turns; the last turn is the user's."""
 
 
 class TextRewards:
     """
-    The rewards that a reward model gives to texts, a [`TextScorer`].
+    A [`TextScorer`] that gives texts the rewards of a reward model.
 
-    Texts are tokenised by the reward model's own formatter, so a policy may have another tokenizer and chat template, and a
-    response that spells a special token does not get one. The last batch is remembered: several functions of one batch cost
-    one forward.
+    The reward model's own formatter tokenises the texts. So a policy may have another tokenizer and chat template, and a
+    special token that a response spells is ordinary text. The scores of the last batch are cached, so several functions of one
+    batch share one forward pass.
 
     Args:
-        model (`PreTrainedModel`): a DMoERM, or any model whose `logits` of shape (B, 1) are rewards. It is put into
-            evaluation mode and stays where it is: move it to its device first.
-        formatter (`Formatter`): with the reward model's tokenizer.
+        model (`PreTrainedModel`): A DMoERM, or any model whose `logits` of shape (B, 1) are rewards. It is set to evaluation
+            mode and stays on its device.
+        formatter (`Formatter`): A formatter with the reward model's tokenizer.
 
     Raises:
-        ValueError: if the formatter's texts are not in the form of the model's training.
+        ValueError: If the formatter does not render texts as in the training of the model.
 
     Example:
 
@@ -55,25 +55,27 @@ class TextRewards:
         self._scores = torch.empty(0)
 
     def __call__(self, prompts: Sequence[list[dict]], responses: Sequence[str]) -> Tensor:
-        """The rewards, shape (B,), fp32, on the CPU."""
+        """Return the rewards, shape (B,), fp32, on the CPU."""
         return self.scores(prompts, responses)[:, 0]
 
     def point(self, name: str, prompts: Sequence[list[dict]], responses: Sequence[str]) -> Tensor:
-        """The scores of one capability point, shape (B,); NaN where the router's task does not have the point."""
+        """Return the scores of one capability point, shape (B,); NaN if the text's task does not have the point."""
         return self.scores(prompts, responses)[:, 1 + self.points.index(name)]
 
     def weighted(self, weights: Mapping[str, float]) -> TextScorer:
-        """The weighted sum over the capability points that a text's task has, as TRL adds up reward functions."""
+        """
+        Return a scorer of the weighted sum over the capability points that a text's task has, as TRL sums reward functions.
+        """
         columns = torch.tensor([1 + self.points.index(name) for name in weights])
         factors = torch.tensor(list(weights.values()), dtype=torch.float32)
         return lambda prompts, responses: (self.scores(prompts, responses)[:, columns] * factors).nansum(1)
 
     def scores(self, prompts: Sequence[list[dict]], responses: Sequence[str]) -> Tensor:
         """
-        Rewards and capability scores, shape (B, 1 + points).
+        Return rewards and capability scores, shape (B, 1 + points).
 
         Raises:
-            ValueError: if a reward is NaN or infinite, or a response is too long for the formatter.
+            ValueError: If a reward is NaN or infinite, or a response is too long for the formatter.
         """
         batch = (list(prompts), list(responses))
         if batch != self._batch:
@@ -94,12 +96,12 @@ class TextRewards:
 
 def gold_rewards(source: str, rows: Sequence[dict], *, max_length: int) -> TextScorer:
     """
-    A gold reward for the prompts of `rows`.
+    Build a gold reward for the prompts of `rows`.
 
     Args:
-        source (`str`): the folder or hub name of a reward model, or `"module:function"`; see
+        source (`str`): Folder or hub name of a reward model, or `"module:function"`; see
             [`~dmoerm_trl.scoring.reward_models.ScorerSpec`]. A function gets the fields of a row.
-        max_length (`int`): tokens of prompt and response.
+        max_length (`int`): Maximum tokens of prompt and response.
 
     Example:
 
@@ -126,17 +128,17 @@ def reward_functions(
     rewards: TextRewards, points: Sequence[str] | None = None, tasks: Sequence[str] | None = None
 ) -> list[Callable[..., list[float | None]]]:
     """
-    What `reward_funcs` of TRL's GRPOTrainer and RLOOTrainer takes: one function for the reward, or one for each of the
-    named capability points, to be weighted by `reward_weights`. All functions of a batch share one forward.
+    Build the `reward_funcs` of TRL's GRPOTrainer and RLOOTrainer: one function for the reward, or one for each of the named
+    capability points, to be weighted by `reward_weights`. All functions of a batch share one forward pass.
 
-    A function returns None, which TRL takes as "does not apply", for a text whose task does not have its point.
+    For a text whose task does not have the point a function returns None, which TRL leaves out.
 
     Args:
-        points (`Sequence[str]`, *optional*): capability points; without them the one function `dmoerm`.
-        tasks (`Sequence[str]`, *optional*): the tasks that the prompts are routed to; all of the model if absent.
+        points (`Sequence[str]`, *optional*): Capability points. By default the only function is `dmoerm`, the reward.
+        tasks (`Sequence[str]`, *optional*): Tasks to which the prompts are routed; all tasks by default.
 
     Raises:
-        ValueError: if a point is unknown, or a task has none of them, so that its texts would all be rewarded with 0.
+        ValueError: If a point is unknown, or a task has none of the points, so that all its texts would have the reward 0.
 
     Example:
 
@@ -169,7 +171,7 @@ def reward_functions(
 
 
 def _trl_function(name: str, scorer: TextScorer) -> Callable[..., list[float | None]]:
-    """A scorer as TRL calls reward functions; `name` is what TRL logs it under."""
+    """Wrap a scorer in the signature of TRL's reward functions; TRL logs it under `name`."""
 
     def function(prompts: list, completions: list, **columns: Any) -> list[float | None]:
         turns = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -182,8 +184,8 @@ def _trl_function(name: str, scorer: TextScorer) -> Callable[..., list[float | N
 
 def text_of(completion: str | list[dict]) -> str:
     """
-    What is scored of a completion as TRL passes it: text itself, or the text of the assistant's turns, joined by blank lines.
-    What tools answered is not the policy's, and what it called them with is not part of its answer.
+    Return the text of a completion that is scored: a plain text, or the text of the assistant's turns, joined by blank lines.
+    Tool calls and answers of tools are not scored.
     """
     if isinstance(completion, str):
         return completion
@@ -194,16 +196,16 @@ def text_of(completion: str | list[dict]) -> str:
 
 class RewardProcessor:
     """
-    A processing class for GRPOTrainer and RLOOTrainer with the reward model itself in `reward_funcs`:
+    A processing class for GRPOTrainer and RLOOTrainer if `reward_funcs` has the reward model itself:
 
         GRPOTrainer(reward_funcs=[model], reward_processing_classes=[RewardProcessor(formatter)], ...)
 
-    With a tokenizer in its place, TRL writes the whole chat as one text and tokenises that: a completion that spells special
-    tokens opens turns of its own, and may choose its own judge. Here each chat is encoded by the formatter, and the model is
-    told where its prompt ends.
+    With a tokenizer instead, TRL renders the chat as one text and tokenises it: a completion that spells special tokens could
+    open turns of its own, and so choose the task that scores it. This class encodes each chat with the formatter, and tells the
+    model where the prompt ends.
 
     Args:
-        formatter (`Formatter`): the reward model's, see [`~dmoerm_trl.data.formatting.Formatter.for_model`].
+        formatter (`Formatter`): The formatter of the reward model; see [`~dmoerm_trl.data.formatting.Formatter.for_model`].
 
     Example:
 
@@ -220,12 +222,12 @@ class RewardProcessor:
         self.pad_token_id, self.eos_token_id = formatter.tokenizer.pad_token_id, formatter.tokenizer.eos_token_id
 
     def apply_chat_template(self, conversation: list[dict], **_: Any) -> str:
-        """The chat as text that [`__call__`] reads. What follows the last turn of the user is the completion."""
+        """Encode a chat as text that [`__call__`] reads. The completion follows the last turn of the user."""
         last = max((i for i, turn in enumerate(conversation) if turn["role"] == "user"), default=-1)
         return json.dumps([conversation[: last + 1], text_of(conversation[last + 1 :])])
 
     def __call__(self, text: Sequence[str], **_: Any) -> dict[str, Tensor]:
-        """See [`~dmoerm_trl.data.formatting.Formatter.batch`]."""
+        """Encode chats; see [`~dmoerm_trl.data.formatting.Formatter.batch`]."""
         try:
             prompts, responses = zip(*map(json.loads, text), strict=True)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""What gives responses a score: a reward model of this package or of any other, the length, or a Python function."""
+"""Scorers of responses: any reward model, the length, or a Python function."""
 
 import importlib
 import inspect
@@ -23,7 +23,7 @@ from ..modeling.load_errors import loading
 from .batch import map_encodings, score_encodings
 
 Scorer = Callable[[dict, Sequence[str]], Tensor]
-"""(row with `prompt`, N responses to it) -> scores of shape (N,), higher is better."""
+"""Function (row with `prompt`, N responses) -> scores of shape (N,); higher is better."""
 
 LENGTH = "length"
 
@@ -31,16 +31,15 @@ LENGTH = "length"
 @dataclass(frozen=True)
 class ScorerSpec:
     """
-    Where a scorer comes from.
+    Specification of a scorer, which [`load`] builds.
 
     Args:
         name (`str`):
-            `"length"`, the number of characters; `"module:function"`, which is called as
-            `function(prompt=..., response=..., **the row's other fields)` and returns a number; or the folder or hub name of
-            a reward model: a DMoERM, or any sequence classification model with one label, read with its own tokenizer and
-            chat template.
-        max_length (`int`): tokens of prompt and response; older turns are cut.
-        dtype (`str`): in which a reward model computes.
+            `"length"`, the number of characters; `"module:function"`, which is called as `function(prompt=..., response=...,
+            **other_fields_of_the_row)` and returns a number; or the folder or hub name of a reward model: a DMoERM, or any
+            sequence classification model with one label, with its own tokenizer and chat template.
+        max_length (`int`): Maximum tokens of prompt and response; older turns are cut.
+        dtype (`str`): Dtype of the reward model.
     """
 
     name: str
@@ -56,7 +55,7 @@ class ScorerSpec:
 
     def load(self) -> Scorer:
         """
-        The scorer, which raises a `ValueError` for a score that is NaN or infinite.
+        Build the scorer. It raises a `ValueError` for a score that is NaN or infinite.
         """
         if self.name == LENGTH:
             return lambda row, responses: torch.tensor([float(len(response)) for response in responses])
@@ -75,12 +74,12 @@ class ScorerSpec:
 
     @property
     def is_program(self) -> bool:
-        """Whether there is no model to load."""
+        """Return whether the scorer is a function, without a model to load."""
         return self.name == LENGTH or re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.name) is not None
 
     @property
     def is_standardised(self) -> bool:
-        """Whether the scores have the scale that training gave them: a DMoERM holds its mean and deviation."""
+        """Return whether the scores are standardised, because a DMoERM stores its mean and standard deviation."""
         if self.is_program:
             return False
         with loading(self.name, "a reward model"):
@@ -88,17 +87,17 @@ class ScorerSpec:
 
     def check(self) -> None:
         """
-        Look whether there is such a scorer, before anything is paid for what it shall score.
+        Check that the scorer exists, before responses are generated for it.
 
         Raises:
-            ValueError: if not.
+            ValueError: If it does not.
         """
         if self.is_program and self.name != LENGTH:
             _function_of(self.name)
         self.is_standardised  # noqa: B018  (reads the configuration)
 
     def settings(self) -> dict[str, Any]:
-        """What the scores depend on."""
+        """Return the settings on which the scores depend."""
         if self.name == LENGTH:
             return {"name": self.name}
         if self.is_program:
@@ -110,7 +109,7 @@ class ScorerSpec:
 
 
 def weights_digest(model: str) -> str | None:
-    """Digest the weights in a folder, to see whether they changed; None for a model on the hub."""
+    """Compute a digest of the weights in a folder; None for a model on the hub."""
     files = sorted(Path(model).glob("*.safetensors"))
     return file_digest(files) if files else None
 

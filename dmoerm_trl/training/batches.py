@@ -1,4 +1,4 @@
-"""Batches of ranked responses: what a batch holds, and which rows go into one under a budget of tokens."""
+"""Batches of ranked responses: the collator, and a sampler with a token budget."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
@@ -14,14 +14,13 @@ def collate_ranked(examples: list[dict[str, Any]], pad_token_id: int) -> dict[st
     Flatten the responses of several prompts into one batch.
 
     Args:
-        examples (`list[dict]`): each with `input_ids` (K lists of tokens, prompt included), `prompt_lengths` (K numbers)
-            and `pairs`, or with `texts` (K indices of embeddings) in place of the first two. `pairs` are lists
-            `[ranking, better, worse]`: the index of what is labelled (0 where that is one thing), of a response, and of
-            one that is worse.
+        examples (`list[dict]`): Examples with `input_ids` (K lists of tokens, prompt included), `prompt_lengths` (K numbers)
+            and `pairs`; or with `texts` (K indices of embeddings) instead of the first two. `pairs` are lists `[ranking,
+            better, worse]`: the index of the ranking (0 if there is one), and those of the better and the worse response.
 
     Returns:
-        The model's inputs with N = the sum of all K in the first dimension, `groups` of shape (N,), the index of the
-        prompt, and `pairs` of shape (pairs, 3), whose responses are counted through the batch.
+        The model's inputs with the N responses of all prompts in the first dimension; `groups` of shape (N,), the index of each
+        response's prompt; and `pairs` of shape (pairs, 3), with indices of responses in the batch.
     """
     sizes = [len(example["texts" if "texts" in example else "input_ids"]) for example in examples]
     starts = [0, *accumulate(sizes)][:-1]
@@ -31,7 +30,7 @@ def collate_ranked(examples: list[dict[str, Any]], pad_token_id: int) -> dict[st
         for ranking, better, worse in example["pairs"]
     ]
     batch = {
-        "pairs": torch.tensor(pairs, dtype=torch.long).view(-1, 3),  # also without a pair
+        "pairs": torch.tensor(pairs, dtype=torch.long).view(-1, 3),  # also if there is no pair
         "groups": torch.arange(len(examples)).repeat_interleave(torch.tensor(sizes)),
     }
     if "texts" in examples[0]:
@@ -47,23 +46,24 @@ def collate_ranked(examples: list[dict[str, Any]], pad_token_id: int) -> dict[st
 
 
 def distinct_tokens(input_ids: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> int:
-    """Tokens of a prompt with its K responses where what the texts share is computed once: each prompt, each response."""
+    """Count the tokens of a prompt with K responses when prefixes are shared: each prompt once, and each response."""
     prompts = {tuple(ids[:length]) for ids, length in zip(input_ids, prompt_lengths, strict=True)}
     return sum(map(len, prompts)) + sum(map(len, input_ids)) - sum(prompt_lengths)
 
 
 class TokenBatches(Sampler[list[int]]):
     """
-    Batches of whole rows with at most `tokens_per_batch` tokens, rows of like length together, the longest first. A row
-    that alone has more is a batch of its own. It is a batch sampler, which accelerate shards.
+    Batch sampler of whole rows with a token budget. Rows of similar length share a batch, and a row over the budget is a batch
+    of its own. accelerate shards the sampler over processes.
 
-    Which rows share a batch is the same in every epoch, so that every epoch has as many steps; the batches' order is not.
+    The rows of each batch are the same in every epoch, so every epoch has the same number of steps. Only the order of the
+    batches changes.
 
     Args:
-        lengths (`Sequence[int]`): tokens of each row.
-        tokens_per_batch (`int`): the budget.
-        seed (`Callable[[], int]`, *optional*): gives the number from which an epoch's order of the batches is drawn; without
-            it the longest come first.
+        lengths (`Sequence[int]`): Number of tokens of each row.
+        tokens_per_batch (`int`): The budget.
+        seed (`Callable[[], int]`, *optional*): Function that gives the seed of an epoch's order of the batches. By default the
+            longest batch comes first.
     """
 
     def __init__(self, lengths: Sequence[int], tokens_per_batch: int, seed: Callable[[], int] | None = None):

@@ -1,4 +1,4 @@
-"""Checkpoints of a training that was killed: which is the last, and that it is whole and of this training."""
+"""Find and check the checkpoints of a killed training."""
 
 import pickle
 import zipfile
@@ -24,23 +24,23 @@ def last_checkpoint(folder: str | Path) -> str | None:
     for path in Path(folder).glob("checkpoint-*/trainer_state.json"):  # the trainer writes this file last
         try:
             whole.append((int(_state(path.parent)["global_step"]), str(path.parent)))
-        except (ValueError, TypeError, KeyError):  # half of it, or something else
+        except (ValueError, TypeError, KeyError):  # incomplete, or another file
             continue
     return max(whole, default=(0, None))[1]
 
 
 def was_the_end(checkpoint: str | Path) -> bool:
-    """Whether training stopped with this checkpoint: its steps were done, or its patience was at its end."""
+    """Return whether training ended with this checkpoint, because all steps were done or patience ran out."""
     return _state(checkpoint)["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
 
 
 def find_best(checkpoint: str | Path, trainer: Trainer) -> None:
     """
-    Make sure that the best checkpoint so far is found beside the last one, also where the run's folder was moved: the trainer
-    would go on without it.
+    Make the trainer find the best checkpoint so far beside the last one, even if the folder of the run was moved: otherwise it
+    would continue without it.
 
     Raises:
-        ValueError: if it is not there.
+        ValueError: If the best checkpoint is missing.
     """
     state = _state(checkpoint)
     if (before := state.get("best_model_checkpoint")) is None:
@@ -63,10 +63,10 @@ def find_best(checkpoint: str | Path, trainer: Trainer) -> None:
 @contextmanager
 def reading(checkpoint: str | Path | None) -> Iterator[None]:
     """
-    Context manager in which a file of a checkpoint that holds something else than tensors and numbers is an error.
+    Context manager that refuses a file of a checkpoint with anything but tensors and numbers.
 
     Raises:
-        ValueError: if within it a file of the checkpoint turns out to hold something else than tensors and numbers.
+        ValueError: If a file of the checkpoint that is read in it holds anything else.
     """
     try:
         yield
@@ -78,13 +78,15 @@ def reading(checkpoint: str | Path | None) -> Iterator[None]:
 
 def check_checkpoint(checkpoint: str | Path, trainer: Trainer) -> None:
     """
-    A checkpoint without DeepSpeed goes on with any number of processes. One of ZeRO does not, not by DeepSpeed's universal
-    checkpoint either: read under ZeRO-3 it gives all groups of weights the first one's step and settings, of which each expert
-    has its own.
+    Check that training can resume from a checkpoint.
+
+    Without DeepSpeed it can with any number of processes. With ZeRO the number must be the same: DeepSpeed's universal
+    checkpoint would not help, because ZeRO-3 reads from it the step and settings of the first parameter group for all groups,
+    and each expert has its own.
 
     Raises:
-        ValueError: if a checkpoint is not of this engine, ZeRO stage and number of processes, so that its shards do not fit; if it
-            lacks a file, or has one that was cut off.
+        ValueError: If the checkpoint is from another engine, ZeRO stage or number of processes, so that its shards do not fit;
+            or if it lacks a file or has an incomplete one.
     """
     now = "FSDP" if trainer.is_fsdp_enabled else "plain"
     if trainer.is_deepspeed_enabled:
@@ -97,7 +99,7 @@ def check_checkpoint(checkpoint: str | Path, trainer: Trainer) -> None:
     if before != now:
         raise ValueError(
             f"{checkpoint}: got a checkpoint of {before} training and {now} training now, need the same, because the "
-            f"optimizer's states are divided so: start as before, or delete {Path(checkpoint).parent} to begin this stage anew."
+            f"optimizer states are sharded accordingly: start as before, or delete {Path(checkpoint).parent} to begin this stage anew."
         )
     if before != "plain":
         return
@@ -129,7 +131,7 @@ def _state(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def _is_readable(path: Path) -> bool:
-    """Whether a file is there to its end, by its own list of what is in it."""
+    """Return whether a file is complete according to its own index."""
     if path.suffix == ".safetensors":
         return is_complete(path)
     if path.suffix == ".json":
@@ -146,7 +148,7 @@ def _is_json(path: Path) -> bool:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a safetensors file is there to its end."""
+    """Return whether a safetensors file is complete."""
     try:
         with safe_open(path, "pt"):
             return True

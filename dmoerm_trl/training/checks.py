@@ -1,4 +1,4 @@
-"""What of a recipe can be found wrong before any training, but for its rows and its trainers' settings."""
+"""Check the models and places of a recipe before any training."""
 
 import os
 from collections.abc import Iterable
@@ -17,15 +17,16 @@ from ..tasks import OVERALL, TaskTable, slug
 from .recipe import Recipe
 
 FOLDERS = {"data", "router", "ensemble", "model", "work", "judges", OVERALL}
-"""What a run has in its folder beside those of its tasks."""
+"""Names of the folders of a run beside those of its tasks."""
 
 
 def formatter_of(recipe: Recipe) -> Formatter:
     """
-    The formatter of a recipe's base, whose tokenizer gets a pad token if it has none: it is masked, so any token will do.
+    Return the formatter of a recipe's base. If its tokenizer has no pad token it gets one; padding is masked, so any token will
+    do.
 
     Raises:
-        ValueError: if the recipe names a token that the tokenizer lacks, or has to name one.
+        ValueError: If the recipe names a token that the tokenizer lacks, or has to name one.
     """
     tokenizer = _tokenizer(recipe.base_model, recipe)
     if recipe.pad_token is not None:
@@ -47,14 +48,14 @@ def formatter_of(recipe: Recipe) -> Formatter:
 
 def check_places(root: Path, names: Iterable[str]) -> None:
     """
-    Check that the stages that are still to be made have free places, on the disk of their checkpoints.
+    Check that the folders of unfinished stages are free, and on the same disk as their checkpoints.
 
     Args:
-        root (`Path`): the folder of a run.
-        names (`Iterable[str]`): its stages that are still to be made.
+        root (`Path`): The folder of a run.
+        names (`Iterable[str]`): Its unfinished stages.
 
     Raises:
-        ValueError: if something stands where a stage's result is to be, or the checkpoints' disk is another one.
+        ValueError: If there is something where a stage will write its result, or the checkpoints are on another disk.
     """
     for name in names:
         path = root / name
@@ -75,11 +76,11 @@ def check_places(root: Path, names: Iterable[str]) -> None:
 
 def check_models(recipe: Recipe, tasks: TaskTable, formatter: Formatter) -> None:
     """
-    Check the models that a recipe names: that they can be read, their weights, positions and tokens, and the experts and
-    aggregators that they are to get.
+    Check the models of a recipe: that they can be loaded, their weights, positions and tokens, and their planned experts and
+    aggregators.
 
     Raises:
-        ValueError: naming the key, and what to do.
+        ValueError: If a model cannot be used; the message names the key and the way out.
     """
     if taken := [task for task in tasks.tasks if slug(task) in FOLDERS]:
         raise ValueError(f"{recipe.tasks}: got the task {taken[0]!r}, whose folder is another's: rename it.")
@@ -130,7 +131,8 @@ def _check_size(config: DMoERMConfig) -> None:
     Check that the experts and the aggregator fit the model and the memory.
 
     Raises:
-        ValueError: if `lora_layers` are not there, or the experts and the aggregator alone do not fit into the machine's memory.
+        ValueError: If the model does not have `lora_layers`, or the experts and the aggregator alone exceed the machine's
+            memory.
     """
     config.layers_with_lora  # noqa: B018  (checks it)
     hidden = config.backbone_config.hidden_size
@@ -150,6 +152,6 @@ def _tokenizer(name: str, recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def _shape(config: PreTrainedConfig) -> dict[str, str]:
-    """A configuration without what is no part of the model."""
+    """Return a configuration without the keys that do not describe the model."""
     other = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
     return {name: repr(value) for name, value in config.to_dict().items() if name not in other}

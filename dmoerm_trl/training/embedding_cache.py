@@ -1,4 +1,4 @@
-"""The experts' embeddings of all texts on disk, from which phase 3 trains the aggregator."""
+"""Cache of the experts' embeddings on disk, from which phase 3 trains the aggregator."""
 
 import copy
 import hashlib
@@ -21,18 +21,18 @@ from ..modeling.pretrained import DMoERMPreTrainedModel
 from ..scoring.batch import map_encodings
 
 CHUNK = 4096
-"""Texts whose embeddings are in memory at once."""
+"""Number of texts whose embeddings are in memory at once."""
 
 
 def embeddings_on_disk(
     model: DMoERMForSequenceClassification, encodings: Sequence[Encoding], pad_token_id: int, folder: Path
 ) -> Tensor:
     """
-    The embeddings of all texts under a one-task model's experts (equation 3), computed once: a tensor that is mapped from a
-    file in `folder`, so that what is in memory does not grow with the number of texts.
+    Compute the embeddings of all texts by the experts of a one-task model once (equation 3), as a tensor that is memory-mapped
+    from a file in `folder`. Memory does not grow with the number of texts.
 
-    Several processes share the work. The file gets its name, which tells the texts and the experts, when it is complete, so
-    that a run that is killed later finds it.
+    Several processes share the work. The name of the file contains a digest of the texts and the experts. The file gets this
+    name when it is complete, so that a resumed run finds it.
 
     Returns:
         `Tensor` of shape (N, k, H), fp32, on the CPU.
@@ -73,11 +73,11 @@ def embeddings_on_disk(
 
 class AggregatorOnEmbeddings(DMoERMPreTrainedModel):
     """
-    An inner model's aggregator as a model of its own, which looks its texts' embeddings up: what phase 3 trains.
+    The aggregator of an inner model as a model of its own, which phase 3 trains. It looks up the embeddings of its texts.
 
     Args:
-        inner (`InnerModel`): its aggregator is trained in place, the rest is frozen.
-        z (`Tensor` of shape (N, k, H)): the embeddings of all texts, on the CPU.
+        inner (`InnerModel`): The inner model. Its aggregator is trained in place; the rest is frozen.
+        z (`Tensor` of shape (N, k, H)): The embeddings of all texts, on the CPU.
     """
 
     def __init__(self, config: DMoERMConfig, inner: InnerModel, z: Tensor):
@@ -88,8 +88,8 @@ class AggregatorOnEmbeddings(DMoERMPreTrainedModel):
         self.aggregator.requires_grad_(True)
 
     def get_input_embeddings(self) -> None:
-        """None: FSDP asks for it."""
+        """Return None, because FSDP calls this and there are none."""
 
     def forward(self, texts: Tensor, finite: bool = False) -> SequenceClassifierOutput:
-        """`texts` of shape (B,), indices into z -> `logits` of shape (B, 1), not looked at whether they are `finite`."""
+        """Return `logits` of shape (B, 1) for `texts` of shape (B,), indices into z. `finite` is ignored."""
         return SequenceClassifierOutput(logits=self.inner.reward(self.z[texts.cpu()].to(texts.device)))

@@ -1,4 +1,4 @@
-"""Phase 2's trainer: all experts of a task on one stream of responses, each as if it were trained alone."""
+"""Trainer of phase 2: all experts of a task on one stream of responses, each as if it were trained alone."""
 
 import copy
 import hashlib
@@ -35,8 +35,8 @@ def untrained_experts(
     base: DMoERMForSequenceClassification, points: Sequence[str], seed: int
 ) -> DMoERMForSequenceClassification:
     """
-    [`with_experts`], with random LoRA weights that depend on the seed and the capability point alone, so that it makes no
-    difference which experts are trained together.
+    Add experts as [`with_experts`] does, with random LoRA weights that depend only on the seed and the capability point, so
+    that it makes no difference which experts are trained together.
     """
     model = with_experts(base, points)
     (task,) = model.config.tasks
@@ -50,15 +50,15 @@ def untrained_experts(
 
 class Experts(DMoERMPreTrainedModel):
     """
-    A one-task DMoERM as phase 2 trains it: LoRA and heads of its experts, each with a reward of its own. All else is
-    frozen, and a checkpoint does not hold it.
+    A one-task DMoERM in phase 2, which trains the LoRA weights and heads of its experts. Each expert gives a reward of its own.
+    Everything else is frozen and is not part of a checkpoint.
 
     Args:
-        model (`DMoERMForSequenceClassification`): it is taken over; its experts are trained in place.
+        model (`DMoERMForSequenceClassification`): The model, whose experts are trained in place.
 
     Attributes:
-        points (`list[str]`): the capability points.
-        active (`list[str]`): those whose experts are still in training.
+        points (`list[str]`): The capability points.
+        active (`list[str]`): The points whose experts are still in training.
     """
 
     def __init__(self, model: DMoERMForSequenceClassification):
@@ -73,16 +73,16 @@ class Experts(DMoERMPreTrainedModel):
         self._keys_to_ignore_on_save = [name for name in self.state_dict() if name not in trained]
 
     def expert(self, point: str) -> dict[str, nn.Parameter]:
-        """The weights of a point's expert by their names."""
+        """Return the weights of a point's expert by name."""
         return {name: self.get_parameter(name) for name in self._names[point]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The frozen weights may be missing."""
+        """Load a state dict, from which frozen weights may be missing."""
         trained = {name for names in self._names.values() for name in names}
         if missing := sorted(trained - state_dict.keys()) if strict else []:
             raise ValueError(
                 f"got a checkpoint without {len(missing)} weights of the experts (such as {missing[0]!r}), need all of them, "
-                "because the run could not go on from it: delete the checkpoint."
+                "because the run cannot resume without them: delete the checkpoint."
             )
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
@@ -90,8 +90,8 @@ class Experts(DMoERMPreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor, points: Sequence[str]
     ) -> SequenceClassifierOutput:
         """
-        Equation 4 for some of the points: texts as [`DMoERMModel`] takes them -> `logits` of shape (B, points), the
-        capability scores. The experts of other points are not computed.
+        Compute the capability scores of `points` (equation 4) as `logits` of shape (B, points). The texts are given as for
+        [`DMoERMModel`]. The experts of other points are not run.
         """
         spans = self.model.find_spans(input_ids, attention_mask, prompt_lengths)
         z = self.model.embed(self.task, spans, points)
@@ -100,17 +100,17 @@ class Experts(DMoERMPreTrainedModel):
 
 class ExpertsTrainer(RankedRewardTrainer):
     """
-    [`RankedRewardTrainer`] on several rankings of the same responses, one a capability point, whose index among the model's
-    points each of a row's `pairs` begins with. The loss is the sum over points of equation 7 over the prompts that have a
-    pair of the point. Metrics are named after the point: `eval_accuracy/<point>`.
+    [`RankedRewardTrainer`] for several rankings of the same responses, one per capability point. Each of a row's `pairs` begins
+    with the index of its point. The loss is the sum over points of equation 7 over the prompts that have a pair of the point.
+    Metrics are named after the point: `eval_accuracy/<point>`.
 
-    Every expert is trained as if it were alone: it has its own labels, its own gradient norm is clipped, Adam leaves it as it
-    is in a step without a pair of its point, and it has its own best weights and patience ([`BestExperts`]). With LoRA dropout
-    the masks, drawn from one generator, are others than in training one after the other; without it the result is the same.
+    Each expert is trained as if it were alone. It has its own labels, gradient clipping, best weights and patience
+    ([`BestExperts`]), and Adam does not change it in a step without a pair of its point. The result is that of training the
+    experts one after the other, except that LoRA dropout draws other masks.
 
     Raises:
-        ValueError: for a learning rate that follows a metric, for an unknown metric, for a DeepSpeed configuration
-            with an optimizer, or that divides an expert.
+        ValueError: For a learning rate that follows a metric, an unknown metric, or a DeepSpeed configuration that has an
+            optimizer or splits an expert.
     """
 
     def __init__(
@@ -170,20 +170,22 @@ class ExpertsTrainer(RankedRewardTrainer):
         points = active
         if not (
             self.is_deepspeed_enabled or self.is_fsdp_enabled
-        ):  # under which all processes have to compute the same
-            points = [point for point in active if len(pairs[point])] or active[:1]  # one, so that all take part
+        ):  # under which all processes must run the same experts
+            points = [point for point in active if len(pairs[point])] or active[
+                :1
+            ]  # at least one, so that all processes take part
         rewards = model(**inputs, points=points).logits
         return {f"/{point}": (rewards[:, i], pairs[point], groups) for i, point in enumerate(points)}
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """Before an optimizer step it is known which experts have no pair in it."""
+        """Return the batches of an optimizer step, and note the experts that have no pair in it."""
         batches, prompts = super().get_batch_samples(*args, **kwargs)
         counts = dict(zip(self.model.points, prompts.tolist(), strict=True))
         self._at_rest = {point for point, count in counts.items() if not count or point not in self.model.active}
         return batches, prompts
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with unsharded_afterwards(self):  # DeepSpeed's optimizer has weights of its own
+        with unsharded_afterwards(self):  # DeepSpeed's optimizer holds its own weights
             output = super().train(*args, **kwargs)
         (best,) = (
             one for one in self.callback_handler.callbacks if isinstance(one, BestExperts)
@@ -194,11 +196,11 @@ class ExpertsTrainer(RankedRewardTrainer):
     # The optimizer.
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All, so that they are one group, which `create_optimizer` divides."""
+        """Return all names, so that there is one parameter group, which `create_optimizer` splits."""
         return [name for name, _ in model.named_parameters()]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Each expert is a group of weights of its own, which ZeRO shards on its own too."""
+        """Create the optimizer with one parameter group per expert; ZeRO shards each group by itself."""
         if self.optimizer is None:
             super().create_optimizer(model)
             (together, _) = self.optimizer.param_groups
@@ -209,7 +211,9 @@ class ExpertsTrainer(RankedRewardTrainer):
         return self.optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Before the first step the optimizer is what it stays: accelerate and DeepSpeed have wrapped or replaced it."""
+        """
+        Train a step. Before the first one, hook the optimizer, which accelerate and DeepSpeed have wrapped or replaced by then.
+        """
         optimizer = self.optimizer
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
@@ -223,8 +227,9 @@ class ExpertsTrainer(RankedRewardTrainer):
 
     def _each_alone(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
         """
-        Clip each expert's gradient and take it from those at rest, which Adam then leaves as they are. Under ZeRO the
-        optimizer is given one expert after the other, and of its gradient this process's shard; under FSDP all, in shards.
+        Clip each expert's gradient, and remove the gradients of experts without a pair, so that Adam does not change them. ZeRO
+        calls this for one expert after the other with this process's shard of the gradient; FSDP calls it for all experts, in
+        shards.
         """
         for group in optimizer.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
@@ -243,22 +248,22 @@ class ExpertsTrainer(RankedRewardTrainer):
                         weight.grad.mul_(self.args.max_grad_norm / norm)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """The norm of all, which [`_each_alone`] clips."""
+        """Return the norm of all gradients; [`_each_alone`] clips them."""
         return self._get_grad_norm(model)
 
 
 class BestExperts(TrainerCallback, ExportableState):
     """
-    Keeps each expert as it was at its best evaluation, and stops it after `patience` evaluations without a better one (0:
-    never); training stops with the last. The best weights are written to `output_dir/best/` at once, a file for each point
-    and step, and are deleted when a checkpoint holds the record of better ones, so that a run killed at any time finds the
+    Callback that keeps the best weights of each expert, and stops an expert after `patience` evaluations without improvement (0
+    for never). Training stops with the last expert. The best weights are written to `output_dir/best/` at once, one file per
+    point and step. They are deleted when a checkpoint records better ones, so that a run that is killed at any time finds the
     files of its last checkpoint.
 
     Args:
-        metric (`str`): a point's value is `<metric>/<point>`.
-        greater_is_better (`bool`): whether a larger value is a better one.
-        patience (`int`): evaluations.
-        keep_best (`bool`): whether the experts are at the end as they were at their best, or at their last.
+        metric (`str`): Prefix of the metric, whose name is `<metric>/<point>`.
+        greater_is_better (`bool`): Whether a larger value is better.
+        patience (`int`): Number of evaluations.
+        keep_best (`bool`): Whether the experts get their best weights at the end, or keep the last.
     """
 
     def __init__(self, metric: str, greater_is_better: bool, patience: int, keep_best: bool):
@@ -268,17 +273,17 @@ class BestExperts(TrainerCallback, ExportableState):
             "patience": patience,
             "keep_best": keep_best,
         }
-        self.records: dict[str, dict[str, Any]] = {}  # point -> its best value, the step of it, evaluations since
+        self.records: dict[str, dict[str, Any]] = {}  # point -> best value, its step, and evaluations since
 
     def state(self) -> dict[str, Any]:
         return {"args": self.arguments, "attributes": {"records": self.records}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Experts, **kwargs: Any) -> None:
         """
-        Check that the best weights of the experts are there, and stop those experts that have ended.
+        Check that a resumed run has the best weights of its experts, and stop the experts whose training has ended.
 
         Raises:
-            ValueError: if the best weights of an expert, of a training that was killed, are not there.
+            ValueError: If the best weights of an expert are missing.
         """
         best = [self._path(args, point) for point, record in self.records.items() if record["step"] is not None]
         if missing := [path for path in best if not is_complete(path)]:
@@ -313,7 +318,7 @@ class BestExperts(TrainerCallback, ExportableState):
                 path.unlink()
 
     def restore(self, args: RankedRewardConfig, model: Experts) -> None:
-        """Give each expert of a model that is whole its best weights."""
+        """Load the best weights of each expert into an unsharded model."""
         if not self.arguments["keep_best"]:
             return
         PartialState().wait_for_everyone()  # for the files
@@ -339,7 +344,7 @@ class BestExperts(TrainerCallback, ExportableState):
 
 
 def history_of(history: list[dict[str, Any]], point: str) -> list[dict[str, Any]]:
-    """One point's part of an [`ExpertsTrainer`]'s log history, with the names that a training of its own would give."""
+    """Return one point's part of the log history of [`ExpertsTrainer`], with the names that training it alone would give."""
     entries = []
     for entry in history:
         shared = {key: value for key, value in entry.items() if "/" not in key}

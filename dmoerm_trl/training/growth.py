@@ -1,4 +1,4 @@
-"""What of a run stays when its recipe or its rows change, and what is to be trained again."""
+"""Find which trainings of a run can stay when its recipe or rows change, and which must be repeated."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -9,14 +9,14 @@ from .stages import Manifest, Stage, StageRecord, differences, identities
 @dataclass
 class Growth:
     """
-    Which finished trainings of a folder are those of the recipe as it is now.
+    Comparison of the finished trainings of a folder with the current recipe.
 
     Attributes:
-        stays (`list[str]`): trainings that are made of the same.
-        again (`dict[str, list[str]]`): finished trainings that are made of something else -> the recipe's keys in which, none
-            where a training that they build on changes.
-        new (`list[str]`): trainings that are not there.
-        gone (`list[str]`): finished trainings that the recipe does not have any more, beside some that it has.
+        stays (`list[str]`): Trainings whose settings, rows and needs are unchanged.
+        again (`dict[str, list[str]]`): Finished trainings that must be repeated -> the keys of the recipe that changed; none if
+            only a training that they build on changed.
+        new (`list[str]`): Trainings that are not finished.
+        gone (`list[str]`): Finished trainings that the recipe no longer has, in a stage of which it has others.
     """
 
     stays: list[str] = field(default_factory=list)
@@ -29,12 +29,12 @@ class Growth:
         cls, stages: Mapping[str, Stage], records: Mapping[str, StageRecord], finished: Manifest, data: Iterable[str]
     ) -> "Growth":
         """
-        Compare what the stages are made of now with what the finished ones were made of.
+        Compare the current records of the stages with those of the finished ones.
 
         Args:
-            records (`Mapping`): what each stage is made of now.
-            finished (`Manifest`): the folder.
-            data (`Iterable[str]`): the recipe's keys in which its rows differ from the folder's.
+            records (`Mapping`): Current record of each stage.
+            finished (`Manifest`): Manifest of the folder.
+            data (`Iterable[str]`): Keys of the recipe by which its rows differ from those of the folder.
         """
         growth, data = cls(), list(data)
         for name in stages:
@@ -55,7 +55,7 @@ class Growth:
 
     @property
     def keys(self) -> list[str]:
-        """The keys of the recipe in which finished trainings differ."""
+        """Return the keys of the recipe in which finished trainings differ."""
         return sorted({key for keys in self.again.values() for key in keys} | ({"tasks"} if self.gone else set()))
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""The three phases, each a function that can be called alone."""
+"""The three phases, each a function that can be called by itself."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,11 +34,11 @@ def phase1(
     **config: Any,
 ) -> tuple[DMoERMForSequenceClassification, History]:
     """
-    Full fine-tuning of a pretrained model on a task's overall preferences: the task's base. With all of the rows it is
-    the single reward model, with several seeds an ensemble (sections 4.2.2 and 5.2).
+    Fine-tune all weights of a pretrained model on the overall preferences of a task. The result is the base of the task. With
+    all rows it is the single reward model, and with several seeds an ensemble (sections 4.2.2 and 5.2).
 
     Args:
-        config: further arguments of [`DMoERMConfig`].
+        config: Further arguments of [`DMoERMConfig`].
 
     Example:
 
@@ -74,22 +74,22 @@ def phase2(
     args: RankedRewardConfig,
 ) -> tuple[DMoERMForSequenceClassification, dict[str, History]]:
     """
-    Train LoRA experts, one a capability point, all on one stream of the rows that have labels of some of the points. An
-    expert's head starts as the base's head.
+    Train one LoRA expert per capability point, all on one stream of the rows that have labels of some of the points. The head
+    of an expert starts as the head of the base.
 
-    Each expert is trained on its own labels as if it were alone ([`ExpertsTrainer`]). So where all rows have labels of all
-    points and there is no LoRA dropout, training the points one by one, each in a call of its own, gives the same experts.
+    Each expert is trained on its own labels as if it were alone ([`ExpertsTrainer`]). If all rows have labels of all points and
+    there is no LoRA dropout, training the points one by one, each in its own call, gives the same experts.
 
     Args:
-        base (`DMoERMForSequenceClassification`): the model of phase 1, which is taken over and left bit-equal. It may be loaded
-            with a `quantization_config` (QLoRA); the experts are in full precision, and serve on a base in full precision too.
-        points (`Sequence[str]`): one capability point or more.
+        base (`DMoERMForSequenceClassification`): The model of phase 1, whose weights do not change. It may be loaded with a
+            `quantization_config` (QLoRA); the experts are in full precision, and can be used on the base in full precision.
+        points (`Sequence[str]`): One or more capability points.
 
     Returns:
-        A one-task model with the experts, which [`export_expert`] writes, and each point's log history.
+        A one-task model with the experts, which [`export_expert`] writes, and the log history of each point.
 
     Raises:
-        ValueError: for a quantised base under DeepSpeed.
+        ValueError: For a quantised base under DeepSpeed.
 
     Example:
 
@@ -123,15 +123,15 @@ def phase3(
     unit_variance: bool = False,
 ) -> tuple[DMoERMForSequenceClassification, History]:
     """
-    Train the aggregator alone, and normalise the rewards to zero mean on the phase's own texts. Base and experts are
-    frozen and without dropout, so every text is embedded once: see [`embeddings_on_disk`].
+    Train only the aggregator, and normalise the rewards to zero mean on the texts of this phase. Base and experts are frozen
+    and without dropout, so each text is embedded once: see [`embeddings_on_disk`].
 
     Args:
-        experts (`dict`): capability point -> folder of the expert, as phase 2 saved it.
-        unit_variance (`bool`): whether the rewards are normalised to unit variance too.
+        experts (`dict`): Capability point -> folder of the expert that phase 2 saved.
+        unit_variance (`bool`): Whether the rewards are normalised to unit variance too.
 
     Returns:
-        The inner model, a model of its own with one task, and the log history.
+        The inner model as a model with one task, and the log history.
 
     Example:
 
@@ -156,7 +156,7 @@ def phase3(
         for row in of_rows:
             texts.append(list(range(len(encodings), len(encodings) + len(row))))
             encodings += row
-        lengths = [len(experts) * len(row) for row in texts]  # a batch's budget counts embeddings
+        lengths = [len(experts) * len(row) for row in texts]  # the token budget of a batch counts embeddings
         datasets.append(Dataset.from_dict({"texts": texts, "pairs": pairs, "length": lengths}))
     z = embeddings_on_disk(model, encodings, formatter.tokenizer.pad_token_id, Path(args.output_dir))
     inner = model.model.inner_models[slug(task)]
@@ -176,7 +176,7 @@ def normalise(
     unit_variance: bool = False,
 ) -> None:
     """
-    Bring the rewards of a one-task model to zero mean (optionally unit variance) on the responses of `rows`, in place
+    Normalise the rewards of a one-task model, in place, to zero mean (optionally unit variance) on the responses of `rows`
     ("All RMs will be normalized to have a zero mean after training", figure 5).
     """
     (task,) = model.config.tasks

@@ -1,4 +1,4 @@
-"""A run of a recipe: its stages, each done once; a run that was killed goes on where it was."""
+"""Run the stages of a recipe, each once, and resume a killed run."""
 
 import multiprocessing
 import os
@@ -26,10 +26,10 @@ from .stages import History, Manifest, stage_records
 
 class Pipeline(RecipeStages):
     """
-    A run of a recipe: the folder in which its stages leave their results, and what is done of them.
+    A run of a recipe, in a folder to which its stages write their results:
 
     ```
-    manifest.json               what each finished stage was made of, and the seconds that it took
+    manifest.json               settings and inputs of each finished stage, and the seconds that it took
     data/                       the rows of each part, test.jsonl among them; report.txt
     router/                     the outer layer
     <task>/phase1/              the task's base
@@ -39,13 +39,13 @@ class Pipeline(RecipeStages):
     model/                      the DMoERM
     ```
 
-    A stage's folder appears when the stage is done, by a rename; `<task>/experts` is one stage with `joint_experts`, else
-    each expert is. While a stage trains, its checkpoints are in `work/<stage>/`, in a folder for what it is made of. Nothing else
-    in the folder is touched.
+    The folder of a stage appears by a rename when the stage is finished. With `joint_experts` `<task>/experts` is one stage,
+    otherwise each expert is one. While a stage trains, its checkpoints are in `work/<stage>/`, in a folder named after its
+    settings and inputs. Other files in the folder are not touched.
 
-    A finished stage stays if it is made of the same as the recipe says now; see [`~dmoerm_trl.training.growth.Growth`].
+    A finished stage is kept if its settings and inputs are unchanged; see [`~dmoerm_trl.training.growth.Growth`].
 
-    Of several processes, started by a launcher, all train each stage together; the main one alone writes.
+    If a launcher started several processes, all train each stage together, and only the main process writes.
 
     Example:
 
@@ -53,37 +53,37 @@ class Pipeline(RecipeStages):
     from dmoerm_trl import Pipeline, Recipe
 
     run = Pipeline(Recipe("runs/mine", "runs/demo/base", "runs/demo/data/test.jsonl"))
-    run.trainings[:2]  # run.run() trains all of them, or those that are left
+    run.trainings[:2]  # run.run() trains those that are not finished
     ```
     """
 
     def history(self, training: str) -> History:
-        """The log history of one of [`Pipeline.trainings`]."""
+        """Return the log history of one of [`Pipeline.trainings`]."""
         folder = self.root / training
         return read_json(folder / "history.json", f"put it back, or delete {folder} to make this stage anew")
 
     @property
     def trainings(self) -> list[str]:
-        """The folders of all that is trained, one an expert however the experts are trained, in the stages' order."""
+        """Folders of all trainings in the order of the stages, one per expert even if experts are trained jointly."""
         names = [stage.trainings or (name,) for name, stage in self.stages.items() if name not in ("data", "model")]
         return [name for of_stage in names for name in of_stage]
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What stands in `manifest.json`; see [`~dmoerm_trl.training.stages.Manifest`]."""
+        """Content of `manifest.json`; see [`~dmoerm_trl.training.stages.Manifest`]."""
         return Manifest(self.root).content
 
-    # What is found before any training
+    # Checks before training
 
     def check(self) -> None:
         """
-        Find what can be found wrong before any training: the folder and what is finished in it, the settings of all stages as
-        their trainers read them, tokenizers, LoRA targets, the bases' weights and positions, rows and labels.
+        Check before any training: the folder and its finished stages, the settings of all stages, tokenizers, LoRA targets, the
+        weights and positions of the bases, rows and labels.
 
         Raises:
-            ValueError: naming what is wrong and the way out.
+            ValueError: If something is wrong; the message says what, and how to fix it.
         """
-        self._source  # noqa: B018  (is it a run)
+        self._source  # noqa: B018  (checks that it is a run)
         self.check_finished()
         if self.finished:
             return
@@ -99,10 +99,10 @@ class Pipeline(RecipeStages):
 
     def check_finished(self) -> None:
         """
-        Check that what is finished in the folder belongs to this recipe.
+        Check that the finished stages in the folder belong to this recipe.
 
         Raises:
-            ValueError: if what is finished would be another by the recipe, or is not whole any more.
+            ValueError: If a finished stage differs from that of the recipe, or is no longer complete.
         """
         finished = Manifest(self.root)
         there = [name for name in self.stages if finished.has(name)]
@@ -118,7 +118,7 @@ class Pipeline(RecipeStages):
             try:
                 digests = self.run_data.digests(self.tasks)
             except ValueError:
-                digests = self._digests_of(finished)  # the settings alone are compared
+                digests = self._digests_of(finished)  # compare only the settings
                 if not self._growth(finished, digests, changed).keys:
                     raise
         growth = self._growth(finished, digests, changed)
@@ -136,7 +136,7 @@ class Pipeline(RecipeStages):
         return Growth.of(self.stages, stage_records(self.stages, digests), finished, changed)
 
     def _digests_of(self, finished: Manifest) -> dict[str, Any]:
-        """Those of the finished stages' rows."""
+        """Return the digests of the finished stages' rows."""
         digests: dict[str, Any] = {}
         for name, stage in self.stages.items():
             if stage.rows and finished.has(name):
@@ -146,13 +146,13 @@ class Pipeline(RecipeStages):
         return digests
 
     def _step(self, name: str) -> str | None:
-        """The key of the recipe under which a stage's training has its settings."""
+        """Return the key of the recipe that holds the settings of a stage's training."""
         return next((step for step in DEFAULTS if step in self.stages[name].settings), None)
 
-    # What is taken over
+    # Stages of an extended run
 
     def _take_over(self) -> None:
-        """Copy the stages that the other run has, and say which; experts are taken over one by one, in their stage's turn."""
+        """Copy the stages that the extended run has, and print them. Experts are copied one by one when their stage runs."""
         source = self._source
         before = source.record("data")["settings"] if source.has("data") else {}
         now = as_json(self._data_settings)
@@ -168,7 +168,7 @@ class Pipeline(RecipeStages):
                 self._put(name, folder)
                 self._note(name, 0.0)
 
-    # Running them
+    # Running the stages
 
     @property
     def finished(self) -> bool:
@@ -176,8 +176,8 @@ class Pipeline(RecipeStages):
 
     def run(self) -> None:
         """
-        Run every stage that is not done, in an order in which each finds what it needs, in a folder that no other run writes
-        meanwhile. The folder is a run's from its first finished stage on; until then the recipe may change at will.
+        Run all unfinished stages in order, in a folder that is locked meanwhile. The folder belongs to the recipe from its
+        first finished stage on; until then the recipe may change.
         """
         check_joined(self.recipe.workers)
         with locked_folder(self.root):
@@ -186,19 +186,19 @@ class Pipeline(RecipeStages):
             done = {name for name in self.stages if self._done(name)}
             if "data" in done and not self._data_stays(finished):
                 done.remove("data")
-            wait_for_all()  # before one of them changes what the others look for
+            wait_for_all()  # before one of them changes the files that the others look for
             if is_main():
                 self._claim(finished, anew="data" not in done)
             self._run_rest(done)
 
     def _claim(self, finished: Manifest, anew: bool) -> None:
-        if anew and finished.has("data"):  # no training depends on what changed in it
+        if anew and finished.has("data"):  # no finished training depends on the changes
             for path in finished["files"].get("data", {}):
                 (self.root / "data" / path).unlink(missing_ok=True)
             with suppress(OSError):
                 (self.root / "data").rmdir()
             check_places(self.root, ["data"])
-        for name in self.stages:  # of a run that was killed right after it
+        for name in self.stages:  # a run may have been killed right after a stage
             if self._done(name) and name not in finished["files"]:
                 finished.note_files(name)
         finished.content["recipe"] = as_json(self.recipe.fingerprint())
@@ -245,11 +245,11 @@ class Pipeline(RecipeStages):
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         self._finished(running.pop(future), future.result(), done, progress)
             except BaseException:
-                stop.set()  # else the error would wait for the other stages, which may take hours
+                stop.set()  # otherwise the error would wait for the other stages, which may take hours
                 raise
 
     def run_stage(self, name: str) -> float:
-        """Run one stage, whose needs must be there, and return the seconds that it took."""
+        """Run one stage, whose needs must be finished, and return the seconds that it took."""
         start = time.perf_counter()
         work = self._work_folder(name)
         folder = work / "result"

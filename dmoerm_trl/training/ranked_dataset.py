@@ -1,4 +1,4 @@
-"""Preference rows as [`~dmoerm_trl.training.ranked_trainer.RankedRewardTrainer`] takes them: tokens of all responses, and pairs of them."""
+"""Tokenise preference rows for [`~dmoerm_trl.training.ranked_trainer.RankedRewardTrainer`]."""
 
 from collections.abc import Sequence
 
@@ -14,14 +14,14 @@ def ranked_dataset(
     rows: Sequence[PreferenceRow], formatter: Formatter, points: Sequence[str] | None = None
 ) -> Dataset:
     """
-    The rows as [`RankedRewardTrainer`] takes them; as [`ExpertsTrainer`] does where there are points.
+    Convert rows to the dataset of [`RankedRewardTrainer`] or, with points, of [`ExpertsTrainer`]. Rows without a pair are left
+    out.
 
     Args:
-        points (`Sequence[str]`, *optional*): take the labels of these capability points in place of the overall ranks, and
-            only the rows that have a pair of some point.
+        points (`Sequence[str]`, *optional*): Capability points whose labels are used instead of the overall ranks.
 
     Raises:
-        ValueError: if no row has a pair, or none of one of the points.
+        ValueError: If no row has a pair, or none has a pair of one of the points.
 
     Example:
 
@@ -48,8 +48,8 @@ def labelled_encodings(
     rows: Sequence[PreferenceRow], formatter: Formatter, points: Sequence[str | None]
 ) -> tuple[list[list[Encoding]], list[list[list[int]]]]:
     """
-    The responses of the rows that have a pair of some point (None: of the overall preference), and their `pairs` of
-    [`collate_ranked`]. Two responses that are the same tokens are no pair, which is counted and said.
+    Return the rows that have a pair of some point (None for the overall preference), their encoded responses, and their `pairs`
+    for [`collate_ranked`]. Pairs of responses with the same tokens are left out, and their number is printed.
     """
     kept = [row for row in rows if any(row.pairs_of(point) for point in points)]
     encodings, _ = formatter.encode_rows(kept)
@@ -62,7 +62,7 @@ def labelled_encodings(
         if i not in found:
             raise ValueError(
                 f"got {len(rows)} rows and none with a pair of {point or 'the overall preference'}, need one in which a "
-                "response is better than another because there is nothing to learn without: label the rows."
+                "response is better than another, because there is nothing to learn otherwise: label the rows."
             )
     kept = [i for i, of_row in enumerate(pairs) if of_row]
     return [encodings[i] for i in kept], [pairs[i] for i in kept]

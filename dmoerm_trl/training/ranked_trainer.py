@@ -1,4 +1,4 @@
-"""TRL's RewardTrainer on K ranked responses a prompt instead of pairs: equation 7, each response once a step."""
+"""TRL's RewardTrainer for K ranked responses per prompt instead of pairs: equation 7, with one forward pass per response."""
 
 import logging
 import math
@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 @dataclass
 class RankedRewardConfig(RewardConfig):
     """
-    [`~trl.RewardConfig`] with the paper's settings (appendix B.1): one prompt a step, evaluation every 100 steps, early
-    stopping after 20 evaluations without a better accuracy, the best model kept, the dropout of LoRA left on.
+    [`~trl.RewardConfig`] with the paper's settings (appendix B.1): one prompt per step, an evaluation every 100 steps, early
+    stopping after 20 evaluations without a better accuracy, the best model kept, and LoRA dropout left on.
 
     Example:
 
@@ -56,44 +56,53 @@ class RankedRewardConfig(RewardConfig):
     """
 
     per_device_train_batch_size: int = field(
-        default=1, metadata={"help": "Prompts a step on each device, each with all its responses."}
+        default=1, metadata={"help": "Prompts per step and device, each with all its responses."}
     )
     train_tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "When given, a step has as many whole prompts on each device as have this many tokens with all their "
-            "responses (what they share counts once), not `per_device_train_batch_size` prompts."
+            "help": "Token budget per step and device, instead of `per_device_train_batch_size`. A batch holds whole prompts "
+            "with all their responses; shared tokens count once."
         },
     )
     eval_tokens_per_batch: int = field(
         default=16_384,
-        metadata={"help": "Tokens a batch in evaluation, prompts whole. No metric depends on it."},
+        metadata={
+            "help": "Token budget of a batch in evaluation, which holds whole prompts. No metric depends on it."
+        },
     )
     per_device_eval_batch_size: int = field(
         default=16,
-        metadata={"help": "Prompts a batch in evaluating the router; the phases have `eval_tokens_per_batch`."},
+        metadata={"help": "Prompts per batch in evaluating the router; the phases use `eval_tokens_per_batch`."},
     )
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: 'steps' or 'epoch'."})
     eval_steps: int = field(default=100, metadata={"help": "Steps between two evaluations."})
-    save_strategy: str | None = field(default=None, metadata={"help": "Always as `eval_strategy`."})
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept, the best and the last among them."})
+    save_strategy: str | None = field(default=None, metadata={"help": "Always that of `eval_strategy`."})
+    save_total_limit: int = field(
+        default=2, metadata={"help": "Maximum number of checkpoints, including the best and the last."}
+    )
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best model, not the last."})
-    metric_for_best_model: str = field(default="eval_accuracy", metadata={"help": "What 'best' means."})
+    metric_for_best_model: str = field(
+        default="eval_accuracy", metadata={"help": "Metric by which the best model is chosen."}
+    )
     restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "A resumed run goes on with its count of evaluations without a better one."}
+        default=True, metadata={"help": "A resumed run keeps its count of evaluations without improvement."}
     )
     disable_dropout: bool = field(default=False, metadata={"help": "Whether to turn all dropout off."})
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Whether to save memory for time."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Whether to save memory at the cost of time."}
+    )
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Whether batches are pinned, which needs a GPU."}
     )
     report_to: Any = field(default="none", metadata={"help": "Where metrics are reported, such as 'tensorboard'."})
     ddp_timeout: int = field(
         default=86_400,
-        metadata={"help": "Seconds that processes wait for the main one, which alone puts the model together."},
+        metadata={"help": "Seconds that processes wait for the main process, which assembles the model."},
     )
     patience: int = field(
-        default=20, metadata={"help": "Evaluations without a better one after which training stops; 0 for never."}
+        default=20,
+        metadata={"help": "Early stopping: evaluations without improvement before training stops; 0 for never."},
     )
 
     def __post_init__(self):
@@ -101,16 +110,20 @@ class RankedRewardConfig(RewardConfig):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
         self.save_strategy, self.save_steps = self.eval_strategy, self.eval_steps
-        if self.save_total_limit == 1:  # the trainer would delete the last at its end, half of it if it is killed
+        if (
+            self.save_total_limit == 1
+        ):  # at its end the trainer would delete the last one, and half of it if it is killed
             self.save_total_limit = 2
         if self.deepspeed:
             check_installed()
         super().__post_init__()
-        self._n_gpu = min(self.n_gpu, 1)  # several are for several processes: `DataParallel` cannot hold these models
-        unset_hf_deepspeed_config()  # else under ZeRO-3 models would be loaded in shards, which no phase could read
+        self._n_gpu = min(
+            self.n_gpu, 1
+        )  # `DataParallel` cannot hold these models: several GPUs need several processes
+        unset_hf_deepspeed_config()  # otherwise ZeRO-3 would load models in shards, which no phase could read
 
     def _check(self) -> None:
-        """What the parent lets pass and a trainer would fail at, or do without a word."""
+        """Refuse settings that the parent accepts but that make a trainer fail or silently do something else."""
         for names, (right, need) in RANGES.items():
             for name in names:
                 if (value := getattr(self, name)) is not None and not right(value):
@@ -122,13 +135,13 @@ class RankedRewardConfig(RewardConfig):
             )
         if self.eval_strategy not in ("steps", "epoch") and (self.load_best_model_at_end or self.patience):
             raise ValueError(
-                f"got eval_strategy={self.eval_strategy!r}, need 'steps' or 'epoch', because the best model is known by its "
-                "evaluations: set one, or `load_best_model_at_end: false` and `patience: 0`."
+                f"got eval_strategy={self.eval_strategy!r}, need 'steps' or 'epoch', because evaluations choose "
+                "the best model: set one, or `load_best_model_at_end: false` and `patience: 0`."
             )
 
     @property
     def callbacks(self) -> list[TrainerCallback]:
-        """What a trainer needs to heed `patience`."""
+        """Return the callbacks that implement `patience`."""
         return [EarlyStoppingCallback(self.patience)] if self.patience else []
 
 
@@ -139,7 +152,7 @@ RANGES: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
         *("save_total_limit", "eval_accumulation_steps", "torch_empty_cache_steps", "dataset_num_proc"),
     ): (lambda value: value >= 1, "at least 1"),
     ("patience", "dataloader_num_workers"): (lambda value: value >= 0, "0 or more"),
-    ("max_steps",): (lambda value: value == -1 or value >= 1, "at least 1, or -1 for as many as the epochs have"),
+    ("max_steps",): (lambda value: value == -1 or value >= 1, "at least 1, or -1 for the number of epochs to decide"),
     ("num_train_epochs", "logging_steps"): (lambda value: 0 < value < math.inf, "a number above 0"),
     (
         *("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "eval_delay"),
@@ -156,22 +169,22 @@ RANGES: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
         "False, because the size of a step would change during training",
     ),
 }
-"""Settings -> whether a value can be, and what is needed."""
+"""Settings -> check of a value, and description of what is needed."""
 
 
 def ranking_loss(rewards: Tensor, pairs: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, int]:
     """
-    Equation 7 for several prompts: the mean over prompts of the mean over a prompt's pairs (w better than l) of
+    Compute equation 7 for several prompts: the mean over prompts of the mean over a prompt's pairs (w better than l) of
     `-log(sigmoid(r_w - r_l))`.
 
     Args:
-        rewards (`Tensor` of shape (N,)): r of every response.
-        pairs (`Tensor` of shape (pairs, 2)): indices of w and l, two responses to one prompt.
-        groups (`Tensor` of shape (N,)): index of every response's prompt.
+        rewards (`Tensor` of shape (N,)): Reward r of each response.
+        pairs (`Tensor` of shape (pairs, 2)): Indices of w and l, two responses to one prompt.
+        groups (`Tensor` of shape (N,)): Index of each response's prompt.
 
     Returns:
-        The loss, a scalar, 0 without pairs; the margins `r_w - r_l`, shape (pairs,); the number of prompts that have a
-        pair.
+        The loss, a scalar that is 0 without pairs; the margins `r_w - r_l`, of shape (pairs,); and the number of prompts that
+        have a pair.
 
     Example:
 
@@ -194,23 +207,23 @@ def ranking_loss(rewards: Tensor, pairs: Tensor, groups: Tensor) -> tuple[Tensor
 
 class RankedRewardTrainer(RewardTrainer):
     """
-    TRL's [`~trl.RewardTrainer`] on K ranked responses a prompt. Its arguments are the parent's, in the parent's order.
+    TRL's [`~trl.RewardTrainer`] for K ranked responses per prompt. The arguments are those of the parent, in the same order.
 
-    It overrides four steps: rows are tokenised by this package's formatter and none is dropped for its length, a batch holds each
-    response of a prompt once, the loss is equation 7, and an evaluation is exact: `eval_loss`, equation 7, is the mean over all
-    prompts that have a pair, `eval_accuracy` and `eval_margin` are those over all pairs, however the prompts are batched and on
-    however many processes.
+    It overrides four steps. This package's formatter tokenises the rows, and none is dropped for its length. A batch holds each
+    response of a prompt once. The loss is equation 7. An evaluation is exact, whatever the batches and the number of processes:
+    `eval_loss` is the mean of equation 7 over all prompts that have a pair, and `eval_accuracy` and `eval_margin` are means
+    over all pairs.
 
     Args:
-        model (`DMoERMForSequenceClassification` or `str`): What is trained; or the folder or hub name of a base model, which gets a
-            new head.
-        args ([`RankedRewardConfig`], *optional*): TRL's and the paper's settings. If absent, those of the paper in a folder
-            `<model>-Reward`, without evaluations where there are no rows for them.
-        data_collator (`Callable`, *optional*): This package's if absent.
-        train_dataset, eval_dataset (`Sequence[PreferenceRow]` or `Dataset`, *optional*): Rows, or what
-            [`~dmoerm_trl.training.ranked_dataset.ranked_dataset`] makes of them.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): The model's tokenizer; loaded from the model's folder if absent.
-        options: Further arguments of the parent, such as `callbacks`.
+        model (`DMoERMForSequenceClassification` or `str`): The model to train, or the folder or hub name of a base model, which
+            gets a new head.
+        args ([`RankedRewardConfig`], *optional*): The settings. By default those of the paper, with output to the folder
+            `<model>-Reward`, and without evaluations if there is no `eval_dataset`.
+        data_collator (`Callable`, *optional*): The collator; this package's by default.
+        train_dataset, eval_dataset (`Sequence[PreferenceRow]` or `Dataset`, *optional*): Rows, or the result of
+            [`~dmoerm_trl.training.ranked_dataset.ranked_dataset`].
+        processing_class (`PreTrainedTokenizerBase`, *optional*): The model's tokenizer; loaded from the model's folder by
+        default. options: Further arguments of the parent, such as `callbacks`.
 
     Raises:
         ValueError: If a response does not fit into `args.max_length`, or no row has a pair.
@@ -228,7 +241,7 @@ class RankedRewardTrainer(RewardTrainer):
     """
 
     rankings: list[str] = [""]
-    """Endings of the metrics' names, one for each ranking that the model learns."""
+    """Suffixes of the metrics' names, one for each ranking that the model learns."""
 
     def __init__(
         self,
@@ -271,7 +284,7 @@ class RankedRewardTrainer(RewardTrainer):
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: RankedRewardConfig, dataset_name: str
     ) -> Dataset:
-        """Add the column `length`, by which rows are batched, and say which rows are over the budget."""
+        """Add the column `length`, by which rows are batched, and report the rows over the budget."""
         if "length" not in dataset.column_names:
             lengths = [distinct_tokens(row["input_ids"], row["prompt_lengths"]) for row in dataset]
             dataset = dataset.add_column("length", lengths)
@@ -329,7 +342,7 @@ class RankedRewardTrainer(RewardTrainer):
     # The loss.
 
     def rank(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        """Run the model: one of `rankings` -> the rewards, its pairs and the groups, as [`ranking_loss`] takes them."""
+        """Run the model and return, for each of `rankings`, the rewards, pairs and groups for [`ranking_loss`]."""
         inputs = dict(inputs)
         pairs, groups = inputs.pop("pairs"), inputs.pop("groups")
         with nan_allowed():
@@ -352,22 +365,24 @@ class RankedRewardTrainer(RewardTrainer):
 
     def _equation_7(self, ranked: dict[str, tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """
-        The means over prompts of equation 7, of shape (len(ranked),), and what the metrics are made of, of shape
-        (rankings, 5): the sum of the prompts' losses, their number, the pairs in right order (a tie of two rewards is half
-        of one), the sum of the margins, the number of pairs.
+        Compute the means of equation 7 over prompts, of shape (len(ranked),), and the sums for the metrics, of shape (rankings,
+        5): the losses of the prompts, the number of prompts, the pairs in the right order (a tie of two rewards counts half),
+        the margins, and the number of pairs.
         """
         losses, totals = [], self._nothing()
         for name, ranking in ranked.items():
             loss, margins, prompts = ranking_loss(*ranking)
             losses.append(loss)
-            margins = margins.detach().cpu().double().nan_to_num(nan=-torch.inf)  # a NaN is no right order
+            margins = margins.detach().cpu().double().nan_to_num(nan=-torch.inf)  # NaN counts as a wrong order
             right = (margins > 0).sum() + (margins == 0).sum() / 2
             numbers = [float(loss.detach()) * prompts, prompts, float(right), float(margins.sum()), len(margins)]
             totals[self.rankings.index(name)] = torch.tensor(numbers, dtype=totals.dtype)
         return torch.stack(losses), totals
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """The batches of an optimizer step, and how many prompts have a pair in it on all processes, of shape (rankings,)."""
+        """
+        Return the batches of an optimizer step, and how many of its prompts on all processes have a pair, of shape (rankings,).
+        """
         batches, _ = super().get_batch_samples(*args, **kwargs)
         prompts = self._nothing()[:, 1]
         for batch in batches:
@@ -377,10 +392,10 @@ class RankedRewardTrainer(RewardTrainer):
 
     def _shares(self, prompts: Tensor, of_step: Tensor | None) -> Tensor:
         """
-        What the mean of a batch counts in the mean of its optimizer step, of shape (rankings,): times the number of batches
-        and of processes, over which the trainer takes the plain mean.
+        Compute the weight of a batch's mean in the mean of its optimizer step, of shape (rankings,). It is multiplied by the
+        number of batches and processes, over which the trainer takes the plain mean.
         """
-        if of_step is None:  # the batch is the step
+        if of_step is None:  # the step has one batch
             return torch.ones_like(prompts)
         batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
         return prompts * batches / of_step.to(prompts).clamp(min=1)
@@ -389,7 +404,7 @@ class RankedRewardTrainer(RewardTrainer):
         return torch.zeros(len(self.rankings), 5, dtype=torch.float64)
 
     def _metrics_of(self, totals: Tensor, prefix: str = "") -> dict[str, float]:
-        """The metrics of all processes, of those rankings that had a pair."""
+        """Compute the metrics over all processes, for the rankings that had a pair."""
         metrics = {}
         rows = self._over_processes(totals).tolist()
         for name, (loss, prompts, right, margin, pairs) in zip(self.rankings, rows, strict=True):
@@ -399,7 +414,7 @@ class RankedRewardTrainer(RewardTrainer):
         return metrics
 
     def _over_processes(self, values: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Sum over all processes."""
         return self.accelerator.reduce(values.to(self.args.device)) if self.accelerator.num_processes > 1 else values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -410,8 +425,9 @@ class RankedRewardTrainer(RewardTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Leave a checkpoint under DeepSpeed or FSDP with its own files alone: nothing reads the full weights, which are costly. The
-        folder is made all the same: by it each process knows the best checkpoint right after this.
+        Save the model. Under DeepSpeed or FSDP a checkpoint gets only the engine's files, because gathering the full weights is
+        costly and nothing reads them. Its folder is created nevertheless, because each process finds the best checkpoint by it
+        right after.
         """
         if not (_internal_call and (self.is_deepspeed_enabled or self.is_fsdp_enabled)):
             super().save_model(output_dir, _internal_call)
@@ -424,8 +440,8 @@ class RankedRewardTrainer(RewardTrainer):
         self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
         """
-        Add the metrics to the parent's loop. accelerate gives every process as many batches, so that all call the model as
-        often; the batches that it repeats for that at the end are left out of the sums.
+        Run the parent's loop and add the metrics. accelerate gives all processes the same number of batches; the batches that
+        it repeats for that at the end are left out of the sums.
         """
         self._evaluated: list[Tensor] = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -466,7 +482,7 @@ def fit(
     """
     Train a model on ranked responses and return it as it was at its best evaluation, with the log history.
 
-    A run that was killed goes on from its last whole checkpoint in `args.output_dir` and ends with the same model.
+    A killed run resumes from its last complete checkpoint in `args.output_dir` and ends with the same model.
     """
     trainer = RankedRewardTrainer(
         model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer
@@ -477,10 +493,10 @@ def fit(
 
 def train_or_resume(trainer: Trainer) -> None:
     """
-    Train to the end, from the last whole checkpoint if there is one, so that the result is that of an unbroken run.
+    Train to the end, from the last complete checkpoint if there is one, so that the result is that of an uninterrupted run.
 
     Raises:
-        ValueError: if the checkpoint lacks a file, or has one that cannot be read; it says what to delete.
+        ValueError: If the checkpoint lacks a file or has an unreadable one; the message says what to delete.
 
     Example:
 
@@ -490,14 +506,14 @@ def train_or_resume(trainer: Trainer) -> None:
     rows, _ = load_rows("runs/demo/data/test.jsonl")
     args = RankedRewardConfig("runs/mine", max_steps=1, eval_steps=1)
     trainer = RankedRewardTrainer("runs/demo/base", args, train_dataset=rows[:4], eval_dataset=rows[4:])
-    train_or_resume(trainer)  # started again after a kill, it goes on
+    train_or_resume(trainer)  # resumes if it is started again after a kill
     ```
     """
     check_engine(trainer)
     checkpoint = last_checkpoint(trainer.args.output_dir)
     if checkpoint is not None:
         check_checkpoint(checkpoint, trainer)
-        if was_the_end(checkpoint):  # the trainer would go on for another step
+        if was_the_end(checkpoint):  # the trainer would train for another step
             trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
         if trainer.args.load_best_model_at_end:
             find_best(checkpoint, trainer)

@@ -1,4 +1,4 @@
-"""What `dmoerm train --config recipe.yaml` reads."""
+"""The recipe that `dmoerm train --config recipe.yaml` reads."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -17,9 +17,9 @@ if TYPE_CHECKING:  # the options are listed without it, which takes seconds to i
 @dataclass
 class Recipe:
     """
-    One whole training: data, model, the router, the three phases, the baselines. Each key can stand in a YAML file or on
-    the command line (a stage's settings there as JSON); the keys of `router`, `phase1`, `phase2`, `phase3` and `baselines` are those of
-    [`~dmoerm_trl.training.ranked_trainer.RankedRewardConfig`], which are those of TRL's `RewardConfig`.
+    Settings of a complete training: data, model, router, the three phases and the baselines. Each key can be given in a YAML
+    file or on the command line, where the settings of a stage are JSON. The keys of `router`, `phase1`, `phase2`, `phase3` and
+    `baselines` are those of [`~dmoerm_trl.training.ranked_trainer.RankedRewardConfig`], which extends TRL's `RewardConfig`.
 
     Example:
 

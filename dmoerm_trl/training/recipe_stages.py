@@ -1,4 +1,4 @@
-"""The stages of a recipe: what each is made of, and the function that makes it."""
+"""The stages of a recipe: their settings and inputs, and the functions that run them."""
 
 import shutil
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ from .stages import History, Manifest, Stage, StageRecord, identities, identity,
 
 class RecipeStages:
     """
-    The stages of a recipe, in an order in which each finds what it needs; [`~dmoerm_trl.training.pipeline.Pipeline`] runs them.
+    The stages of a recipe in an order that satisfies their needs; [`~dmoerm_trl.training.pipeline.Pipeline`] runs them.
 
     Attributes:
-        recipe (`Recipe`), tasks (`TaskTable`): What is trained.
+        recipe (`Recipe`), tasks (`TaskTable`): The recipe and its tasks.
         root (`Path`): Folder of the run.
         stages (`dict[str, Stage]`): Folder of a stage's result -> the stage.
     """
@@ -91,34 +91,34 @@ class RecipeStages:
         return stages
 
     def _of(self, *names: str, step: str | None = None) -> dict[str, Any]:
-        """Settings of the recipe, and those of a stage's training."""
+        """Select settings of the recipe and, if given, of a stage's training."""
         settings = {name: getattr(self.recipe, name) for name in names}
         return settings if step is None else settings | self.recipe.step_settings(step, processes())
 
     @cached_property
     def _data_settings(self) -> dict[str, Any]:
-        """What the rows of the parts depend on; of data in files what stands in them, not where they are."""
+        """Return the settings on which the rows of the parts depend, with digests instead of the paths of data files."""
         settings = self.recipe.fingerprint()
         names = ("tasks", "on_error", "max_length", "test_share", "phase1_share", "validation_share", "seed")
         names += ("base_model", "score_thinking", "pad_token", "share_base", "without_outer")
         sources = {name: settings.get(f"sha256 of {name}", settings[name]) for name in ("train_data", "test_data")}
         return sources | {name: settings[name] for name in names}
 
-    # What a run is made of
+    # Data and models of the run
 
     @cached_property
     def formatter(self) -> Formatter:
         return formatter_of(self.recipe)
 
     def rows(self, *parts: str, task: str = OVERALL) -> list[PreferenceRow]:
-        """The rows of some parts of the data, of one task or of all."""
+        """Load the rows of some parts of the data, of one task or of all."""
         rows = []
         for part in parts:
             rows += load_rows(str(self.root / "data" / f"{part}.jsonl"), tasks=self.tasks)[0]
         return [row for row in rows if task in (OVERALL, row.task)]
 
     def load(self, stage: str, **options: Any) -> DMoERMForSequenceClassification:
-        """The model that a stage left; with further arguments of `from_pretrained`."""
+        """Load the model of a finished stage; `options` are further arguments of `from_pretrained`."""
         return DMoERMForSequenceClassification.from_pretrained(str(self.root / stage), **options)
 
     # The stages
@@ -130,7 +130,7 @@ class RecipeStages:
 
     @cached_property
     def run_data(self) -> RunData:
-        """The rows as the recipe says now, read anew."""
+        """The rows of the current recipe, read again."""
         part_of = {}
         if (source := self._source) is not None and source.has("data"):
             before, now = source.record("data")["settings"], self._data_settings
@@ -174,7 +174,9 @@ class RecipeStages:
             trust_remote_code=self.recipe.trust_remote_code,
             **self.recipe.model_settings,
         )
-        ranked = [row for row in eval_rows if row.pairs_of()]  # rows for the experts alone are not of this training
+        ranked = [
+            row for row in eval_rows if row.pairs_of()
+        ]  # rows that only the experts learn from are not used here
         normalise(model, ranked, self.formatter, unit_variance=unit_variance)
         self._save(model, folder)
         return history
@@ -216,7 +218,7 @@ class RecipeStages:
         )
 
     def _base(self, stage: str, task: str, **options: Any) -> DMoERMForSequenceClassification:
-        """What phase 1 left, for a task's experts as the recipe has them now: it does not depend on theirs."""
+        """Load the model of phase 1 with the recipe's current settings of the experts, on which phase 1 does not depend."""
         model = with_task(self.load(stage, **options), task)
         for name, value in self.recipe.model_settings.items():
             setattr(model.config, name, value)
@@ -255,11 +257,11 @@ class RecipeStages:
             self.formatter.tokenizer.save_pretrained(folder)
             write_model_card(model, folder)
 
-    # Where they are made, and what is finished
+    # Folders and finished stages
 
     @cached_property
     def _source(self) -> Manifest | None:
-        """The run that this one extends."""
+        """Manifest of the run that this one extends."""
         folder = self.recipe.extend or Manifest(self.root).content.get("extends")
         if folder is None:
             return None
@@ -272,7 +274,7 @@ class RecipeStages:
         return source
 
     def _source_has(self, name: str, point: str | None = None) -> bool:
-        """Whether the other run has a stage, or one of a stage's experts, made of the same."""
+        """Return whether the extended run has the same stage, or the same expert of a stage."""
         source = self._source
         if source is None or not source.has(name):
             return False
@@ -286,16 +288,16 @@ class RecipeStages:
 
     @property
     def _digests(self) -> dict[str, Any]:
-        """Those of the rows in `data/`."""
+        """Digests of the rows in `data/`."""
         path = self.root / "data" / DIGESTS
         return read_json(path, f"put it back, or delete {path.parent} to read the rows anew") if path.is_file() else {}
 
     def _record(self, name: str) -> StageRecord:
-        """What a stage is made of."""
+        """Return the current record of a stage."""
         return stage_records(self.stages, self._digests)[name]
 
     def _work_folder(self, name: str) -> Path:
-        """Where a stage is made: the checkpoints of other settings are elsewhere."""
+        """Return the working folder of a stage, which differs for other settings."""
         return self.root / "work" / name / identity(self._record(name))
 
     def _work(self, result: Path) -> Path:

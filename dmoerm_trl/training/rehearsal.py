@@ -1,4 +1,4 @@
-"""A step of each training on a tiny model, so that what a trainer cannot take is found before any training."""
+"""Run one step of each training on a tiny model, to find settings that a trainer refuses before any real training."""
 
 import contextlib
 import io
@@ -35,20 +35,20 @@ ONE_STEP = {
         "resume_from_checkpoint": None,
     },
 }
-"""What is set for a step alone: its length, what outlives it, and what depends on the model's size or on other processes."""
+"""Settings that are overridden in a rehearsal: its length, its outputs, and what depends on model size or other processes."""
 
 TASK, POINT = "task", "point"
 
 
 def rehearse(recipe: Recipe, formatter: Formatter, steps: Collection[str]) -> None:
     """
-    Train for a step, evaluate and save, with the settings that a recipe gives its stages, and with its tokenizer.
+    Train for one step, evaluate and save, with the recipe's settings of each stage and its tokenizer.
 
     Args:
-        steps (`Collection[str]`): some of `"router"`, `"phase1"`, `"phase2"`, `"phase3"` and `"baselines"`.
+        steps (`Collection[str]`): Some of `"router"`, `"phase1"`, `"phase2"`, `"phase3"` and `"baselines"`.
 
     Raises:
-        ValueError: naming the stage whose settings its trainer cannot take.
+        ValueError: If a trainer fails with the settings of its stage; the message names the stage.
     """
     _check_reports(recipe)
     asked = {step: _settings(step, recipe, formatter) for step in sorted(steps)}
@@ -77,7 +77,7 @@ _passed: set[str] = set()  # by this process
 
 
 def _settings(step: str, recipe: Recipe, formatter: Formatter) -> str:
-    """All that a rehearsal depends on."""
+    """Return everything on which a rehearsal depends."""
     own = {
         **getattr(recipe, step),
         "seed": recipe.seed,
@@ -141,12 +141,12 @@ def _check_reports(recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def _folder(place: Path) -> Iterator[Path]:
-    """A folder for the rehearsal: that of one process is in the system's place for such, that of several one that all see."""
+    """Context manager of the rehearsal's folder: a temporary one, or for several processes one that all can see."""
     if processes() == 1:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
-    folder = place / ".rehearsal"  # of this one name, so that a start deletes what a killed one left
+    folder = place / ".rehearsal"  # always the same name, so that a start deletes the folder of a killed one
     if is_main():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -161,7 +161,7 @@ def _folder(place: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the logs of the steps, which are no training's."""
+    """Context manager that silences the logs of the steps, which are not part of a training."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

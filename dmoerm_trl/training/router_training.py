@@ -1,4 +1,4 @@
-"""The training of the router, the outer layer (equations 1 and 2)."""
+"""Train the router, the outer layer (equations 1 and 2)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -36,18 +36,18 @@ def train_router(
     trust_remote_code: bool = False,
 ) -> tuple[Router, History]:
     """
-    Train the gate of equation 1 on the task labels of prompts, by cross-entropy. Rows of other tasks are not used. An
-    evaluation gives `eval_accuracy` and `eval_macro_f1`, the mean over tasks of F1, in which each task counts the same.
+    Train the gate of equation 1 on the task labels of prompts by cross-entropy. Rows of other tasks are not used. An evaluation
+    gives `eval_accuracy` and `eval_macro_f1`, the mean of F1 over tasks.
 
     Args:
-        base (`str`): a pretrained backbone with the tokenizer of the reward model.
-        num_layers (`int`, *optional*): how many of its layers to keep, from the bottom; all if not given.
-        balance (`float`): how far the loss makes up for tasks of few rows, from 0 (each row weighs the same) to 1 (each task
-            does): a row's weight is its task's number of rows to the power of `-balance`.
+        base (`str`): A pretrained backbone with the tokenizer of the reward model.
+        num_layers (`int`, *optional*): Number of its layers to keep, from the bottom; all by default.
+        balance (`float`): Weighting of the loss, from 0 (all rows weigh the same) to 1 (all tasks do). The weight of a row is
+            the number of rows of its task to the power of `-balance`.
 
     Raises:
-        ValueError: if the backbone has fewer layers, or a weight that is not finite, for a budget of tokens, or a `balance`
-            that is not within 0 and 1.
+        ValueError: If the backbone has fewer layers or a weight that is not finite, if a token budget is set, or if `balance`
+            is not between 0 and 1.
 
     Example:
 
@@ -65,8 +65,8 @@ def train_router(
         raise ValueError(f"got balance={balance}, need 0 (each row weighs the same) to 1 (each task does).")
     if args.train_tokens_per_batch is not None:
         raise ValueError(
-            f"got train_tokens_per_batch={args.train_tokens_per_batch} for the router, need None, because a batch of the "
-            "router is prompts alone: set `per_device_train_batch_size`."
+            f"got train_tokens_per_batch={args.train_tokens_per_batch} for the router, need None, because the "
+            "router reads only prompts: set `per_device_train_batch_size`."
         )
     set_seed(args.seed)
     backbone = load_initial_weights(base, trust_remote_code=trust_remote_code, num_layers=num_layers).backbone
@@ -118,18 +118,18 @@ def train_router(
 
 
 def _task_weights(labels: Tensor, tasks: int, balance: float) -> Tensor:
-    """One weight a task, its number of rows to the power of `-balance`, with mean 1 over the rows."""
+    """Compute the weight of each task, its number of rows to the power of `-balance`, with mean 1 over the rows."""
     weights = torch.bincount(labels, minlength=tasks).clamp(min=1).float() ** -balance
     return weights / weights[labels].mean()
 
 
 def routing_metrics(routes: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """
-    How well prompts were sent to their tasks: `accuracy`, the share of right routes, and `macro_f1`, the mean of F1 over the
-    tasks that occur among the routes or the labels, in which a rare task counts as much as a frequent one.
+    Compute the `accuracy` of routing and the `macro_f1`, the mean of F1 over the tasks that occur among the routes or the
+    labels.
 
     Args:
-        routes, labels (array of shape (N,)): index of the chosen and of the right task.
+        routes, labels (array of shape (N,)): Indices of the chosen and of the correct task.
     """
     routes, labels = np.asarray(routes), np.asarray(labels)
     right = routes == labels
@@ -141,7 +141,7 @@ def routing_metrics(routes: ArrayLike, labels: ArrayLike) -> dict[str, float]:
 
 
 def _prompt_ids(encoding: Encoding, formatter: Formatter) -> list[int]:
-    """The tokens that the router reads of a text, the same in training as in a DMoERM."""
+    """Return the tokens of a text that the router reads, the same in training as in a DMoERM."""
     spans = find_spans(
         torch.tensor([encoding.input_ids]),
         prompt_lengths=torch.tensor([encoding.prompt_length]),

@@ -71,14 +71,14 @@ def _digest(values: Iterable[Any]) -> str:
 
 def read_run_data(recipe: Recipe, tasks: TaskTable, formatter: Formatter, part_of: Mapping[str, str]) -> RunData:
     """
-    Read a recipe's rows.
+    Read the rows of a recipe.
 
     Args:
-        part_of (`Mapping[str, str]`): prompt id -> the part in which it stays, of a run that this one extends.
+        part_of (`Mapping[str, str]`): Prompt id -> part in which it stays, from a run that this one extends.
 
     Raises:
-        ValueError: naming the source and what is wrong with it: a bad row, a response that does not fit, a point without labels, a
-            part without an overall preference, a task with too few prompts.
+        ValueError: If a row is bad, a response does not fit, a point has no labels, a part has no overall preference, or a task
+            has too few prompts. The message names the source.
     """
     rows, report, cut = _read(recipe.train_data, recipe, tasks, formatter)
     shares = {"phase1": recipe.phase1_share, "validation": recipe.validation_share, "seed": recipe.seed}
@@ -108,7 +108,7 @@ def read_run_data(recipe: Recipe, tasks: TaskTable, formatter: Formatter, part_o
 
 
 def parts_of(folder: Path) -> dict[str, str]:
-    """Prompt id -> part, of the rows that another run wrote to its `data/`, but for its test rows' file where it had one."""
+    """Return the part of each prompt id in the `data/` of another run, except for the test rows if they came from a file."""
     found = {}
     for part in PARTS:
         with (folder / f"{part}.jsonl").open(encoding="utf-8") as file:
@@ -121,8 +121,8 @@ def _read(
     source: str, recipe: Recipe, tasks: TaskTable, formatter: Formatter
 ) -> tuple[list[PreferenceRow], list[str], dict[int, int]]:
     """
-    The rows of a source that fit, what is to be said of them, and of a row (by its `id`) how many of its responses lost turns of
-    their prompt.
+    Return the rows of a source that fit, the lines of the report about them, and for each row (by its `id`) the number of
+    responses whose prompt lost turns.
     """
     rows, loaded = load_rows(source, tasks=tasks, on_error=recipe.on_error)
     if not rows:
@@ -186,7 +186,7 @@ def _raise_unless_skipped(
 
 
 def _distribution(lengths: Sequence[int], max_length: int) -> str:
-    """The lengths of the rows' longest texts, and how many a larger limit would keep whole."""
+    """Describe the lengths of the rows' longest texts, and how many rows larger limits would keep complete."""
     half, most, nearly_all = np.percentile(lengths, (50, 90, 99), method="higher")
     said = f"tokens of a row's longest text: median {half}, 90% {most}, 99% {nearly_all}, longest {max(lengths)}"
     whole, limit, kept = sum(length <= max_length for length in lengths), max_length, []
@@ -199,7 +199,7 @@ def _distribution(lengths: Sequence[int], max_length: int) -> str:
 
 
 def _check_preferences(parts: dict[str, list[PreferenceRow]], recipe: Recipe, tasks: TaskTable) -> None:
-    """Rows may have capability labels alone, but phases 1 and 3 and the test need others."""
+    """Check that phases 1 and 3 and the test have rows with overall preferences."""
     for name, part in parts.items():
         together = name == "test" or (name.startswith("phase1") and recipe.share_base)
         for task in [OVERALL] if together else tasks.tasks:

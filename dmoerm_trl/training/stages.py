@@ -1,4 +1,4 @@
-"""The finished stages of a run, and what each was made of: what may stay when a recipe changes, and what is to be trained again."""
+"""Records of the stages of a run: the settings and inputs of each, and the manifest of the finished ones."""
 
 import hashlib
 import json
@@ -12,13 +12,13 @@ from ..files import as_json, changed_keys, file_digest, write_json
 History = list[dict[str, Any]]
 StageRecord = dict[str, Any]
 """
-What a stage was made of: `settings`, those of the recipe on which it depends; `rows`, a digest of the rows that it reads, of a
-stage of experts one of each point's; `needs`, the [`identities`] of the trainings that it builds on.
+The inputs of a stage: `settings`, those of the recipe on which it depends; `rows`, a digest of the rows that it reads, or one
+per point for a stage of experts; `needs`, the [`identities`] of the trainings that it builds on.
 """
 
 
 class Stage(NamedTuple):
-    """A step of the training: it writes the folder `output_dir/<name>`, after those that it needs."""
+    """A step of a run that writes the folder `output_dir/<name>`, after the stages that it needs."""
 
     run: Callable[[Path], History]
     needs: tuple[str, ...] = ()
@@ -31,10 +31,10 @@ class Stage(NamedTuple):
 
 def stage_records(stages: Mapping[str, Stage], digests: Mapping[str, Any]) -> dict[str, StageRecord]:
     """
-    What each stage is made of now.
+    Return the current record of each stage.
 
     Args:
-        digests (`Mapping`): those of the rows; of a stage whose digest is not there they are None.
+        digests (`Mapping`): Digests of the rows. The `rows` of a stage without a digest are None.
     """
     found: dict[str, StageRecord] = {}
     for name, stage in stages.items():
@@ -52,23 +52,25 @@ def stage_records(stages: Mapping[str, Stage], digests: Mapping[str, Any]) -> di
 
 
 def identities(name: str, record: StageRecord) -> dict[str, str]:
-    """Each training of a stage -> what tells whether it is made of the same, with all that it builds on."""
+    """
+    Return an identity of each training of a stage, which changes with the record of the stage and of all that it builds on.
+    """
     if isinstance(record["rows"], dict):
         return {f"{name}/{point}": identity({**record, "rows": rows}) for point, rows in record["rows"].items()}
     return {name: identity(record)}
 
 
 def identity(record: StageRecord) -> str:
-    """Distinguish records."""
+    """Return a digest of a record."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(before: StageRecord, now: StageRecord, data: Iterable[str]) -> list[str]:
     """
-    The keys of the recipe in which two records differ, but for what they build on.
+    Return the keys of the recipe in which two records differ, not counting the trainings that they build on.
 
     Args:
-        data (`Iterable[str]`): the keys that the rows depend on and in which they differ.
+        data (`Iterable[str]`): The keys on which the rows depend and in which they differ.
     """
     own, other = before["settings"], now["settings"]
     keys = set(changed_keys(own, other))
@@ -83,20 +85,20 @@ def differences(before: StageRecord, now: StageRecord, data: Iterable[str]) -> l
 
 class Manifest:
     """
-    What a run's folder says of its stages, in `manifest.json`:
+    The file `manifest.json` of a run:
 
-    - `recipe`: the settings of the last start.
-    - `stages`: stage -> its record.
-    - `files`: stage -> the sizes of its files, of the data their digests.
-    - `begun`: stage -> the folders in `work/` in which it was begun.
-    - `seconds`: stage -> what it took.
-    - `extends`: the folder of the run that this one extends.
+    - `recipe`: The settings of the last start.
+    - `stages`: Finished stage -> its record.
+    - `files`: Stage -> the sizes of its files, or their digests for the data.
+    - `begun`: Stage -> the folders in `work/` in which it was begun.
+    - `seconds`: Stage -> its duration.
+    - `extends`: The folder of the run that this one extends.
 
     Args:
-        root (`Path`): the run's folder.
+        root (`Path`): The folder of the run.
 
     Raises:
-        ValueError: if the file is broken.
+        ValueError: If the file is broken.
     """
 
     def __init__(self, root: Path):
@@ -119,42 +121,42 @@ class Manifest:
         return self.content[key]
 
     def save(self) -> None:
-        """Write the file, if it would be another one."""
+        """Write the file if its content has changed."""
         if not self.path.exists() or json.loads(self.path.read_text(encoding="utf-8")) != self.content:
             write_json(self.path, self.content)
 
     def has(self, name: str) -> bool:
-        """Whether a stage, or one of its trainings, is finished."""
+        """Return whether a stage, or one of its trainings, is finished."""
         return (self.root / name / "history.json").is_file()
 
     def record(self, name: str) -> StageRecord:
         """
-        Return what a finished stage was made of.
+        Return the record of a finished stage.
 
         Raises:
-            ValueError: if the folder has a stage of which the manifest does not know.
+            ValueError: If the folder has a stage that is not in the manifest.
         """
         try:
             return self["stages"][name]
         except KeyError:
             raise ValueError(
-                f"{self.root / name}: got a finished stage that {self.path.name} does not know, need it to, because what it was "
-                "made of is not to be told: put the manifest back, delete the stage's folder to train it again, or name another "
+                f"{self.root / name}: got a finished stage that is not in {self.path.name}, need it there, because its settings "
+                "and inputs are unknown: put the manifest back, delete the stage's folder to train it again, or name another "
                 "`output_dir`."
             ) from None
 
     def note_files(self, name: str) -> None:
-        """Note what a finished stage left."""
+        """Record the files of a finished stage."""
         self["files"][name] = {
             path: _state(self.root / name / path, name == "data") for path in _files(self.root / name)
         }
 
     def check_files(self, name: str) -> None:
         """
-        Check that a finished stage's files are those that it left.
+        Check that the files of a finished stage are unchanged.
 
         Raises:
-            ValueError: if a file of a finished stage is missing, cut off, or of the data and edited.
+            ValueError: If a file is missing or incomplete, or if a data file was edited.
         """
         for path, before in self["files"].get(name, {}).items():
             file = self.root / name / path
@@ -163,17 +165,17 @@ class Manifest:
                 what = "no file" if now is None else "rows that were edited" if name == "data" else f"{now} bytes"
                 need = "the one" if name == "data" else f"the {before} bytes"
                 raise ValueError(
-                    f"{file}: got {what}, need {need} that the run wrote, because later stages are made of them: put the file back, "
-                    f"or delete {self.root / name}, which the next start makes again."
+                    f"{file}: got {what}, need {need} that the run wrote, because later stages are built on them: put the file "
+                    f"back, or delete {self.root / name}, which the next start makes again."
                 )
 
 
 def _files(folder: Path) -> list[str]:
-    """All files, but for model cards, which people edit."""
+    """List all files except model cards, which people edit."""
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md")
     return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def _state(path: Path, exact: bool) -> int | str:
-    """The digest of a file, or its size: weights that are whole are as they were."""
+    """Return the digest of a file, or its size, which suffices for weights."""
     return file_digest([path]) if exact else path.stat().st_size

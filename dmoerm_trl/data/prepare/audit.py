@@ -1,4 +1,4 @@
-"""What is in prepared rows: sizes, turns, lengths, languages, tasks, labels, and which prompts stand in two parts."""
+"""Statistics of prepared rows: sizes, turns, lengths, languages, tasks, labels, and prompts that are in two parts."""
 
 import json
 from array import array
@@ -17,22 +17,22 @@ from ...markdown import markdown_table
 from ..preference_row import PreferenceRow, RowError
 
 UNNAMED = "(none)"
-"""What the report calls the task of rows without one."""
+"""Name in the report for the task of rows without one."""
 
 LANGUAGE_CHARACTERS = 1000
-"""How much of a prompt's last turn, and of the first response, the language is read from."""
+"""Number of characters of a prompt's last turn, and of the first response, from which the language is detected."""
 
 
 @dataclass
 class PartAudit:
     """
-    What is in one part, such as a split, told row by row. Nothing of the rows' text is kept.
+    Statistics of one part, such as a split, which are updated row by row. No text of the rows is kept.
 
     Args:
         tokens (`Callable`, *optional*):
-            A row -> the number of tokens of the prompt with each response.
+            Function that gives the number of tokens of a row's prompt with each response.
         language (`Callable`, *optional*):
-            A text -> its language, such as [`language_of`].
+            Function that gives the language of a text, such as [`language_of`].
     """
 
     tokens: Callable[[PreferenceRow], Iterable[int]] | None = None
@@ -44,33 +44,33 @@ class PartAudit:
     prompts: Counter = field(default_factory=Counter)  # prompt id -> rows
     tasks: Counter = field(default_factory=Counter)  # task -> rows
     turns: dict[str | None, list[int]] = field(default_factory=dict)  # task -> turns of the user, one number a row
-    lengths: dict[str, array] = field(default_factory=dict)  # what was measured -> its values
+    lengths: dict[str, array] = field(default_factory=dict)  # quantity -> values
     languages: Counter = field(default_factory=Counter)  # language -> rows
-    points: Counter = field(default_factory=Counter)  # capability point -> rows in which it tells two responses apart
-    identical_pairs: int = 0  # of two responses with the same text that labels tell apart
-    pairs: int = 0  # of two responses that the ranks tell apart
-    longer_is_better: float = 0.0  # of these, how many prefer the one with more characters; equal lengths are a half
-    looked_at: int = 0  # rows in which personal data was looked for, dropped ones among them
-    flagged: int = 0  # rows that seem to hold some
+    points: Counter = field(default_factory=Counter)  # capability point -> rows with a pair of it
+    identical_pairs: int = 0  # labelled pairs of responses with the same text
+    pairs: int = 0  # pairs of the overall ranks
+    longer_is_better: float = 0.0  # those of `pairs` that prefer the longer response; equal lengths count half
+    looked_at: int = 0  # rows searched for personal data, including dropped ones
+    flagged: int = 0  # rows that seem to contain personal data
     personal_data: Counter = field(default_factory=Counter)  # kind -> rows
     routes: Counter = field(default_factory=Counter)  # task -> rows, by a router
-    routed: int = 0  # rows whose task is the router's
+    routed: int = 0  # rows whose task comes from the router
     _seen: set[int] = field(default_factory=set)
 
     def skip(self, place: str, error: RowError) -> None:
-        """Note what is left out."""
+        """Count an example that is left out."""
         self.skipped[error.reason] += 1
         self.examples.setdefault(error.reason, f"{place}: {error}")
 
     def flag(self, kinds: Iterable[str]) -> None:
-        """Note which kinds of personal data a row seems to hold, whether or not it is kept."""
+        """Count the kinds of personal data that a row seems to contain, whether or not the row is kept."""
         kinds = set(kinds)
         self.looked_at += 1
         self.flagged += bool(kinds)
         self.personal_data.update(kinds)
 
     def add(self, row: PreferenceRow) -> None:
-        """Note a row that is kept."""
+        """Count a row that is kept."""
         identity = hash((row.prompt_id, tuple(sorted(row.responses))))
         self.duplicates += identity in self._seen
         self._seen.add(identity)
@@ -97,7 +97,7 @@ class PartAudit:
         self.lengths.setdefault(what, array("L")).extend(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain numbers. Shares are between 0 and 1, quantiles are interpolated linearly."""
+        """Return all statistics as plain numbers. Shares are between 0 and 1; quantiles are interpolated linearly."""
         all_turns = [turns for of_task in self.turns.values() for turns in of_task]
         lengths = {"turns of the user": all_turns, **self.lengths}
         return {
@@ -127,10 +127,10 @@ class PartAudit:
 
 def leaks(parts: Mapping[str, Counter]) -> list[dict[str, Any]]:
     """
-    The prompts that stand in two parts, for every two parts: `{"parts": [a, b], "prompts": n, "rows": {a: i, b: j}}`.
+    Find the prompts that two parts share, for each two parts: `{"parts": [a, b], "prompts": n, "rows": {a: i, b: j}}`.
 
     Args:
-        parts (`Mapping[str, Counter]`): name of a part -> id of a prompt -> rows.
+        parts (`Mapping[str, Counter]`): Name of a part -> id of a prompt -> number of rows.
     """
     found = []
     for (first, prompts), (second, others) in combinations(parts.items(), 2):
@@ -141,14 +141,14 @@ def leaks(parts: Mapping[str, Counter]) -> list[dict[str, Any]]:
 
 
 def language_of(text: str) -> str:
-    """The language of a text, an ISO 639-1 code. It needs the extra `prepare`, and no network."""
+    """Detect the language of a text, an ISO 639-1 code. This needs the extra `prepare`, but no network."""
     import py3langid
 
     return py3langid.classify(text)[0]
 
 
 def can_tell_languages() -> bool:
-    """Whether the package that [`language_of`] needs is installed."""
+    """Return whether the package that [`language_of`] needs is installed."""
     return find_spec("py3langid") is not None
 
 
@@ -162,8 +162,8 @@ def save_report(
     Write `<path_prefix>.md` and `<path_prefix>.json`, and return both paths.
 
     Args:
-        parts (`Mapping[str, PartAudit]`): the parts that were prepared.
-        against (`Mapping[str, Counter]`): the prompts of other rows, which are looked at for leaks alone, see [`leaks`].
+        parts (`Mapping[str, PartAudit]`): The parts that were prepared.
+        against (`Mapping[str, Counter]`): Prompts of other rows, which are only checked for leaks; see [`leaks`].
     """
     report = {
         "parts": {name: part.to_dict() for name, part in parts.items()},
@@ -176,7 +176,7 @@ def save_report(
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """The report, as it stands in the JSON file, in Markdown."""
+    """Render the content of the JSON report as Markdown."""
     sections = []
     for name, part in report["parts"].items():
         personal = part["personal data"]
@@ -212,7 +212,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
 
 
 def _table(header: list[str], lines: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table; empty text if there are no lines."""
+    """Render a Markdown table, or an empty text if there are no lines."""
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
     return markdown_table([header, *cells], left=[0], padded=False) if cells else ""
 

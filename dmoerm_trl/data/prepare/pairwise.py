@@ -1,4 +1,4 @@
-"""Converters of sets of pairs: one example, two responses, which of them is preferred."""
+"""Converters of sets of pairs, in which an example has two responses and the preferred one."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from .prompts import helpsteer2_prompt, transcript
 
 
 def hh(example: dict[str, Any]) -> PreferenceRow:
-    """Anthropic's HH: two transcripts that differ in the assistant's last turn."""
+    """Convert Anthropic's HH: two transcripts that differ in the assistant's last turn."""
     chosen, rejected = transcript(example["chosen"], "chosen"), transcript(example["rejected"], "rejected")
     if chosen[:-1] != rejected[:-1] or not chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
         raise RowError(
@@ -21,9 +21,9 @@ def hh(example: dict[str, Any]) -> PreferenceRow:
 
 def shp(example: dict[str, Any], *, tie_margin: float = 0.0, min_score_ratio: float = 1.0) -> PreferenceRow:
     """
-    Stanford Human Preferences: two comments on a post with their scores, the votes for them.
+    Convert Stanford Human Preferences: two comments on a post with their scores, the votes for them.
 
-    Comments whose `score_ratio`, the greater score over the smaller, is below `min_score_ratio` are left out.
+    Comments whose `score_ratio`, the larger score divided by the smaller, is below `min_score_ratio` are left out.
     """
     ratio = number(example["score_ratio"])
     if ratio is None or ratio < min_score_ratio:
@@ -44,14 +44,16 @@ def shp(example: dict[str, Any], *, tie_margin: float = 0.0, min_score_ratio: fl
 
 
 def helpsteer2_preference(example: dict[str, Any], *, tie_margin: float = 0.0) -> PreferenceRow:
-    """HelpSteer 2's preferences: `preference_strength` from -3, the first response is much better, to 3, the second is."""
+    """
+    Convert HelpSteer 2's preferences: `preference_strength` from -3 (the first response is much better) to 3 (the second is).
+    """
     ranks = overall_ranks([0, example["preference_strength"]], tie_margin)
     return PreferenceRow(helpsteer2_prompt(example["prompt"]), [example["response_1"], example["response_2"]], ranks)
 
 
 def helpsteer3(example: dict[str, Any], *, tie_margin: float = 0.0, annotators_agree: bool = False) -> PreferenceRow:
     """
-    HelpSteer 3's preferences: `overall_preference` from -3, the first response is much better, to 3, the second is.
+    Convert HelpSteer 3's preferences: `overall_preference` from -3 (the first response is much better) to 3 (the second is).
 
     With `annotators_agree`, pairs are left out unless every score of `individual_preference` is on the same side.
     """
@@ -67,7 +69,7 @@ def helpsteer3(example: dict[str, Any], *, tie_margin: float = 0.0, annotators_a
 
 
 def pairs(example: dict[str, Any]) -> PreferenceRow:
-    """Any set of pairs with `prompt`, `response_1`, `response_2` and `preferred`: 1, 2, or 0 for a tie."""
+    """Convert any set of pairs with `prompt`, `response_1`, `response_2` and `preferred`: 1, 2, or 0 for a tie."""
     ranks = {0: [1, 1], 1: [1, 2], 2: [2, 1]}.get(number(example["preferred"]))
     if ranks is None:
         raise RowError(

@@ -1,8 +1,8 @@
 """
-What looks like personal data in a text: patterns, each checked by a checksum or by a library's tables where there are some.
+Detect personal data in a text by patterns, which are verified by a checksum or by the tables of a library where possible.
 
-Found are the [`KINDS`]. Names, postal addresses, user names, dates of birth and whatever has no fixed form are not found; an
-IP address may be a version number, and a phone number another number of that form. So it is a filter for the obvious, no
+The [`KINDS`] are found. Names, postal addresses, user names, dates of birth and other data without a fixed form are not. An IP
+address may be a version number, and a phone number another number of that form. So this is a filter for obvious cases, not a
 proof that a set is free of personal data.
 """
 
@@ -15,7 +15,7 @@ from ..preference_row import PreferenceRow
 
 KINDS = ("email address", "phone number", "credit card number", "IBAN", "IP address", "national id")
 
-# Where re.ASCII is, Chinese letters right beside a number are no part of it.
+# With re.ASCII, Chinese characters next to a number do not belong to it.
 EMAIL = re.compile(r"[\w.+-]{1,64}@((?:[\w-]{1,63}\.)+[^\W\d_]{2,})")
 PLACEHOLDER = re.compile(
     r"(?:.*\.)?(?:example\.(?:com|net|org)|example|test|invalid|localhost)", re.IGNORECASE
@@ -33,7 +33,7 @@ RESIDENT_IDENTITY = re.compile(r"(?<!\w)\d{17}[\dXx](?!\w)", re.ASCII)
 
 
 def is_available() -> bool:
-    """Whether the packages that this needs, of the extra `prepare`, are installed."""
+    """Return whether the packages of the extra `prepare` that this module needs are installed."""
     return all(find_spec(package) is not None for package in ("phonenumbers", "stdnum"))
 
 
@@ -42,33 +42,33 @@ def check_region(phone_region: str | None) -> None:
     Check a phone region.
 
     Raises:
-        ValueError: if `phone_region` is no country of the package `phonenumbers`, which would look for nothing.
+        ValueError: If `phone_region` is not a country of the package `phonenumbers`, which would find nothing then.
     """
     from phonenumbers import SUPPORTED_REGIONS
 
     if phone_region is not None and phone_region not in SUPPORTED_REGIONS:
         raise ValueError(
             f"got phone_region={phone_region!r}, need the ISO code of a country in capitals, such as 'US' or 'CN', because phone "
-            "numbers are read in its way: fix it."
+            "numbers are read in its format: fix it."
         )
 
 
 def kinds_in(row: PreferenceRow, phone_region: str | None = "US") -> set[str]:
-    """The kinds of personal data that a row's prompt and responses seem to hold."""
+    """Find the kinds of personal data in a row's prompt and responses."""
     return find_personal_data("\n".join([*(turn["content"] for turn in row.prompt), *row.responses]), phone_region)
 
 
 def find_personal_data(text: str, phone_region: str | None = "US") -> set[str]:
     """
-    The kinds of personal data that a text seems to hold, some of [`KINDS`].
+    Find the kinds of personal data in a text, some of [`KINDS`].
 
     Args:
-        text (`str`): any text.
-        phone_region (`str`, *optional*, defaults to `"US"`): ISO code of the country in whose way phone numbers without a
-            country code are read; None finds those with one alone.
+        text (`str`): Any text.
+        phone_region (`str`, *optional*, defaults to `"US"`): ISO code of the country whose format is assumed for phone numbers
+            without a country code; with None only numbers with a country code are found.
 
     Raises:
-        ImportError: if the packages of the extra `prepare` are not installed, see [`is_available`].
+        ImportError: If the packages of the extra `prepare` are not installed, see [`is_available`].
     """
     return set(_find(text, phone_region))
 
@@ -97,7 +97,7 @@ def _find(text: str, phone_region: str | None) -> Iterator[str]:
 
 
 def _is_iban(text: str) -> bool:
-    """Whether a text begins with an IBAN; what follows it may look like more of it."""
+    """Return whether a text begins with an IBAN, which may be followed by similar characters."""
     from stdnum import iban
 
     compact = text.replace(" ", "")
@@ -105,7 +105,7 @@ def _is_iban(text: str) -> bool:
 
 
 def _is_public_address(text: str) -> bool:
-    """Those of private networks, of examples and of no network at all say nothing about a person."""
+    """Return whether an IP address is public: those of private networks and examples do not identify a person."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""From the examples of a set to checked rows; what makes no row is counted by its reason."""
+"""Convert the examples of a set to checked rows, and count the examples that are left out by reason."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,44 +17,44 @@ from .reading import columns_of, read_examples
 from .sets import PreferenceSet
 
 GENERAL = "general"
-"""The task of the rows of a set that brings its own capability points and no tasks."""
+"""Task of the rows of a set that has its own capability points but no tasks."""
 
 ROUTED_AT_ONCE = 1000
-"""Rows that a router is given at a time."""
+"""Number of rows per call of a router."""
 
 
 @dataclass
 class Preparation:
     """
-    What becomes of the examples of a set, in whatever split.
+    Settings by which the examples of a set become rows, the same for all splits.
 
     Args:
         preference_set (`PreferenceSet`):
-            How examples become rows.
+            The converter and columns of the set.
         columns (`Mapping[str, str]`):
-            Name of a column as the set of that name has it -> its name in this source.
+            Standard name of a column -> its name in this source.
         tasks (`TaskTable`, *optional*):
-            The table that the rows must fit. Without it the rows' own tasks and points make one, see [`table`].
+            Table that the rows must fit. By default a table is made of the tasks and points of the rows; see [`table`].
         task (`str`, *optional*):
-            The task of rows that have none.
+            Task of rows that have none.
         task_column (`str`, *optional*):
-            The column that holds the task. A suffix `_<split>`, as of SHP's domains, is taken off.
+            Column of the task. A suffix `_<split>`, as in the domains of SHP, is removed.
         task_names (`Mapping[str, str]`):
-            Value of `task_column` -> task. Others stay as they are.
+            Value of `task_column` -> task. Other values are kept.
         route (`Callable`, *optional*):
-            Prompts -> one task a prompt, as a router gives it: the task of rows that have none, where there is no `task`.
+            Function that routes prompts to tasks, for rows that have no task. Not with `task`.
         points (`Mapping[str, str | None]`):
-            The set's name of a capability point -> the name to write, or None to leave the point out. Others stay.
+            Name of a capability point in the set -> name to write, or None to leave it out. Other names are kept.
         where (`Mapping[str, Any]`):
-            Column -> the value, or list of values, of the examples to take.
+            Column -> value, or list of values, of the examples to keep.
         drop_personal_data (`bool`, *optional*, defaults to `False`):
-            Leave out rows that look as if they held personal data.
+            Whether to leave out rows that seem to contain personal data.
         phone_region (`str`, *optional*, defaults to `"US"`):
-            The country in whose way phone numbers without a country code are read.
+            Country whose format is assumed for phone numbers without a country code.
 
     Raises:
-        ValueError: if `points` names a point that the set does not have, or the names do not make a table.
-        ImportError: if personal data is to be dropped and the extra `prepare` is not installed.
+        ValueError: If `points` names a point that the set does not have, or the names do not form a table.
+        ImportError: If personal data is to be dropped and the extra `prepare` is not installed.
     """
 
     preference_set: PreferenceSet
@@ -85,7 +85,7 @@ class Preparation:
 
     @cached_property
     def own_points(self) -> tuple[str, ...]:
-        """The capability points of the set, as they are written."""
+        """The capability points of the set under their new names."""
         names = [self.points.get(point, point) for point in self.preference_set.points]
         return tuple(name for name in names if name is not None)
 
@@ -93,10 +93,10 @@ class Preparation:
         self, dataset: Records, audit: PartAudit, *, split: str = "train", source: str = "set"
     ) -> Iterator[PreferenceRow]:
         """
-        The rows of a split, one by one; `audit` is told of each and of what was skipped.
+        Yield the rows of a split. `audit` counts each of them and what was skipped.
 
         Raises:
-            ValueError: if a column is missing, or there is no row at all.
+            ValueError: If a column is missing, or there is no row at all.
         """
         self._check_columns(dataset, source)
         examples = self._examples(dataset, audit)
@@ -126,7 +126,7 @@ class Preparation:
             )
 
     def table(self, seen: Iterable[str | None]) -> TaskTable | None:
-        """The task table of rows of the tasks `seen`, where the set brings points and no table was given."""
+        """Build the task table of rows with the tasks `seen`, if the set has its own points and no table was given."""
         if self.tasks is not None or not self.own_points:
             return None
         named = [task for task in seen if task not in (None, OTHERS)]
@@ -142,13 +142,12 @@ class Preparation:
             )
 
     def _examples(self, dataset: Records, audit: PartAudit) -> Iterator[Record]:
-        """The examples of each row that are to be taken."""
+        """Yield the examples of each row that are kept."""
         wanted = {column: value if isinstance(value, list) else [value] for column, value in self.where.items()}
 
         def is_wanted(example: Mapping[str, Any]) -> bool:
             return all(
-                value in values
-                or (isinstance(value, str) and value in map(str, values))  # CSV has its numbers as text
+                value in values or (isinstance(value, str) and value in map(str, values))  # in CSV numbers are text
                 for value, values in ((example.get(column), values) for column, values in wanted.items())
             )
 
@@ -164,7 +163,7 @@ class Preparation:
                 yield Record(place, taken)
 
     def _converted(self, group: Record, split: str) -> Record:
-        """The row, of which the task and the names of the points are still to be checked; or why there is none."""
+        """Return the row, whose task and names of points are not checked yet, or the error."""
         if isinstance(group.value, RowError):
             return group
         try:
@@ -175,7 +174,7 @@ class Preparation:
         return group._replace(value=row)
 
     def _with_routes(self, converted: Iterable[Record]) -> Iterator[tuple[str, PreferenceRow | RowError, str | None]]:
-        """Each with the router's task, which is None without a router, and for what is no row."""
+        """Yield each row or error with the router's task, which is None without a router and for errors."""
         if self.route is None:
             yield from ((*record, None) for record in converted)
             return
@@ -194,7 +193,7 @@ class Preparation:
         row = replace(row, task=row.task or route or default)
         if self.tasks is not None:
             check_row(row, self.tasks)
-        elif row.task is not None:  # the table is made of the rows
+        elif row.task is not None:  # the table will be made of the rows
             try:
                 check_name(row.task)
             except ValueError as error:

@@ -1,4 +1,4 @@
-"""The ways in which sets write a prompt, as turns."""
+"""Parse the formats of prompts to turns."""
 
 import re
 from typing import Any
@@ -9,8 +9,8 @@ from ..preference_row import RowError, short, typed
 
 def transcript(text: Any, name: str = "transcript") -> list[dict[str, str]]:
     """
-    HH's transcripts, a paragraph `Human: ...` or `Assistant: ...` a turn; turns of one speaker in a row are one turn. Errors
-    call the field `name`.
+    Parse a transcript of HH, in which each turn is a paragraph `Human: ...` or `Assistant: ...`. Consecutive turns of one
+    speaker are joined. Errors call the field `name`.
     """
     turns = HH.turns(typed(text, str, name))
     if not turns or turns[0]["role"] == "system":
@@ -21,7 +21,9 @@ def transcript(text: Any, name: str = "transcript") -> list[dict[str, str]]:
 
 
 def helpsteer2_prompt(text: Any) -> list[dict[str, str]]:
-    """HelpSteer 2's prompts: the user's first turn, then `<extra_id_1>` and the speaker's name on a line before each turn."""
+    """
+    Parse a prompt of HelpSteer 2: the user's first turn, then a line `<extra_id_1>` with the speaker's name before each turn.
+    """
     first, *parts = re.split(r"\n*<extra_id_1>(User|Assistant)\n", typed(text, str, "prompt"))
     turns = [{"role": "user", "content": first}]
     for speaker, said in zip(parts[::2], parts[1::2], strict=True):

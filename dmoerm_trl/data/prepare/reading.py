@@ -1,4 +1,4 @@
-"""Opening a set and reading its examples, as a stream where the set allows it."""
+"""Open a set and read its examples, as a stream if the set allows it."""
 
 import json
 import tempfile
@@ -13,7 +13,7 @@ from ..preference_row import RowError, short
 from ..records import KINDS, Record, Records, is_file, kind_of
 
 COLUMNS_FROM = 1000
-"""Examples that are looked at for the names of the columns, since a field may be absent from some."""
+"""Number of examples from which the names of the columns are read, because some may lack a field."""
 
 
 def open_set(
@@ -29,17 +29,17 @@ def open_set(
     Open a set.
 
     Args:
-        source (`str`): a `.jsonl`, `.json`, `.parquet`, `.arrow` or `.csv` file, also compressed as `.gz`; a folder of such
+        source (`str`): A `.jsonl`, `.json`, `.parquet`, `.arrow` or `.csv` file, also compressed as `.gz`; a folder of such
             files or of `save_to_disk`; or the name of a dataset on the hub.
-        split (`str`): which split of a folder or of a dataset on the hub; a file has one, whatever it is called.
+        split (`str`): Split of a folder or of a dataset on the hub. A file is one split of any name.
         name, data_dir, revision: Arguments of `datasets.load_dataset`, for a folder or a dataset on the hub.
-        streaming (`bool`): read a dataset on the hub as a stream, else download it first.
+        streaming (`bool`): Whether to stream a dataset on the hub instead of downloading it first.
 
     Raises:
-        FileNotFoundError: if the source is a file that is not there, or of a kind that is not read.
-        ValueError: if it is empty, or does not have the split.
+        FileNotFoundError: If the source is a missing file, or of an unknown type.
+        ValueError: If it is empty, or does not have the split.
     """
-    import datasets  # here, because it takes half a second
+    import datasets  # imported here because it takes half a second
 
     path = Path(source)
     if not source.strip():
@@ -63,7 +63,7 @@ def open_set(
     settings = {"data_dir": data_dir, "split": split, "revision": revision, "streaming": streaming}
     try:
         dataset = datasets.load_dataset(source, name, **settings)
-        if getattr(getattr(dataset, "info", None), "builder_name", None) == "csv":  # "NA" and the like are words
+        if getattr(getattr(dataset, "info", None), "builder_name", None) == "csv":  # "NA" and the like are text
             dataset = datasets.load_dataset(source, name, **settings, keep_default_na=False, na_values=[""])
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
@@ -74,7 +74,7 @@ def open_set(
 
 
 def _files_of(source: str, split: str, name: str | None, data_dir: str | None) -> list[str]:
-    """The files of a split in a folder, as `datasets` finds them by their names."""
+    """List the files of a split in a folder, which `datasets` recognises by their names."""
     import datasets
 
     try:
@@ -98,7 +98,7 @@ def _no_split(source: str, split: str, known: Mapping[str, Any]) -> ValueError:
 
 
 def columns_of(dataset: Records) -> list[str]:
-    """The names of the columns, as the first examples have them."""
+    """Return the names of the columns of the first examples."""
     values = (value for _, value in islice(dataset, COLUMNS_FROM))
     return list(dict.fromkeys(name for value in values if isinstance(value, dict) for name in value))
 
@@ -107,17 +107,17 @@ def read_examples(
     dataset: Records, columns: Mapping[str, str], group_by: Sequence[str] = (), consecutive: bool = True
 ) -> Iterator[Record]:
     """
-    The examples that make one row each, under the names that the converters know.
+    Yield the examples of each row, with the standard names of the columns.
 
     Args:
-        columns (`Mapping[str, str]`): name -> the set's own name of a column. The other columns keep theirs.
-        group_by (`Sequence[str]`): where a row is made of several examples, the columns that tell the rows apart, by the
-            names that the converters know. The first that there is counts.
-        consecutive (`bool`): whether the examples of a row follow each other. If not, they are written to a temporary file, and
-            where they stand in it is held in memory.
+        columns (`Mapping[str, str]`): Standard name of a column -> its name in the set. Other columns keep their names.
+        group_by (`Sequence[str]`): Standard names of the columns that identify a row of several examples. The first one that
+            exists is used.
+        consecutive (`bool`): Whether the examples of a row are consecutive. Otherwise they are written to a temporary file, and
+            only their positions are held in memory.
 
     Yields:
-        Lists of examples, of one without `group_by`, each at the place of its first; a [`RowError`] for what is no example.
+        Lists of examples (one example without `group_by`) with the place of the first; or a [`RowError`].
     """
     own_names = {own: name for name, own in columns.items()}
 

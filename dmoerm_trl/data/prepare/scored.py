@@ -1,4 +1,4 @@
-"""Converters of sets in which each response has scores: the overall one makes the ranks, aspects the capability labels."""
+"""Converters of sets with scores: the overall score gives the ranks, and the aspects give capability labels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ HELPSTEER2_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity"
 
 
 def ultrafeedback(example: dict[str, Any], *, tie_margin: float = 0.0) -> PreferenceRow:
-    """UltraFeedback: four completions with an `overall_score` and `annotations`, a `Rating` an aspect that may be `"N/A"`."""
+    """Convert UltraFeedback: four completions with an `overall_score` and a `Rating` per aspect, which may be `"N/A"`."""
     completions = [typed(one, dict, "completions") for one in typed(example["completions"], list, "completions")]
     annotations = [typed(completion.get("annotations") or {}, dict, "annotations") for completion in completions]
     ratings = {
@@ -30,7 +30,7 @@ def ultrafeedback(example: dict[str, Any], *, tie_margin: float = 0.0) -> Prefer
 
 
 def helpsteer2(examples: Sequence[dict[str, Any]], *, tie_margin: float = 0.0) -> PreferenceRow:
-    """HelpSteer 2: the responses to a prompt in examples that follow each other; helpfulness is the overall score too."""
+    """Convert HelpSteer 2: the responses to a prompt are consecutive examples. Helpfulness is the overall score too."""
     ratings = {attribute: [example.get(attribute) for example in examples] for attribute in HELPSTEER2_ATTRIBUTES}
     return PreferenceRow(
         helpsteer2_prompt(examples[0]["prompt"]),
@@ -41,7 +41,7 @@ def helpsteer2(examples: Sequence[dict[str, Any]], *, tie_margin: float = 0.0) -
 
 
 def scored(example: dict[str, Any], *, tie_margin: float = 0.0, aspects: Sequence[str] = ()) -> PreferenceRow:
-    """Any set with `prompt`, `responses` and `scores`; each of `aspects` is a column with one rating a response."""
+    """Convert any set with `prompt`, `responses` and `scores`. Each of `aspects` is a column with one rating per response."""
     responses = typed(example["responses"], list, "responses")
     aspects = [aspect for aspect in aspects if example.get(aspect) is not None]
     for column in ("scores", *aspects):
@@ -61,7 +61,7 @@ def scored(example: dict[str, Any], *, tie_margin: float = 0.0, aspects: Sequenc
 def table(
     examples: Sequence[dict[str, Any]], *, tie_margin: float = 0.0, aspects: Sequence[str] = ()
 ) -> PreferenceRow:
-    """Any set with an example a response: `prompt`, `response`, `score`, and a column for each of `aspects`."""
+    """Convert any set with one example per response: `prompt`, `response`, `score`, and a column for each of `aspects`."""
     columns = {name: [example.get(name) for example in examples] for name in ("prompt", "response", "score", *aspects)}
     if any(prompt != columns["prompt"][0] for prompt in columns["prompt"]):
         raise RowError(

@@ -1,4 +1,4 @@
-"""The public sets that are known by name."""
+"""The table of the known public sets."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,20 +15,20 @@ from ..rows import LoadReport, parse_row
 @dataclass(frozen=True)
 class PreferenceSet:
     """
-    How the examples of a set become rows.
+    Converter and columns of a set.
 
     Args:
         convert (`Callable`):
-            One example -> [`PreferenceRow`], or with `group_by` the examples of one prompt; a [`RowError`] says why there is
-            no row. Its keyword arguments are the set's options.
+            Function from one example, or with `group_by` from the examples of one prompt, to a [`PreferenceRow`]. It raises a
+            [`RowError`] if there is no row. Its keyword arguments are the options of the set.
         columns (`tuple[str, ...]`):
-            The columns that it reads.
+            Columns that it reads.
         group_by (`tuple[str, ...]`):
-            Where an example is one response: the columns that tell the prompts apart, the first that there is counts.
+            If an example is one response: the columns that identify a prompt, of which the first one that exists is used.
         consecutive (`bool`):
-            Whether the examples of a prompt follow each other, so that they can be read as a stream.
+            Whether the examples of a prompt are consecutive, so that they can be streamed.
         points (`tuple[str, ...]`):
-            The set's own names of the capability points.
+            Names of the capability points in the set.
     """
 
     convert: Callable[..., PreferenceRow]
@@ -39,15 +39,15 @@ class PreferenceSet:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The names of the options."""
+        """Names of the options."""
         return tuple(inspect.signature(self.convert).parameters)[1:]
 
     def with_options(self, options: Mapping[str, Any]) -> "PreferenceSet":
         """
-        The set with some options bound. `aspects` are columns and points too.
+        Return the set with some options bound. `aspects` are columns and points too.
 
         Raises:
-            ValueError: for an option that the set does not have.
+            ValueError: If the set does not have an option.
         """
         if unknown := [name for name in options if name not in self.options]:
             raise ValueError(
@@ -66,8 +66,8 @@ def accepted(
     example: dict[str, Any], *, tasks: TaskTable | None = None, report: LoadReport | None = None
 ) -> PreferenceRow:
     """
-    A row in any format that training accepts, see recipes/DATA.md, under the task table `tasks`, by default the paper's;
-    `report` counts what is not read, and how prompts were found.
+    Convert a row in any format that training accepts (recipes/DATA.md), with the task table `tasks`, by default the paper's.
+    `report` counts ignored fields, and how prompts were found.
     """
     tasks = tasks or TaskTable.paper()
     row = parse_row(example, tasks, LoadReport("set") if report is None else report)
@@ -104,4 +104,4 @@ SETS: dict[str, PreferenceSet] = {
         scored.table, ("prompt", "response", "score"), group_by=("prompt_id", "prompt"), consecutive=False
     ),
 }
-"""Name -> set. Those from `trl` on are formats that many sets have."""
+"""Name -> set. The entries from `trl` on are formats of many sets."""
