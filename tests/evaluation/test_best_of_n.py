@@ -207,7 +207,7 @@ def test_changed_settings_over_an_existing_run_are_refused(settings, done, chang
 
 def test_workers_of_several_processes_are_refused(settings, tmp_path, monkeypatch):
     processes = types.SimpleNamespace(num_processes=2, is_main_process=True)
-    monkeypatch.setattr("dmoerm_trl.distributed.processes.launched_processes", lambda: processes)
+    monkeypatch.setattr("dmoerm_trl.launched_processes", lambda: processes)
     with pytest.raises(ValueError, match="got workers=2 in each of 2 processes, need 1"):
         bon_eval({**settings, "workers": 2}, tmp_path / "run")
 

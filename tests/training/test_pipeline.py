@@ -723,7 +723,7 @@ def test_a_broken_manifest_is_refused(content, run, recipe, tmp_path):
         Pipeline(replace(recipe, output_dir=str(tmp_path / "run"))).run()
     (tmp_path / "run" / "manifest.json").unlink()
     with pytest.raises(
-        ValueError, match="got a finished stage that manifest.json does not know.*put the manifest back"
+        ValueError, match="got a finished stage that is not in manifest.json, need it there.*put the manifest back"
     ):
         Pipeline(replace(recipe, output_dir=str(tmp_path / "run"))).run()
 
