@@ -41,12 +41,12 @@ from .rl.grpo import grpo_trainer as grpo_trainer
 from .rl.grpo import optimised_reward as optimised_reward
 from .rl.grpo import parse_grpo as parse_grpo
 from .rl.monitor import PolicyMonitor as PolicyMonitor
+from .rl.needed_tasks import keep_needed_tasks as keep_needed_tasks
+from .rl.needed_tasks import keep_tasks as keep_tasks
+from .rl.needed_tasks import routed_tasks as routed_tasks
 from .rl.policy_curves import plot_policy_curves as plot_policy_curves
 from .rl.ppo import ppo_config as ppo_config
 from .rl.ppo import ppo_trainer as ppo_trainer
-from .rl.routes import keep_needed_tasks as keep_needed_tasks
-from .rl.routes import keep_tasks as keep_tasks
-from .rl.routes import routed_tasks as routed_tasks
 from .rl.setup import RLSetup as RLSetup
 from .rl.value_model import value_model_from as value_model_from
 from .scoring.aggregation import mean_reward as mean_reward

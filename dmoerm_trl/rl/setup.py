@@ -16,7 +16,7 @@ from ..scoring.ensemble import RewardEnsemble, load_reward_model
 from ..scoring.reward_functions import TextRewards, TextScorer, gold_rewards
 from .arguments import PPOArguments, RLArguments
 from .monitor import PolicyMonitor, every
-from .routes import keep_needed_tasks
+from .needed_tasks import keep_needed_tasks
 from .value_model import value_model_from
 
 

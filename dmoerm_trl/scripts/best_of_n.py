@@ -14,23 +14,6 @@ from ..evaluation.best_of_n_arguments import BestOfNArguments
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = Parser((BestOfNArguments,), prog="dmoerm best-of-n", description=__doc__).parse(argv)
 
-    from ..distributed.processes import launched_processes
-    from ..evaluation.best_of_n import run_best_of_n
+    from ..commands.best_of_n import measure_best_of_n
 
-    rows, processes = arguments.rows, launched_processes()
-    result = run_best_of_n(
-        arguments.output_dir,
-        rows,
-        arguments.sampler,
-        arguments.reward_models,
-        arguments.gold,
-        **arguments.settings,
-        processes=processes,
-    )
-    if processes.is_main_process:
-        folder = result.save(arguments.output_dir)
-        print(result)
-        print(
-            f"table: {folder / 'best_of_n.md'}\ncurves: {folder / 'best_of_n.png'}\nwinners: {folder / 'winners.md'}"
-        )
-    processes.destroy_process_group()
+    measure_best_of_n(arguments)

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser((EvalArguments, Recipe), prog="dmoerm eval", description=__doc__)
     arguments, recipe = parser.parse(argv)
 
-    from ..commands.evaluate import evaluate
+    from ..commands.eval import evaluate
     from ..labelling.judges import JudgeError
     from ..training.pipeline import Pipeline
 

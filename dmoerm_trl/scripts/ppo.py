@@ -16,29 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     if asks_for_help(argv):
         Parser((PPOArguments,), prog="dmoerm ppo", description=__doc__).parse(argv)
 
-    from accelerate import PartialState
-    from transformers import set_seed
+    from ..commands.ppo import train_by_ppo
+    from ..rl.ppo import ppo_config
 
-    from ..files import locked_folder
-    from ..rl.ppo import ppo_config, ppo_trainer
-    from ..rl.setup import RLSetup
-
-    arguments, args = Parser((PPOArguments, ppo_config()), prog="dmoerm ppo", description=__doc__).parse(argv)
-    set_seed(args.seed)  # for the new head of the value model
-    setup = RLSetup.load(arguments, args)
-    trainer = ppo_trainer(
-        args,
-        setup.tokenizer,
-        setup.policy,
-        setup.reference,
-        setup.reward_model,
-        setup.prompts,
-        setup.value_model(),
-        formatter=setup.formatter,
-        top_p=arguments.top_p,
-        callbacks=[setup.monitor()],
-    )
-    with locked_folder(args.output_dir):
-        trainer.train(resume_from_checkpoint=True)
-        trainer.save_model(args.output_dir)
-    PartialState().destroy_process_group()
+    train_by_ppo(*Parser((PPOArguments, ppo_config()), prog="dmoerm ppo", description=__doc__).parse(argv))

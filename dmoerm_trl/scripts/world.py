@@ -1,7 +1,6 @@
 """Write rows of the simulated preference world, and print their statistics: dmoerm world --output world.jsonl"""
 
 from dataclasses import dataclass, field
-from statistics import mean
 
 from ..arguments import Parser
 
@@ -25,20 +24,6 @@ class WorldArguments:
 def main(argv: list[str] | None = None) -> None:
     (arguments,) = Parser((WorldArguments,), prog="dmoerm world", description=__doc__).parse(argv)
 
-    from ..data.rows import write_rows
-    from ..demo.world import World
-    from ..files import check_writable
+    from ..commands.world import write_world
 
-    check_writable(arguments.output)
-    world = World(arguments.seed)
-    rows = world.rows(arguments.rows_per_task, arguments.rows_of_others)
-    write_rows(rows, arguments.output)
-    print(f"{len(rows)} rows: {arguments.output}")
-    statistics = world.statistics(rows)
-    judge = statistics.pop("judge")
-    for name in ("labelled", "tied"):
-        statistics[f"judge, mean of the points: {name}"] = mean(counts[name] for counts in judge.values())
-    for point, counts in judge.items():
-        statistics[f"judge's agreement: {point}"] = counts["agreement"]
-    for name, value in statistics.items():
-        print(f"{name}: {value:.1%}")
+    write_world(arguments)

@@ -17,10 +17,10 @@ from tqdm.auto import tqdm
 from ..distributed.processes import check_joined, is_main, start_worker, wait_for_all
 from ..files import as_json, locked_folder, read_json, write_json
 from .checks import check_models, check_places
-from .growth import Growth
 from .recipe import DEFAULTS, Recipe
 from .recipe_stages import RecipeStages
 from .rehearsal import rehearse
+from .run_changes import Growth
 from .stages import History, Manifest, stage_records
 
 
@@ -43,7 +43,7 @@ class Pipeline(RecipeStages):
     otherwise each expert is one. While a stage trains, its checkpoints are in `work/<stage>/`, in a folder named after its
     settings and inputs. Other files in the folder are not touched.
 
-    A finished stage is kept if its settings and inputs are unchanged; see [`~dmoerm_trl.training.growth.Growth`].
+    A finished stage is kept if its settings and inputs are unchanged; see [`~dmoerm_trl.training.run_changes.Growth`].
 
     If a launcher started several processes, all train each stage together, and only the main process writes.
 

@@ -25,7 +25,7 @@ from dmoerm_trl.modeling import base_placement as placing
 from dmoerm_trl.modeling.assembly import base_reward_model, export_expert, inner_model
 from dmoerm_trl.modeling.base_placement import PlacedBases
 from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
-from dmoerm_trl.rl.routes import keep_tasks, routed_tasks
+from dmoerm_trl.rl.needed_tasks import keep_tasks, routed_tasks
 from dmoerm_trl.rl.value_model import value_model_from
 from dmoerm_trl.scoring.batch import route_encodings, score_encodings
 

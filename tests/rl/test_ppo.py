@@ -18,8 +18,8 @@ from transformers import GenerationConfig
 from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.generation.log_probs import log_probs, nucleus_rollout, sample
 from dmoerm_trl.rl.monitor import read_monitor
+from dmoerm_trl.rl.needed_tasks import keep_tasks, routed_tasks
 from dmoerm_trl.rl.ppo import check_arguments, check_tokenizers, ppo_config, ppo_trainer
-from dmoerm_trl.rl.routes import keep_tasks, routed_tasks
 from dmoerm_trl.rl.value_model import value_model_from
 
 CHITCHAT = [[{"role": "user", "content": PROMPTS["chitchat"]}]]

@@ -169,7 +169,7 @@ def evaluated(tmp_path, monkeypatch) -> tuple[Path, list[str]]:
     run = SimpleNamespace(finished=True, root=tmp_path, tasks=TaskTable.paper(), rows=lambda part: rows)
     monkeypatch.setattr("dmoerm_trl.training.pipeline.Pipeline", lambda recipe: run)
     monkeypatch.setattr(
-        "dmoerm_trl.commands.evaluate.method_scores", lambda run, rows: {"single": [[0.0, 1.0]] * len(rows)}
+        "dmoerm_trl.commands.eval.method_scores", lambda run, rows: {"single": [[0.0, 1.0]] * len(rows)}
     )
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
@@ -224,7 +224,7 @@ def test_a_judge_that_stops_leaves_the_table_of_all_before_it(evaluated, capsys)
 )
 def test_mistakes_about_judges_are_found_before_anything_is_scored(evaluated, monkeypatch, options, says):
     _, command = evaluated
-    monkeypatch.setattr("dmoerm_trl.commands.evaluate.method_scores", None)  # whatever calls it fails
+    monkeypatch.setattr("dmoerm_trl.commands.eval.method_scores", None)  # whatever calls it fails
     judges = json.dumps({"nothing": {"kind": "function", "function": "test_scripts:nothing"}})
     with pytest.raises(ValueError, match=says) as error:
         main([*command, *([] if "--judges" in options else ["--judges", judges]), *options])
