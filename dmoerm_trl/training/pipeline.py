@@ -1,4 +1,4 @@
-"""Run the stages of a recipe, each once, and resume a killed run."""
+"""Pipeline that runs each stage of a recipe once and resumes a killed run."""
 
 import multiprocessing
 import os
@@ -26,11 +26,11 @@ from .stages import History, Manifest, stage_records
 
 class Pipeline(RecipeStages):
     """
-    A run of a recipe, in a folder to which its stages write their results:
+    Run of a recipe in a folder, to which its stages write their results:
 
     ```
     manifest.json               settings and inputs of each finished stage, and the seconds that it took
-    data/                       the rows of each part, test.jsonl among them; report.txt
+    data/                       the rows of each part, such as test.jsonl, and report.txt
     router/                     the outer layer
     <task>/phase1/              the task's base
     <task>/experts/<point>/     its experts, ordinary PEFT adapters of the base, each with its history
@@ -39,13 +39,13 @@ class Pipeline(RecipeStages):
     model/                      the DMoERM
     ```
 
-    The folder of a stage appears by a rename when the stage is finished. With `joint_experts` `<task>/experts` is one stage,
-    otherwise each expert is one. While a stage trains, its checkpoints are in `work/<stage>/`, in a folder named after its
-    settings and inputs. Other files in the folder are not touched.
+    The folder of a stage appears by a rename when the stage is finished. With `joint_experts`, `<task>/experts` is one stage;
+    otherwise, each expert is a stage. While a stage trains, its checkpoints are in `work/<stage>/`, in a folder named after
+    its settings and inputs. Other files in the folder are not touched.
 
     A finished stage is kept if its settings and inputs are unchanged; see [`~dmoerm_trl.training.run_changes.Growth`].
 
-    If a launcher started several processes, all train each stage together, and only the main process writes.
+    If a launcher starts several processes, they train each stage together, and only the main process writes.
 
     Example:
 
@@ -60,7 +60,7 @@ class Pipeline(RecipeStages):
     def history(self, training: str) -> History:
         """Return the log history of one of [`Pipeline.trainings`]."""
         folder = self.root / training
-        return read_json(folder / "history.json", f"put it back, or delete {folder} to make this stage anew")
+        return read_json(folder / "history.json", f"put it back, or delete {folder} to run this stage again")
 
     @property
     def trainings(self) -> list[str]:
@@ -77,13 +77,13 @@ class Pipeline(RecipeStages):
 
     def check(self) -> None:
         """
-        Check before any training: the folder and its finished stages, the settings of all stages, tokenizers, LoRA targets, the
-        weights and positions of the bases, rows and labels.
+        Check the run before any training: the folder and its finished stages, the settings of all stages, the tokenizers, the
+        LoRA targets, the weights and positions of the bases, the rows and their labels.
 
         Raises:
-            ValueError: If something is wrong; the message says what, and how to fix it.
+            ValueError: If a check fails. The message says what is wrong and how to fix it.
         """
-        self._source  # noqa: B018  (checks that it is a run)
+        self._source  # noqa: B018  (checks that `extend` is a run)
         self.check_finished()
         if self.finished:
             return
@@ -102,7 +102,7 @@ class Pipeline(RecipeStages):
         Check that the finished stages in the folder belong to this recipe.
 
         Raises:
-            ValueError: If a finished stage differs from that of the recipe, or is no longer complete.
+            ValueError: If a finished stage differs from the recipe's, or is no longer complete.
         """
         finished = Manifest(self.root)
         there = [name for name in self.stages if finished.has(name)]
@@ -124,10 +124,10 @@ class Pipeline(RecipeStages):
         growth = self._growth(finished, digests, changed)
         if not growth.again and not growth.gone:
             return
-        step = "; with another number of processes, change `gradient_accumulation_steps` so that a step has as much as before"
+        step = "; with another number of processes, change `gradient_accumulation_steps` so that a step keeps its size"
         raise ValueError(
-            f"{self.root}: got finished stages of a recipe that differs in {growth.keys}, need the same to go on: choose another "
-            f"`output_dir`; with `--extend {self.root}` its run takes over what stays"
+            f"{self.root}: got finished stages of a recipe that differs in {growth.keys}, need the same recipe to resume: "
+            f"choose another `output_dir`; with `--extend {self.root}` its run copies the stages that stay"
             + (step if any(key.startswith(("prompts a step", "batches a step")) for key in growth.keys) else "")
             + f".\n{growth}"
         )
@@ -152,12 +152,12 @@ class Pipeline(RecipeStages):
     # Stages of an extended run
 
     def _take_over(self) -> None:
-        """Copy the stages that the extended run has, and print them. Experts are copied one by one when their stage runs."""
+        """Print what can stay of the extended run, and copy its stages. Joint experts are copied when their stage runs."""
         source = self._source
         before = source.record("data")["settings"] if source.has("data") else {}
         now = as_json(self._data_settings)
         changed = [key for key in now if before.get(key) != now[key]]
-        print(f"of {source.root}:\n{self._growth(source, self._digests, changed)}")
+        print(f"compared with {source.root}:\n{self._growth(source, self._digests, changed)}")
         for name in self.stages:
             if name != "data" and not self._done(name) and self._source_has(name):
                 source.check_files(name)
@@ -176,8 +176,8 @@ class Pipeline(RecipeStages):
 
     def run(self) -> None:
         """
-        Run all unfinished stages in order, in a folder that is locked meanwhile. The folder belongs to the recipe from its
-        first finished stage on; until then the recipe may change.
+        Run all unfinished stages in order while the folder is locked. Until the first training is finished, the recipe may
+        still change; from then on, the folder belongs to the recipe.
         """
         check_joined(self.recipe.workers)
         with locked_folder(self.root):
@@ -186,7 +186,7 @@ class Pipeline(RecipeStages):
             done = {name for name in self.stages if self._done(name)}
             if "data" in done and not self._data_stays(finished):
                 done.remove("data")
-            wait_for_all()  # before one of them changes the files that the others look for
+            wait_for_all()  # until all have looked for files, which the main process changes now
             if is_main():
                 self._claim(finished, anew="data" not in done)
             self._run_rest(done)
@@ -258,7 +258,7 @@ class Pipeline(RecipeStages):
             folder.mkdir(parents=True)
         wait_for_all()
         history = self.stages[name].run(folder)
-        wait_for_all()  # another may still read from the checkpoints, which go now
+        wait_for_all()  # another process may still read the checkpoints, which are deleted now
         if is_main():
             write_json(folder / "history.json", history)
             self._put(name, folder)
@@ -266,7 +266,7 @@ class Pipeline(RecipeStages):
         return time.perf_counter() - start
 
     def _put(self, name: str, folder: Path) -> None:
-        """A finished stage's folder appears at once, and what it was made in goes."""
+        """Rename the result of a finished stage to the stage's folder, and delete its working folder."""
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         folder.rename(self.root / name)
         work = self._work_folder(name)
@@ -275,7 +275,7 @@ class Pipeline(RecipeStages):
             work.parent.rmdir()
 
     def _begin(self, name: str) -> None:
-        """Note what a stage is made of; it counts from when the stage's folder is there."""
+        """Record the settings and inputs of a stage. The record counts once the stage's folder is there."""
         if not is_main():
             return
         manifest = Manifest(self.root)
@@ -298,7 +298,7 @@ class Pipeline(RecipeStages):
         manifest.save()
 
     def _tidy(self) -> None:
-        """Delete what stages were begun in, and folders that are then empty."""
+        """Delete the folders in which stages were started, and the parent folders that are then empty."""
         manifest = Manifest(self.root)
         for name, folders in manifest["begun"].items():
             for folder in folders:

@@ -10,7 +10,7 @@ from ..arguments import fit
 from ..files import file_digest
 from ..tasks import OVERALL, TaskTable
 
-if TYPE_CHECKING:  # the options are listed without it, which takes seconds to import
+if TYPE_CHECKING:  # takes seconds to import, which would delay the list of options
     from .ranked_trainer import RankedRewardConfig
 
 
@@ -30,70 +30,97 @@ class Recipe:
     ```
     """
 
-    output_dir: str = field(metadata={"help": "Folder of the run. A run that was killed goes on there."})
+    output_dir: str = field(metadata={"help": "Folder of the run. A killed run resumes from it."})
     base_model: str = field(
-        metadata={"help": "Pretrained model or reward model, anything `AutoModel` loads: a hub name or a folder."}
+        metadata={"help": "Pretrained model or reward model that `AutoModel` can load: a hub name or a folder."}
     )
-    train_data: str = field(metadata={"help": "Preference rows: a file, a folder or a hub name; recipes/DATA.md."})
+    train_data: str = field(metadata={"help": "Preference rows: a file, a folder or a hub name; see recipes/DATA.md."})
 
     extend: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of another run, of which every stage with the same settings and rows is taken over; it is not changed."
+            "help": "Folder of another run. Its stages with the same settings and rows are copied; that run is not changed."
         },
     )
 
     # Data
-    test_data: str | None = field(default=None, metadata={"help": "Test rows; without it a share of `train_data`."})
-    tasks: str = field(default="paper", metadata={"help": "'paper', 'paper-zh' (table 12), or a YAML file."})
+    test_data: str | None = field(
+        default=None, metadata={"help": "Test rows; by default, `test_share` of the prompts of `train_data`."}
+    )
+    tasks: str = field(
+        default="paper", metadata={"help": "Table of tasks: 'paper', 'paper-zh' (table 12), or a YAML file."}
+    )
     on_error: str = field(
         default="raise",
-        metadata={"help": "What to do with a row that is bad or does not fit: 'raise', or 'skip' and count."},
+        metadata={"help": "What to do with a row that is invalid or too long: 'raise', or 'skip' and count it."},
     )
-    max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and response; older turns are cut."})
+    max_length: int = field(
+        default=2048, metadata={"help": "Maximum number of tokens of prompt and response; older turns are cut."}
+    )
     score_thinking: bool = field(
         default=False,
         metadata={
-            "help": "Score the thoughts of a model that reasons (<think>...</think>) too; else they are left out."
+            "help": "Score the thoughts (<think>...</think>) of a reasoning model too; by default, they are left out."
         },
     )
     test_share: float = field(
-        default=0.2, metadata={"help": "Share of the prompts for the test, without `test_data`."}
+        default=0.2,
+        metadata={"help": "Share of the prompts that is held out for the test if there is no `test_data`."},
     )
-    phase1_share: float = field(default=0.6, metadata={"help": "Share of the training prompts for phase 1 (table 4)."})
-    validation_share: float = field(default=0.1, metadata={"help": "Share of each phase's prompts that validates it."})
+    phase1_share: float = field(
+        default=0.6, metadata={"help": "Share of the training prompts that phase 1 uses (table 4)."}
+    )
+    validation_share: float = field(
+        default=0.1, metadata={"help": "Share of each phase's prompts that is used for validation."}
+    )
 
     # Model
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the base model."})
     task_base_models: dict[str, Any] | str | None = field(
         default_factory=dict,
-        metadata={"help": "Other bases for some tasks: task -> a model of the same shape and tokens as `base_model`."},
+        metadata={
+            "help": "Other base models for some tasks: task -> a model with the same shape and tokens as `base_model`."
+        },
     )
     pad_token: str | None = field(
-        default=None, metadata={"help": "Token that fills batches; the tokenizer's own if absent, or else its eos."}
+        default=None,
+        metadata={"help": "Padding token; by default, that of the tokenizer, or its eos token if it has none."},
     )
-    share_base: bool = field(default=False, metadata={"help": "One base for all tasks, to save memory."})
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the experts (table 5)."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the experts (table 5)."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the experts (table 5)."})
+    share_base: bool = field(default=False, metadata={"help": "Share one base between all tasks, which saves memory."})
+    lora_rank: int = field(default=32, metadata={"help": "LoRA rank of the experts (table 5)."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA alpha of the experts (table 5)."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "LoRA dropout of the experts (table 5)."})
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Linear modules with LoRA (table 5)."}
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Linear modules that LoRA adapts (table 5)."}
     )
     lora_layers: str = field(
         default="all",
-        metadata={"help": "Layers with LoRA, from the top: 'all' (paper), 'top half', 'top third', or a number."},
+        metadata={
+            "help": "Layers that LoRA adapts, from the top: 'all' (paper), 'top half', 'top third', or a number."
+        },
     )
     aggregator_hidden_size: int | None = field(
-        default=None, metadata={"help": "Width of the MLP; the base's if absent."}
+        default=None, metadata={"help": "Hidden size of the aggregator; by default, that of the base."}
     )
-    activation: str = field(default="sigmoid", metadata={"help": "Of equations 4 and 6: 'sigmoid' (paper) or 'none'."})
-    unit_variance: bool = field(default=False, metadata={"help": "Normalise DMoERM's rewards to unit variance too."})
+    activation: str = field(
+        default="sigmoid", metadata={"help": "Activation of equations 4 and 6: 'sigmoid' (paper) or 'none'."}
+    )
+    unit_variance: bool = field(
+        default=False, metadata={"help": "Normalise DMoERM's rewards to unit variance, not only to zero mean."}
+    )
 
     # Training
-    router_model: str | None = field(default=None, metadata={"help": "Backbone of the router; the base's if absent."})
-    router_layers: int | None = field(default=None, metadata={"help": "Layers of it to keep; all if absent."})
+    router_model: str | None = field(
+        default=None, metadata={"help": "Model for the router's backbone; by default, `base_model`."}
+    )
+    router_layers: int | None = field(
+        default=None, metadata={"help": "Number of the backbone's layers that the router keeps; all by default."}
+    )
     router_balance: float = field(
-        default=0.0, metadata={"help": "0 weighs each row of its training alike, 1 each task, for tasks of few rows."}
+        default=0.0,
+        metadata={
+            "help": "0 weighs all rows of the router's training equally; 1 weighs all tasks equally, for tasks with few rows."
+        },
     )
     router: dict[str, Any] | str | None = field(
         default_factory=dict, metadata={"help": "Settings of the router's training."}
@@ -102,26 +129,28 @@ class Recipe:
     phase2: dict[str, Any] | str | None = field(default_factory=dict, metadata={"help": "Settings of phase 2."})
     phase3: dict[str, Any] | str | None = field(default_factory=dict, metadata={"help": "Settings of phase 3."})
     load_in_8bit: bool = field(
-        default=False, metadata={"help": "Phase 2: quantise the frozen base to 8 bits; needs bitsandbytes."}
+        default=False, metadata={"help": "Quantise the frozen base to 8 bits in phase 2; needs bitsandbytes."}
     )
     load_in_4bit: bool = field(
-        default=False, metadata={"help": "Phase 2: quantise it to 4 bits (NF4, as QLoRA); needs bitsandbytes."}
+        default=False,
+        metadata={"help": "Quantise the frozen base to 4 bits in phase 2 (NF4, as in QLoRA); needs bitsandbytes."},
     )
     joint_experts: bool = field(
-        default=True, metadata={"help": "Train all experts of a task in one run, not one after the other."}
+        default=True, metadata={"help": "Train all experts of a task in one run instead of one after the other."}
     )
     without_outer: bool = field(default=True, metadata={"help": "Train DMoERM-w/o-Outer too."})
     ensemble_size: int = field(
-        default=5, metadata={"help": "Members of the baseline ensemble; the first is 'single'."}
+        default=5,
+        metadata={"help": "Number of models in the baseline ensemble; the first one is the baseline 'single'."},
     )
     baselines: dict[str, Any] | str | None = field(
         default_factory=dict, metadata={"help": "Settings of the baselines' training."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the splits, the weights and the order of the data."})
     workers: int = field(
-        default=1, metadata={"help": "Stages trained at once, each in a process of one thread (CPU)."}
+        default=1, metadata={"help": "Number of stages trained in parallel, each in a process with one thread (CPU)."}
     )
-    report_to: str = field(default="none", metadata={"help": "Where metrics are reported, such as 'tensorboard'."})
+    report_to: str = field(default="none", metadata={"help": "Where to report metrics, such as 'tensorboard'."})
 
     def __post_init__(self):
         for name, hint in get_type_hints(Recipe).items():
@@ -136,7 +165,7 @@ class Recipe:
             self.lora_layers = int(self.lora_layers)
         for stage in (*DEFAULTS, "task_base_models"):
             settings = getattr(self, stage)
-            try:  # on the command line they are JSON
+            try:  # the command line gives them as JSON
                 settings = json.loads(settings) if isinstance(settings, str) else settings or {}
             except json.JSONDecodeError as error:
                 raise ValueError(f"`{stage}` of the recipe: got {settings!r}, need JSON: {error}.") from error
@@ -147,15 +176,15 @@ class Recipe:
             self.phase(stage, output_dir=self.output_dir)
         from ..modeling.quantization import quantization
 
-        if quantization(self.load_in_4bit, self.load_in_8bit) and self.phase2.get("deepspeed"):  # not after phase 1
+        if quantization(self.load_in_4bit, self.load_in_8bit) and self.phase2.get("deepspeed"):  # found before phase 1
             raise ValueError(
                 f"`phase2` of the recipe: got deepspeed={self.phase2['deepspeed']!r} and a quantised base, need one of them, "
-                "because ZeRO cannot divide such a base: leave `deepspeed` out, so that each GPU has all of it."
+                "because ZeRO cannot shard a quantised base: leave `deepspeed` out, so that each GPU holds the whole base."
             )
         if self.task_base_models and self.share_base:
             raise ValueError(
                 f"`task_base_models` of the recipe: got {self.task_base_models} and share_base=True, need one of them, because "
-                "tasks that share a base have one: leave `share_base` out."
+                "a shared base is the same for all tasks: leave `share_base` out."
             )
 
     @property
@@ -170,26 +199,26 @@ class Recipe:
 
     def phase(self, stage: str, output_dir: str, seed: int | None = None, **more: Any) -> "RankedRewardConfig":
         """
-        The training arguments of one stage: its defaults, overridden by the recipe.
+        Return the training arguments of one stage: its defaults, overridden by the recipe.
 
         Args:
             stage (`str`): `"router"`, `"phase1"`, `"phase2"`, `"phase3"` or `"baselines"`.
-            output_dir (`str`): folder of its checkpoints.
+            output_dir (`str`): Folder of its checkpoints.
 
         Raises:
-            ValueError: if the recipe sets a key that training arguments do not have, or a value that they cannot have.
+            ValueError: If the recipe sets an unknown key, or an invalid value.
         """
         from .ranked_trainer import RankedRewardConfig
 
         names = {field.name for field in fields(RankedRewardConfig)}
         if lost := [name for name in ("save_only_model", "ignore_data_skip") if getattr(self, stage).get(name)]:
             raise ValueError(
-                f"`{stage}` of the recipe: got {lost[0]}=True, need False, because a run that was killed would not go on as it was."
+                f"`{stage}` of the recipe: got {lost[0]}=True, need False, because a killed run could not resume as it was."
             )
         if tokenizers := [name for name in OF_THE_TOKENIZER if getattr(self, stage).get(name) is not None]:
             raise ValueError(
-                f"`{stage}` of the recipe: got {tokenizers}, need one tokenizer for all stages, because texts are tokenised once: "
-                "set it in the base model's folder."
+                f"`{stage}` of the recipe: got {tokenizers}, need one tokenizer for all stages, because texts are tokenised "
+                "once: set it in the base model's folder."
             )
         if unknown := set(getattr(self, stage)) - names | set(getattr(self, stage)) & set(TOP_LEVEL):
             raise ValueError(
@@ -210,7 +239,10 @@ class Recipe:
             raise ValueError(f"`{stage}` of the recipe: {_culprit(settings, output_dir)}{error}") from error
 
     def step_settings(self, stage: str, processes: int) -> dict[str, Any]:
-        """A stage's settings on which its result depends; its step has its size, however it is divided over processes."""
+        """
+        Return the settings of a stage on which its result depends. They include the total size of a step, which is the same
+        however the step is divided over processes.
+        """
         from .ranked_trainer import RankedRewardConfig
 
         given = {**DEFAULTS[stage], **getattr(self, stage)}
@@ -223,7 +255,7 @@ class Recipe:
         return {stage: kept, f"batches a step of {stage}": size}
 
     def fingerprint(self) -> dict[str, Any]:
-        """All settings on which the result depends; of the tasks and of data in files, what stands in them."""
+        """Return all settings on which the result depends, including the content of the task table and of data files."""
         settings = {
             key: value
             for key, value in asdict(self).items()
@@ -238,7 +270,7 @@ class Recipe:
 
 
 def _culprit(settings: dict[str, Any], output_dir: str) -> str:
-    """Name the setting that training arguments cannot have, whatever the others are, if there is one."""
+    """Name a setting that training arguments refuse even on its own, if there is one."""
     from .ranked_trainer import RankedRewardConfig
 
     for name, value in settings.items():
@@ -277,10 +309,10 @@ RANGES = {
     "lora_target_modules": (bool, "at least one name of a linear module"),
     "aggregator_hidden_size": (lambda value: value >= 1, "at least 1"),
 }
-"""Key -> whether a value can be, and what is needed."""
+"""Key -> a check of its value, and a description of the values that pass."""
 
 UNUSABLE = (ValueError, TypeError, ArithmeticError, AttributeError, KeyError, ImportError, OSError)
-"""What training arguments raise for values that they cannot have."""
+"""Errors that training arguments raise for invalid values."""
 
 OF_THE_TOKENIZER = ("chat_template_path", "eos_token", "pad_token")
 
@@ -296,7 +328,7 @@ TOP_LEVEL = (
 )
 
 DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps", "deepspeed")
-"""Settings of a stage with which the result is the same if the prompts of a step are as many."""
+"""Settings of a stage that do not change its result as long as a step has the same number of prompts."""
 
 NOT_OF_THE_RESULT = {
     *("disable_tqdm", "log_level", "log_level_replica", "logging_steps", "logging_first_step", "logging_strategy"),
@@ -309,7 +341,7 @@ NOT_OF_THE_RESULT = {
     ),
     *("ddp_timeout", "ddp_backend", "eval_tokens_per_batch", "per_device_eval_batch_size"),
 }
-"""Settings of a stage that may change after it."""
+"""Settings of a stage that may change afterwards, because its result does not depend on them."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "router": {"learning_rate": 5e-5, "per_device_train_batch_size": 16},

@@ -28,7 +28,8 @@ from .stages import History, Manifest, Stage, StageRecord, identities, identity,
 
 class RecipeStages:
     """
-    The stages of a recipe in an order that satisfies their needs; [`~dmoerm_trl.training.pipeline.Pipeline`] runs them.
+    Stages of a recipe, in an order in which each follows the stages that it needs.
+    [`~dmoerm_trl.training.pipeline.Pipeline`] runs them.
 
     Attributes:
         recipe (`Recipe`), tasks (`TaskTable`): The recipe and its tasks.
@@ -130,7 +131,7 @@ class RecipeStages:
 
     @cached_property
     def run_data(self) -> RunData:
-        """The rows of the current recipe, read again."""
+        """The rows of the current recipe, read from their source instead of from `data/`."""
         part_of = {}
         if (source := self._source) is not None and source.has("data"):
             before, now = source.record("data")["settings"], self._data_settings
@@ -174,9 +175,7 @@ class RecipeStages:
             trust_remote_code=self.recipe.trust_remote_code,
             **self.recipe.model_settings,
         )
-        ranked = [
-            row for row in eval_rows if row.pairs_of()
-        ]  # rows that only the experts learn from are not used here
+        ranked = [row for row in eval_rows if row.pairs_of()]  # the other rows are only for the experts
         normalise(model, ranked, self.formatter, unit_variance=unit_variance)
         self._save(model, folder)
         return history
@@ -218,7 +217,7 @@ class RecipeStages:
         )
 
     def _base(self, stage: str, task: str, **options: Any) -> DMoERMForSequenceClassification:
-        """Load the model of phase 1 with the recipe's current settings of the experts, on which phase 1 does not depend."""
+        """Load the model of phase 1 with the recipe's current settings for the experts, on which phase 1 does not depend."""
         model = with_task(self.load(stage, **options), task)
         for name, value in self.recipe.model_settings.items():
             setattr(model.config, name, value)
@@ -268,8 +267,8 @@ class RecipeStages:
         source = Manifest(Path(folder))
         if not source.path.exists() or source.root.resolve() == self.root.resolve():
             raise ValueError(
-                f"`extend` of the recipe: got {folder}, need the folder of another run, with its manifest.json, because finished "
-                "stages are taken over from there: name one, or leave it out."
+                f"`extend` of the recipe: got {folder}, need the folder of another run with its manifest.json, because "
+                "finished stages are copied from there: name one, or leave `extend` out."
             )
         return source
 
@@ -297,7 +296,7 @@ class RecipeStages:
         return stage_records(self.stages, self._digests)[name]
 
     def _work_folder(self, name: str) -> Path:
-        """Return the working folder of a stage, which differs for other settings."""
+        """Return the working folder of a stage. Other settings or inputs have another folder."""
         return self.root / "work" / name / identity(self._record(name))
 
     def _work(self, result: Path) -> Path:
