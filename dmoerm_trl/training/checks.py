@@ -1,4 +1,4 @@
-"""Check the models and places of a recipe before any training."""
+"""Checks of the models and folders of a recipe before any training."""
 
 import os
 from collections.abc import Iterable
@@ -17,30 +17,30 @@ from ..tasks import OVERALL, TaskTable, slug
 from .recipe import Recipe
 
 FOLDERS = {"data", "router", "ensemble", "model", "work", "judges", OVERALL}
-"""Names of the folders of a run beside those of its tasks."""
+"""Names of the folders of a run besides those of its tasks."""
 
 
 def formatter_of(recipe: Recipe) -> Formatter:
     """
-    Return the formatter of a recipe's base. If its tokenizer has no pad token it gets one; padding is masked, so any token will
+    Return the formatter of a recipe's base. If its tokenizer has no pad token, one is set. Padding is masked, so any token will
     do.
 
     Raises:
-        ValueError: If the recipe names a token that the tokenizer lacks, or has to name one.
+        ValueError: If the recipe names a token that the tokenizer lacks, or if it must name one.
     """
     tokenizer = _tokenizer(recipe.base_model, recipe)
     if recipe.pad_token is not None:
         if recipe.pad_token not in tokenizer.get_vocab():
             raise ValueError(
-                f"`pad_token` of the recipe: got {recipe.pad_token!r}, which the tokenizer of {recipe.base_model} does not have, "
-                "need one of its tokens: name another, or leave it out."
+                f"`pad_token` of the recipe: got {recipe.pad_token!r}, which the tokenizer of {recipe.base_model} does not "
+                "have, need one of its tokens: name another, or leave it out."
             )
         tokenizer.pad_token = recipe.pad_token
     elif tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ValueError(
-                f"got the tokenizer of {recipe.base_model}, which has no pad token and no eos, need a token that fills batches: name "
-                "one of its tokens by `pad_token`."
+                f"got the tokenizer of {recipe.base_model}, which has no pad token and no eos token, need a token for padding: "
+                "name one of its tokens by `pad_token`."
             )
         tokenizer.pad_token = tokenizer.eos_token
     return Formatter(tokenizer, recipe.max_length, recipe.score_thinking)
@@ -48,14 +48,14 @@ def formatter_of(recipe: Recipe) -> Formatter:
 
 def check_places(root: Path, names: Iterable[str]) -> None:
     """
-    Check that the folders of unfinished stages are free, and on the same disk as their checkpoints.
+    Check that the folders of unfinished stages are free, and that they are on the same disk as their checkpoints.
 
     Args:
         root (`Path`): The folder of a run.
         names (`Iterable[str]`): Its unfinished stages.
 
     Raises:
-        ValueError: If there is something where a stage will write its result, or the checkpoints are on another disk.
+        ValueError: If a stage would write its result over something else, or if the checkpoints are on another disk.
     """
     for name in names:
         path = root / name
@@ -63,27 +63,29 @@ def check_places(root: Path, names: Iterable[str]) -> None:
         is_free = not os.path.lexists(path) or path.is_dir() and not path.is_symlink() and not any(path.iterdir())
         if not is_free or not all(one.is_dir() for one in above):
             raise ValueError(
-                f"{path}: got something that no stage of a run has left, in the place of the stage {name!r}, need it free, because "
-                "nothing of yours is overwritten: move it away, or choose another `output_dir`."
+                f"{path}: got something that no stage has written, need a free path for the stage {name!r}, because existing "
+                "files are never overwritten: move it away, or choose another `output_dir`."
             )
     work = root / "work"
     if work.is_dir() and work.stat().st_dev != root.stat().st_dev:
         raise ValueError(
-            f"{work}: got a folder on another disk than {root}, need one disk, because a finished stage is moved from one to the "
-            "other: put all of `output_dir` there."
+            f"{work}: got a folder on another disk than {root}, need one disk for both, because a finished stage is moved by a "
+            "rename: put all of `output_dir` on one disk."
         )
 
 
 def check_models(recipe: Recipe, tasks: TaskTable, formatter: Formatter) -> None:
     """
-    Check the models of a recipe: that they can be loaded, their weights, positions and tokens, and their planned experts and
+    Check that the models of a recipe can be loaded, and check their weights, positions and tokens, and the planned experts and
     aggregators.
 
     Raises:
-        ValueError: If a model cannot be used; the message names the key and the way out.
+        ValueError: If a model cannot be used. The message names the key and says how to fix it.
     """
     if taken := [task for task in tasks.tasks if slug(task) in FOLDERS]:
-        raise ValueError(f"{recipe.tasks}: got the task {taken[0]!r}, whose folder is another's: rename it.")
+        raise ValueError(
+            f"{recipe.tasks}: got the task {taken[0]!r}, whose folder a run uses for something else: rename the task."
+        )
     if unknown := [task for task in recipe.task_base_models if task not in tasks.tasks]:
         raise ValueError(
             f"`task_base_models` of the recipe: got the tasks {unknown}, need some of {list(tasks.tasks)}."
@@ -97,19 +99,19 @@ def check_models(recipe: Recipe, tasks: TaskTable, formatter: Formatter) -> None
         if _tokenizer(name, recipe).get_vocab() != formatter.tokenizer.get_vocab():
             raise ValueError(
                 f"{key} of the recipe: got {name}, whose tokenizer has other tokens than that of {recipe.base_model}, need the "
-                "same, because texts are tokenised once: choose one of the base's family."
+                "same tokens, because texts are tokenised once: choose a model of the base's family."
             )
         if key == "`router_model`":
             router = config
         elif odd := sorted(item for item in _shape(config).items() ^ _shape(base).items()):
             raise ValueError(
-                f"{key} of the recipe: got {name}, which differs from {recipe.base_model} in {odd[0][0]!r}, need a model of the same "
-                "shape with other weights, because a DMoERM has one configuration for its bases: choose such a one."
+                f"{key} of the recipe: got {name}, which differs from {recipe.base_model} in {odd[0][0]!r}, need a model of the "
+                "same shape, because a DMoERM has one configuration for all bases: choose one that differs only in its weights."
             )
     if recipe.router_layers is not None and recipe.router_layers > router.num_hidden_layers:
         raise ValueError(
-            f"`router_layers` of the recipe: got {recipe.router_layers}, need at most {router.num_hidden_layers}, which "
-            f"{recipe.router_model or recipe.base_model} has."
+            f"`router_layers` of the recipe: got {recipe.router_layers}, need at most {router.num_hidden_layers}, the layers "
+            f"of {recipe.router_model or recipe.base_model}."
         )
     for table in (tasks.tasks, {OVERALL: tasks.overall}):
         config = DMoERMConfig(tasks=table, backbone_config=base, router_config=router, **recipe.model_settings)
@@ -141,8 +143,8 @@ def _check_size(config: DMoERMConfig) -> None:
     needed, there = 4 * (2 * config.lora_rank * hidden * k + k * hidden * width), psutil.virtual_memory().total
     if needed > there:
         raise ValueError(
-            f"got lora_rank={config.lora_rank} and an aggregator of width {width}, which need {needed / 2**30:.0f} GiB at least, and "
-            f"{there / 2**30:.0f} GiB of memory: lower them."
+            f"got lora_rank={config.lora_rank} and an aggregator of width {width}, which take at least {needed / 2**30:.0f} "
+            f"GiB, need at most the machine's {there / 2**30:.0f} GiB of memory: lower them."
         )
 
 

@@ -1,4 +1,4 @@
-"""Run one step of each training on a tiny model, to find settings that a trainer refuses before any real training."""
+"""Rehearsal of each training: one step on a tiny model finds settings that a trainer refuses before any real training."""
 
 import contextlib
 import io
@@ -35,20 +35,20 @@ ONE_STEP = {
         "resume_from_checkpoint": None,
     },
 }
-"""Settings that are overridden in a rehearsal: its length, its outputs, and what depends on model size or other processes."""
+"""Settings that a rehearsal overrides: its length, its outputs, and what depends on the model size or on other processes."""
 
 TASK, POINT = "task", "point"
 
 
 def rehearse(recipe: Recipe, formatter: Formatter, steps: Collection[str]) -> None:
     """
-    Train for one step, evaluate and save, with the recipe's settings of each stage and its tokenizer.
+    Train a tiny model for one step, evaluate and save it, with the recipe's tokenizer and its settings of each stage.
 
     Args:
         steps (`Collection[str]`): Some of `"router"`, `"phase1"`, `"phase2"`, `"phase3"` and `"baselines"`.
 
     Raises:
-        ValueError: If a trainer fails with the settings of its stage; the message names the stage.
+        ValueError: If a trainer fails with the settings of its stage. The message names the stage.
     """
     _check_reports(recipe)
     asked = {step: _settings(step, recipe, formatter) for step in sorted(steps)}
@@ -67,17 +67,17 @@ def rehearse(recipe: Recipe, formatter: Formatter, steps: Collection[str]) -> No
                 raise
             except Exception as error:
                 raise ValueError(
-                    f"`{step}` of the recipe: got settings with which its trainer fails ({type(error).__name__}: {error}), need "
-                    "others: change them, or leave them out."
+                    f"`{step}` of the recipe: got settings with which its trainer fails ({type(error).__name__}: {error}), "
+                    "need others: change them, or leave them out."
                 ) from error
             _passed.add(asked[step])
 
 
-_passed: set[str] = set()  # by this process
+_passed: set[str] = set()  # settings that passed in this process
 
 
 def _settings(step: str, recipe: Recipe, formatter: Formatter) -> str:
-    """Return everything on which a rehearsal depends."""
+    """Return all settings on which a rehearsal depends, as text."""
     own = {
         **getattr(recipe, step),
         "seed": recipe.seed,
@@ -141,12 +141,12 @@ def _check_reports(recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def _folder(place: Path) -> Iterator[Path]:
-    """Context manager of the rehearsal's folder: a temporary one, or for several processes one that all can see."""
+    """Context manager of the rehearsal's folder: a temporary one, or one in `place` that several processes share."""
     if processes() == 1:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
-    folder = place / ".rehearsal"  # always the same name, so that a start deletes the folder of a killed one
+    folder = place / ".rehearsal"  # a fixed name, so that the next start deletes the folder of a killed run
     if is_main():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""A run's rows: read, measured against `max_length`, split into the parts that the phases read, and checked for labels."""
+"""Rows of a run, which are read, compared with `max_length`, split into parts for the phases, and checked for labels."""
 
 import hashlib
 import json
@@ -23,13 +23,13 @@ DIGESTS = "digests.json"
 
 
 class RunData(NamedTuple):
-    """The parts of a run's rows, and what is to be said of them."""
+    """Rows of a run by part, and the lines of the report about them."""
 
     parts: dict[str, list[PreferenceRow]]
     report: list[str]
 
     def save(self, folder: Path, tasks: TaskTable) -> None:
-        """Write a file of each part, `report.txt`, and the [`digests`] of what each stage reads."""
+        """Write a file for each part, `report.txt`, and the [`digests`] of the rows that each stage reads."""
         for name, rows in self.parts.items():
             write_rows(rows, folder / f"{name}.jsonl")
         write_text(folder / "report.txt", "\n".join(self.report) + "\n")
@@ -37,8 +37,8 @@ class RunData(NamedTuple):
 
     def digests(self, tasks: TaskTable) -> dict[str, Any]:
         """
-        Digest the rows that each stage reads, to see whether they changed: of the texts, and of the labels that it learns
-        from. A stage of experts has a digest of each point's rows.
+        Compute a digest of the rows that each stage reads, to detect changes in the texts and in the labels that the stage
+        learns from. A stage of experts has one digest per point.
         """
 
         def of(*parts: str, task: str = OVERALL, point: str | None = None) -> str:
@@ -74,7 +74,7 @@ def read_run_data(recipe: Recipe, tasks: TaskTable, formatter: Formatter, part_o
     Read the rows of a recipe.
 
     Args:
-        part_of (`Mapping[str, str]`): Prompt id -> part in which it stays, from a run that this one extends.
+        part_of (`Mapping[str, str]`): Prompt id -> the part in which it stays, from the run that this one extends.
 
     Raises:
         ValueError: If a row is bad, a response does not fit, a point has no labels, a part has no overall preference, or a task
@@ -108,7 +108,7 @@ def read_run_data(recipe: Recipe, tasks: TaskTable, formatter: Formatter, part_o
 
 
 def parts_of(folder: Path) -> dict[str, str]:
-    """Return the part of each prompt id in the `data/` of another run, except for the test rows if they came from a file."""
+    """Return the part of each prompt id in the `data/` of another run."""
     found = {}
     for part in PARTS:
         with (folder / f"{part}.jsonl").open(encoding="utf-8") as file:
@@ -121,12 +121,12 @@ def _read(
     source: str, recipe: Recipe, tasks: TaskTable, formatter: Formatter
 ) -> tuple[list[PreferenceRow], list[str], dict[int, int]]:
     """
-    Return the rows of a source that fit, the lines of the report about them, and for each row (by its `id`) the number of
-    responses whose prompt lost turns.
+    Return the rows of a source that fit, the lines of the report about them, and the number of responses whose prompt lost
+    turns, for each row by its `id`.
     """
     rows, loaded = load_rows(source, tasks=tasks, on_error=recipe.on_error)
     if not rows:
-        raise ValueError(f"{source}: got no rows, need some to train on: name another file.")
+        raise ValueError(f"{source}: got no rows, need at least one: name another file.")
     uncut = copy(formatter)
     uncut.max_length = sys.maxsize
     kept, cut, lengths, too_long, refused, same_tokens = [], {}, [], [], [], 0
@@ -156,19 +156,19 @@ def _read(
     if too_long:
         loaded.skipped["responses that exceed max_length"] += len(too_long)
         most = max(length for _, length, _ in too_long)
-        way_out = f"raise max_length (all of them fit whole into {most} tokens; {said[0]})"
+        way_out = f"raise max_length (all of them fit into {most} tokens; {said[0]})"
         _raise_unless_skipped(
             recipe, tasks, source, [row for row, _, _ in too_long], len(rows), too_long[0][2], way_out
         )
     if not kept:
         raise ValueError(
-            f"{source}: got {len(rows)} rows of which none fits into max_length={recipe.max_length}: raise it."
+            f"{source}: got {len(rows)} rows, none of which fits into max_length={recipe.max_length}: raise it."
         )
     loaded.rows = len(kept)
     loaded.identical_pairs += same_tokens
     report = [str(loaded), *(f"{source}: {line}" for line in said)]
     if over:
-        report[-1] += f"; {len(over)} rows do not fit whole into max_length={recipe.max_length}"
+        report[-1] += f"; {len(over)} rows exceed max_length={recipe.max_length}"
     return kept, report, cut
 
 
@@ -180,13 +180,13 @@ def _raise_unless_skipped(
     places = places_of(rows, source, tasks=tasks)
     more = f" and {len(places) - 5} more" if len(places) > 5 else ""
     raise ValueError(
-        f"{source}: got {len(rows)} of {total} rows that cannot be read ({'; '.join(places[:5])}{more}). The first: {error} For "
-        f"all of them: {way_out}, or leave them out and count them by `on_error: skip`."
+        f"{source}: got {len(rows)} of {total} rows that cannot be read ({'; '.join(places[:5])}{more}). The first: {error} "
+        f"For all of them: {way_out}, or skip and count them with `on_error: skip`."
     )
 
 
 def _distribution(lengths: Sequence[int], max_length: int) -> str:
-    """Describe the lengths of the rows' longest texts, and how many rows larger limits would keep complete."""
+    """Describe the lengths of the rows' longest texts, and how many rows would not be cut with larger limits."""
     half, most, nearly_all = np.percentile(lengths, (50, 90, 99), method="higher")
     said = f"tokens of a row's longest text: median {half}, 90% {most}, 99% {nearly_all}, longest {max(lengths)}"
     whole, limit, kept = sum(length <= max_length for length in lengths), max_length, []
@@ -208,6 +208,6 @@ def _check_preferences(parts: dict[str, list[PreferenceRow]], recipe: Recipe, ta
                 source = recipe.test_data if name == "test" else None
                 raise ValueError(
                     f"{source or recipe.train_data}: got {len(rows)} rows of the task {task!r} in the part {name}, none "
-                    "with two distinct `ranks`, need one because a base and an aggregator learn from the overall preference "
-                    "and are tested by it: rank responses to more of the task's prompts."
+                    "with two distinct `ranks`, need at least one because bases and aggregators are trained and tested on the "
+                    "overall preference: rank responses to more of the task's prompts."
                 )

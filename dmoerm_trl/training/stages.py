@@ -12,21 +12,21 @@ from ..files import as_json, changed_keys, file_digest, write_json
 History = list[dict[str, Any]]
 StageRecord = dict[str, Any]
 """
-The inputs of a stage: `settings`, those of the recipe on which it depends; `rows`, a digest of the rows that it reads, or one
-per point for a stage of experts; `needs`, the [`identities`] of the trainings that it builds on.
+Settings and inputs of a stage. `settings` are those of the recipe on which it depends. `rows` is a digest of the rows that it
+reads, or one digest per point for a stage of experts. `needs` are the [`identities`] of the trainings that it builds on.
 """
 
 
 class Stage(NamedTuple):
-    """A step of a run that writes the folder `output_dir/<name>`, after the stages that it needs."""
+    """Step of a run that writes the folder `output_dir/<name>`. It runs after the stages that it needs."""
 
     run: Callable[[Path], History]
     needs: tuple[str, ...] = ()
-    trainings: tuple[str, ...] | None = None  # folders in it that have a history each; None for the whole
+    trainings: tuple[str, ...] | None = None  # folders in it with a history each; None for the stage itself
     settings: Mapping[str, Any] = MappingProxyType(
         {}
-    )  # those of the recipe on which it depends, beside those of its needs
-    rows: tuple[str, ...] = ()  # where the digest of what it reads stands in `RunData.digests`
+    )  # those of the recipe on which it depends, besides those of its needs
+    rows: tuple[str, ...] = ()  # keys to the digest of its rows in `RunData.digests`
 
 
 def stage_records(stages: Mapping[str, Stage], digests: Mapping[str, Any]) -> dict[str, StageRecord]:
@@ -53,7 +53,7 @@ def stage_records(stages: Mapping[str, Stage], digests: Mapping[str, Any]) -> di
 
 def identities(name: str, record: StageRecord) -> dict[str, str]:
     """
-    Return an identity of each training of a stage, which changes with the record of the stage and of all that it builds on.
+    Return the identity of each training of a stage. It changes with the record of the stage and of all that it builds on.
     """
     if isinstance(record["rows"], dict):
         return {f"{name}/{point}": identity({**record, "rows": rows}) for point, rows in record["rows"].items()}
@@ -67,10 +67,10 @@ def identity(record: StageRecord) -> str:
 
 def differences(before: StageRecord, now: StageRecord, data: Iterable[str]) -> list[str]:
     """
-    Return the keys of the recipe in which two records differ, not counting the trainings that they build on.
+    Return the keys of the recipe in which two records differ, ignoring the trainings that they build on.
 
     Args:
-        data (`Iterable[str]`): The keys on which the rows depend and in which they differ.
+        data (`Iterable[str]`): The changed keys on which the rows depend.
     """
     own, other = before["settings"], now["settings"]
     keys = set(changed_keys(own, other))
@@ -85,12 +85,12 @@ def differences(before: StageRecord, now: StageRecord, data: Iterable[str]) -> l
 
 class Manifest:
     """
-    The file `manifest.json` of a run:
+    File `manifest.json` of a run:
 
-    - `recipe`: The settings of the last start.
+    - `recipe`: The settings with which the run was last started.
     - `stages`: Finished stage -> its record.
     - `files`: Stage -> the sizes of its files, or their digests for the data.
-    - `begun`: Stage -> the folders in `work/` in which it was begun.
+    - `begun`: Stage -> the folders in `work/` in which it was started.
     - `seconds`: Stage -> its duration.
     - `extends`: The folder of the run that this one extends.
 
@@ -111,8 +111,8 @@ class Manifest:
                     raise TypeError("it is another file")
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{self.path}: got a file that is no run's manifest ({error!r}), need one because it tells what the stages in "
-                    "the folder were made of: put it back, or name another `output_dir`."
+                    f"{self.path}: got a file that is not the manifest of a run ({error!r}), need one because it records "
+                    "the settings and inputs of the stages in the folder: put it back, or name another `output_dir`."
                 ) from error
         for key in ("recipe", "stages", "files", "begun", "seconds"):
             self.content.setdefault(key, {})
@@ -140,9 +140,9 @@ class Manifest:
             return self["stages"][name]
         except KeyError:
             raise ValueError(
-                f"{self.root / name}: got a finished stage that is not in {self.path.name}, need it there, because its settings "
-                "and inputs are unknown: put the manifest back, delete the stage's folder to train it again, or name another "
-                "`output_dir`."
+                f"{self.root / name}: got a finished stage that is not in {self.path.name}, need it there because its settings "
+                "and inputs are unknown otherwise: put the manifest back, delete the stage's folder to train it again, or name "
+                "another `output_dir`."
             ) from None
 
     def note_files(self, name: str) -> None:
@@ -162,11 +162,11 @@ class Manifest:
             file = self.root / name / path
             now = _state(file, name == "data") if file.is_file() else None
             if now != before:
-                what = "no file" if now is None else "rows that were edited" if name == "data" else f"{now} bytes"
+                what = "no file" if now is None else "an edited file" if name == "data" else f"{now} bytes"
                 need = "the one" if name == "data" else f"the {before} bytes"
                 raise ValueError(
-                    f"{file}: got {what}, need {need} that the run wrote, because later stages are built on them: put the file "
-                    f"back, or delete {self.root / name}, which the next start makes again."
+                    f"{file}: got {what}, need {need} that the run wrote, because later stages are built on it: put the file "
+                    f"back, or delete {self.root / name}, which the next start writes again."
                 )
 
 

@@ -216,7 +216,7 @@ def test_rows_that_no_finished_training_reads_may_change_in_the_same_folder(fini
     changes = {"output_dir": str(tmp_path / "run"), "train_data": str(tmp_path / "rows.jsonl")}
     mine = tmp_path / "run" / "data" / "mine.txt"
     mine.write_text("mine")
-    with pytest.raises(ValueError, match="run/data: got something that no stage of a run has left"):
+    with pytest.raises(ValueError, match="run/data: got something that no stage has written"):
         Pipeline(replace(finished.recipe, **changes)).run()
     assert mine.read_text() == "mine"
     mine.unlink()

@@ -641,7 +641,7 @@ def test_what_stands_in_a_stage_s_place_is_named_and_left(name, material, tmp_pa
     mine = tmp_path / "run" / name / "thesis.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("years of work")
-    with pytest.raises(ValueError, match=f"run/{name}: got something that no stage of a run has left.*move it away"):
+    with pytest.raises(ValueError, match=f"run/{name}: got something that no stage has written.*move it away"):
         Pipeline(make_recipe(material, tmp_path / "run")).run()
     assert [path for path in (tmp_path / "run").rglob("*") if path.is_file()] == [mine]
     assert mine.read_text() == "years of work"
@@ -719,7 +719,7 @@ def test_a_finished_stage_that_is_not_whole_is_refused(name, run, recipe, tmp_pa
 def test_a_broken_manifest_is_refused(content, run, recipe, tmp_path):
     shutil.copytree(run.root, tmp_path / "run")
     (tmp_path / "run" / "manifest.json").write_text(content)
-    with pytest.raises(ValueError, match="manifest.json: got a file that is no run's manifest"):
+    with pytest.raises(ValueError, match="manifest.json: got a file that is not the manifest of a run"):
         Pipeline(replace(recipe, output_dir=str(tmp_path / "run"))).run()
     (tmp_path / "run" / "manifest.json").unlink()
     with pytest.raises(

@@ -46,7 +46,7 @@ def test_all_rows_that_do_not_fit_are_counted_and_found_and_it_is_said_what_woul
     whole = Formatter(make_tokenizer(), 10**6)
     rows = [json.loads(line) for line in Path(long.train_data).read_text(encoding="utf-8").splitlines()]
     most = max(len(whole.encode(rows[7]["prompt"], text).input_ids) for text in rows[7]["responses"])
-    assert f"all of them fit whole into {most} tokens" in message
+    assert f"all of them fit into {most} tokens" in message
     assert not set(read(replace(long, max_length=most)).report) & {message}
 
 
@@ -62,7 +62,7 @@ def test_the_report_has_the_lengths_and_what_a_larger_limit_keeps_whole(long):
     report = read(replace(long, on_error="skip")).report
     (line,) = [line for line in report if "tokens of a row's longest text" in line]
     assert "median " in line and "99% " in line and "max_length=100 keeps 23 of 26 rows whole, 200 " in line
-    assert "3 rows do not fit whole into max_length=100" in line
+    assert "3 rows exceed max_length=100" in line
     assert sum("1 of " in line and "lost the oldest part" in line for line in report) == 1  # the long prompt
 
 
@@ -91,7 +91,7 @@ def test_test_rows_of_their_own_are_measured_too(long, material, tmp_path):  # n
 
 
 def test_nothing_fits(long):
-    with pytest.raises(ValueError, match="of which none fits into max_length=3: raise it"):
+    with pytest.raises(ValueError, match="none of which fits into max_length=3: raise it"):
         read(replace(long, max_length=3, on_error="skip"))
 
 
