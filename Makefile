@@ -20,10 +20,10 @@ demo: $(READY)
 test: $(READY)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --maxfail 5 $(PYTEST_ARGS)
 
-# Between two edits: all tests but those that train, start servers or processes, run benchmarks, or take more than ten seconds.
+# Between two edits: all tests but those that train, start servers or processes, run benchmarks or every chat template, or are slow.
 test-fast: $(READY)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" --maxfail 5 \
-	  $(foreach one,training rl distributed labelling scripts test_auto_classes.py test_benchmarks.py test_cli.py test_folders.py test_fuzz.py test_memory.py test_real_text_benchmark.py test_recipes.py test_trl_contract.py,--ignore=tests/$(one)) $(PYTEST_ARGS)
+	  $(foreach one,training rl distributed labelling scripts data/test_chat_templates.py test_auto_classes.py test_benchmarks.py test_cli.py test_folders.py test_fuzz.py test_memory.py test_public_names.py test_real_text_benchmark.py test_recipes.py test_trl_contract.py,--ignore=tests/$(one)) $(PYTEST_ARGS)
 
 # TRL's contracts once more, with the newest TRL, which has no PPO.
 test-newest: .venv-newest/.installed

@@ -11,7 +11,7 @@ _CJK_FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Micro Hei", "Micros
 
 def plot_accuracy_curves(histories: dict[str, list[dict]], path: str | Path) -> Path:
     """
-    Plot one small panel per stage: the share of correctly ordered pairs, in training and in validation, over the steps.
+    Plot the share of correctly ordered pairs over the steps, in training and in validation, with one panel per stage.
 
     Args:
         histories (`dict[str, list[dict]]`):
@@ -74,7 +74,7 @@ def plot_accuracy_curves(histories: dict[str, list[dict]], path: str | Path) -> 
 
 
 def _curve(logs: list[dict], key: str) -> list[tuple[int, float]]:
-    """The (step, value) pairs of the logs that hold `key`."""
+    """Return the (step, value) pairs of the logs that hold `key`."""
     return [(log["step"], log[key]) for log in logs if key in log]
 
 

@@ -1,6 +1,6 @@
 """
-Best of n with several reward models. A policy generates N responses per prompt, which each reward model and the gold reward
-score; from these scores, the gold reward of each reward model's choice is estimated for every n <= N.
+Best of n with several reward models. A policy generates N responses per prompt, and each reward model and the gold reward
+score them. From these scores, the gold reward of each reward model's choice is estimated for every n <= N.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ GOLD_OF_FILE = "file"
 
 
 class Winner(NamedTuple):
-    """The response that a reward model prefers among the first n to a prompt; the earliest one if scores are equal."""
+    """Response with the highest score of a reward model among the first n to a prompt; the earliest one if scores are equal."""
 
     prompt: int
     reward_model: str
@@ -124,8 +124,8 @@ def run_best_of_n(
             values above N count as N.
         show_prompts (`int`, *optional*, defaults to 3): Number of prompts whose winners are shown.
         seed (`int`, *optional*, defaults to 0): Seed of the sampling and of the bootstrap.
-        shard_size (`int`, *optional*, defaults to 1000): Responses per shard, of which each worker loses at most one when the
-            run is killed.
+        shard_size (`int`, *optional*, defaults to 1000): Responses per shard. If the run is killed, each worker loses at most
+            one shard.
         workers (`int`, *optional*, defaults to 1): Number of worker processes on a CPU, which share its threads equally.
         max_length (`int`, *optional*, defaults to 2048): Maximum tokens of prompt and response for the reward models.
         dtype (`str`, *optional*, defaults to `"float32"`): Data type of the reward models.
@@ -136,7 +136,7 @@ def run_best_of_n(
     Raises:
         ValueError: If the settings differ from those of existing responses or scores, another run writes to the folder, a score
             is NaN or infinite, there are too few responses, or several processes would each start workers.
-        OSError: If the disk is full; what was written is kept.
+        OSError: If the disk is full. Finished shards are kept.
 
     Example:
 
@@ -150,10 +150,10 @@ def run_best_of_n(
     """
     if min(n, workers) < 1 or seed < 0:
         raise ValueError(
-            f"got n={n}, workers={workers} and seed={seed}, need at least 1, 1 and 0: n is the responses to a prompt."
+            f"got n={n}, workers={workers} and seed={seed}, need at least 1, 1 and 0: n is the number of responses per prompt."
         )
     if not os.fspath(output_dir).strip():
-        raise ValueError("got an empty `output_dir`, need a folder of the run's own: name it.")
+        raise ValueError("got an empty `output_dir`, need a folder for this run: name one.")
     members = {name: _members(name, spec) for name, spec in reward_models.items()}
     if not members:
         raise ValueError("got no `reward_models`, need at least one: name -> folder, hub name or 'length'.")
@@ -167,8 +167,8 @@ def run_best_of_n(
         raise ValueError(f"got gold {gold!r} without a file of responses, need one with the column `gold`.")
     if any(shown < 1 for shown in show) or show_prompts < 0:
         raise ValueError(
-            f"got show={list(show)} and show_prompts={show_prompts}, need values of n from 1 and a number of prompts from 0: they "
-            "say whose winners are shown."
+            f"got show={list(show)} and show_prompts={show_prompts}, need values of n from 1 and a number of prompts from 0: "
+            "they select the winners to show."
         )
     grid = default_grid(n) if grid is None else sorted(grid)
     if not grid or not 1 <= grid[0] <= grid[-1] <= n:

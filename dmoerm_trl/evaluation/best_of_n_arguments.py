@@ -1,4 +1,4 @@
-"""The options of best of n, as recipes and the command line give them."""
+"""Options of best of n, for recipes and the command line."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 @dataclass
 class BestOfNArguments:
     """
-    The keys of a best-of-n recipe.
+    Keys of a best-of-n recipe.
 
     Example:
 
@@ -21,49 +21,67 @@ class BestOfNArguments:
     ```
     """
 
-    output_dir: str = field(metadata={"help": "Folder of the run: responses, scores, table, curves, winners."})
+    output_dir: str = field(metadata={"help": "Folder for the responses, scores, table, curves and winners."})
     reward_models: dict[str, Any] = field(
         metadata={
             "help": "Name -> folder or hub name of a reward model, 'length', 'module:function', or {mean | WCO | UWO: members}."
         }
     )
-    gold: str = field(metadata={"help": "The same, or 'file': the column `gold` of `responses`."})
-    n: int = field(metadata={"help": "Responses a prompt."})
+    gold: str = field(
+        metadata={"help": "Name of the gold reward model, or 'file' for the column `gold` of `responses`."}
+    )
+    n: int = field(metadata={"help": "Number of responses per prompt."})
 
     # Prompts and responses
-    policy: str | None = field(default=None, metadata={"help": "Causal language model; either this or `responses`."})
+    policy: str | None = field(
+        default=None,
+        metadata={"help": "Causal language model that generates the responses; give either this or `responses`."},
+    )
     responses: str | None = field(
-        default=None, metadata={"help": "JSONL or Parquet file with `prompt`, `response` and maybe `gold`."}
+        default=None, metadata={"help": "JSONL or Parquet file with `prompt`, `response` and optionally `gold`."}
     )
     prompts: str | None = field(
-        default=None, metadata={"help": "JSONL or Parquet file with `prompt`; those of `responses` if absent."}
+        default=None, metadata={"help": "JSONL or Parquet file with `prompt`; by default, the prompts of `responses`."}
     )
-    num_prompts: int | None = field(default=None, metadata={"help": "The first so many; all if absent."})
-    task: str | None = field(default=None, metadata={"help": "Only prompts of this task."})
-    max_new_tokens: int = field(default=1024, metadata={"help": "Tokens of a response (table 7)."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampling (table 7)."})
-    top_p: float = field(default=0.8, metadata={"help": "Of the sampling (table 7)."})
-    backend: str = field(default="transformers", metadata={"help": "'transformers' or 'vllm'."})
-    batch_size: int = field(default=500, metadata={"help": "Responses generated at a time by transformers."})
-    policy_dtype: str = field(default="float32", metadata={"help": "'float32', 'bfloat16' or 'float16'."})
+    num_prompts: int | None = field(
+        default=None, metadata={"help": "Number of prompts to use, from the first on; all by default."}
+    )
+    task: str | None = field(default=None, metadata={"help": "Use only the prompts of this task."})
+    max_new_tokens: int = field(default=1024, metadata={"help": "Maximum number of tokens of a response (table 7)."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the sampling (table 7)."})
+    top_p: float = field(default=0.8, metadata={"help": "Top-p of the sampling (table 7)."})
+    backend: str = field(
+        default="transformers", metadata={"help": "Library that generates: 'transformers' or 'vllm'."}
+    )
+    batch_size: int = field(default=500, metadata={"help": "Number of responses that transformers generates at once."})
+    policy_dtype: str = field(
+        default="float32", metadata={"help": "Data type of the policy: 'float32', 'bfloat16' or 'float16'."}
+    )
 
     # Scoring and evaluation
-    max_length: int = field(default=2048, metadata={"help": "Tokens of prompt and response; older turns are cut."})
-    dtype: str = field(default="float32", metadata={"help": "Of the reward models."})
-    grid: list[int] | None = field(default=None, metadata={"help": "Values of n; about 12 up to `n` if absent."})
+    max_length: int = field(
+        default=2048, metadata={"help": "Maximum number of tokens of prompt and response; older turns are cut."}
+    )
+    dtype: str = field(default="float32", metadata={"help": "Data type of the reward models."})
+    grid: list[int] | None = field(
+        default=None, metadata={"help": "Values of n; by default, about 12 values up to `n`."}
+    )
     show: list[int] = field(
         default_factory=lambda: [1, 30, 1000, 6000, 60_000], metadata={"help": "Values of n whose winners are shown."}
     )
-    show_prompts: int = field(default=3, metadata={"help": "Prompts whose winners are shown."})
-    seed: int = field(default=0, metadata={"help": "Of the sampling and the bootstrap."})
-    shard_size: int = field(default=1000, metadata={"help": "Responses a file; a kill loses so many a worker."})
-    workers: int = field(default=1, metadata={"help": "Processes that share the CPU; 1 on a GPU."})
+    show_prompts: int = field(default=3, metadata={"help": "Number of prompts whose winners are shown."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling and of the bootstrap."})
+    shard_size: int = field(
+        default=1000,
+        metadata={"help": "Responses per file. If the run is killed, each worker loses at most one file."},
+    )
+    workers: int = field(default=1, metadata={"help": "Number of processes that share the CPU; use 1 on a GPU."})
 
     def __post_init__(self):
         if (self.policy is None) == (self.responses is None):
             raise ValueError(f"got policy={self.policy!r} and responses={self.responses!r}, need exactly one of them.")
         if self.prompts is None and self.responses is None:
-            raise ValueError("got a policy without `prompts`, need a file of them.")
+            raise ValueError("got a policy without `prompts`, need a file of prompts.")
 
     @property
     def rows(self) -> list[dict]:
@@ -74,7 +92,7 @@ class BestOfNArguments:
 
     @property
     def sampler(self) -> Any:
-        """What writes the responses: a [`~dmoerm_trl.generation.samplers.SamplerSpec`], or a file of them."""
+        """Source of the responses: a [`~dmoerm_trl.generation.samplers.SamplerSpec`], or the path of a file."""
         from ..generation.samplers import SamplerSpec
 
         return self.responses or SamplerSpec(
@@ -90,6 +108,6 @@ class BestOfNArguments:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Arguments of [`~dmoerm_trl.evaluation.best_of_n.run_best_of_n`] by the same names."""
+        """Arguments of [`~dmoerm_trl.evaluation.best_of_n.run_best_of_n`] that have the same names here."""
         names = ("n", "grid", "show", "show_prompts", "seed", "shard_size", "workers", "max_length", "dtype")
         return {name: getattr(self, name) for name in names}

@@ -18,7 +18,7 @@ from .plots import legend_above, style_panel
 
 
 def default_grid(n: int, points: int = 12) -> list[int]:
-    """About `points` values from 1 to `n`, evenly spaced on a log scale; for 60,000 they are about 0.8 nats of KL apart."""
+    """Return about `points` values from 1 to `n`, evenly spaced on a log scale (for 60,000: about 0.8 nats of KL apart)."""
     return sorted({round(n ** (point / (points - 1))) for point in range(points)})
 
 
@@ -40,7 +40,7 @@ class Curve:
         gold (`Tensor` of shape (P, G)): Gold reward, not standardised.
         win_rate (`Tensor` of shape (P, G)): Share of the policy's own responses with a gold reward below the chosen one's.
         proxy (`Tensor` of shape (P, G)): Reward of the reward model itself, standardised by the mean and standard deviation
-            over all responses to all prompts. So 0 is the policy without optimisation.
+            over all responses to all prompts. A value of 0 is that of the policy without optimisation.
     """
 
     gold: Tensor

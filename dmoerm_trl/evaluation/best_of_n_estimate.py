@@ -81,7 +81,7 @@ def best_of_n(scores: torch.Tensor, values: torch.Tensor, grid: Sequence[int]) -
         )
     if values.shape[-scores.ndim :] != scores.shape:
         raise ValueError(
-            f"got values of shape {tuple(values.shape)} and scores of shape {tuple(scores.shape)}, need one value a "
+            f"got values of shape {tuple(values.shape)} and scores of shape {tuple(scores.shape)}, need one value per "
             "response: give gold exactly the responses that were scored, in the same order."
         )
     if len(grid) == 0:
@@ -105,7 +105,7 @@ def win_share(rewards: torch.Tensor, base_rewards: torch.Tensor) -> torch.Tensor
     n/(n+1) if no two scores are equal, the highest possible win rate of best of n.
 
     The estimate of the win rate is unbiased if the base policy's responses are different samples from those to choose from. If
-    N is large, the same samples may be used, which shifts the win rate by less than 1.5/N.
+    N is large, the same samples may be used; this shifts the win rate by less than 1.5/N.
 
     Args:
         rewards (`torch.Tensor` of shape `(..., N)`): Rewards of the responses, higher is better.

@@ -52,7 +52,7 @@ def pair_agreement(rewards: Sequence[float], ranks: Sequence[int]) -> tuple[floa
     rewards, ranks = np.asarray(rewards, dtype=np.float64), np.asarray(ranks, dtype=np.float64)
     if rewards.ndim != 1 or rewards.shape != ranks.shape:
         raise ValueError(
-            f"got rewards of shape {rewards.shape} and ranks of shape {ranks.shape}, need one reward and one rank a "
+            f"got rewards of shape {rewards.shape} and ranks of shape {ranks.shape}, need one reward and one rank per "
             "response: score exactly the responses that were ranked."
         )
     if not np.isfinite(ranks).all():
@@ -163,7 +163,7 @@ def pooled(
     paired = [(agreed, pairs) for agreed, pairs in agreements if pairs > 0]
     if not paired:
         raise ValueError(
-            f"got {len(agreements)} prompts without one non-tied pair, need at least one prompt with two distinct "
+            f"got {len(agreements)} prompts without a non-tied pair, need at least one prompt with two distinct "
             "ranks because consistency is a share of such pairs."
         )
     agreed, pairs = (np.array(counts) for counts in zip(*paired, strict=True))

@@ -46,14 +46,14 @@ def best_of_n_kl_bound(n: int | Sequence[int] | torch.Tensor) -> torch.Tensor:
 
 def best_of_n_kl_estimate(log_probs: torch.Tensor, n: int | torch.Tensor) -> torch.Tensor:
     """
-    Compute the tighter estimate of Beirami et al. 2024, section 4, for winners y of best of n. With e = p(y | prompt), it is the
-    mean over winners of
+    Compute the tighter estimate of Beirami et al. 2024, section 4, for winners y of best of n. With e = p(y | prompt), it is
+    the mean over winners of
 
         (1 - e)^n (log n + (n - 1) log(1 - e) - (n - 1) / n) + (1 - (1 - e)^n) log((1 - (1 - e)^n) / e)
 
-    A single value is the exact KL if the best response has probability e and all others are negligible; so it lies between 0
-    and equation 11, and falls as e grows. The mean over winners is an upper bound of the exact KL that is below equation 11,
-    and so is the single value of the best possible response.
+    A single value is the exact KL if the best response has probability e and all others are negligible. It lies between 0
+    and equation 11, and falls as e grows. The mean over winners is an upper bound of the exact KL, and is below equation
+    11. So is the single value of the best possible response.
 
     The exact mean over the winners of N sampled responses, instead of over one draw of winners, is
     `best_of_n(scores, best_of_n_kl_estimate(log_probs, n), [n])`, see
@@ -96,8 +96,8 @@ def best_of_n_kl_estimate(log_probs: torch.Tensor, n: int | torch.Tensor) -> tor
 
 def k1(log_ratio: torch.Tensor) -> torch.Tensor:
     """
-    The log-ratio `d = log pi - log pi_ref` itself (equation 13), an unbiased estimator of KL(pi || pi_ref) that is often
-    negative and has a high variance.
+    Return the log-ratio `d = log pi - log pi_ref` itself (equation 13). As an estimator of KL(pi || pi_ref), it is unbiased,
+    but often negative and of high variance.
 
     Args:
         log_ratio (`torch.Tensor` of shape `(...)`): d, on samples of pi (not of pi_ref).
@@ -107,8 +107,8 @@ def k1(log_ratio: torch.Tensor) -> torch.Tensor:
 
 def k2(log_ratio: torch.Tensor) -> torch.Tensor:
     """
-    The estimator `d^2 / 2` (equation 14). It is never negative, has a low variance, and is biased in the third order of d: for
-    two Gaussians with the same variance and KL K, its mean is K + K^2 / 2.
+    Compute the estimator `d^2 / 2` (equation 14). It is never negative and has a low variance. Its bias is of third order in d:
+    for two Gaussians with the same variance and KL K, its mean is K + K^2 / 2.
 
     Args:
         log_ratio (`torch.Tensor` of shape `(...)`): d, on samples of pi (not of pi_ref).
@@ -118,8 +118,8 @@ def k2(log_ratio: torch.Tensor) -> torch.Tensor:
 
 def k3(log_ratio: torch.Tensor) -> torch.Tensor:
     """
-    The estimator `exp(-d) - 1 + d` (Schulman 2020), which is unbiased and never negative. Its variance is lower than that of k1
-    for small d, and higher if pi has moved far from pi_ref, because exp(-d) has a heavy tail.
+    Compute the estimator `exp(-d) - 1 + d` (Schulman 2020), which is unbiased and never negative. Its variance is lower than
+    that of k1 for small d, and higher if pi has moved far from pi_ref, because exp(-d) has a heavy tail.
 
     Args:
         log_ratio (`torch.Tensor` of shape `(...)`): d, on samples of pi (not of pi_ref). With the opposite sign, the result

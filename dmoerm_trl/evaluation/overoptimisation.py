@@ -1,6 +1,6 @@
 """
-Fits of the gold reward, which rises and falls as a policy moves away from its initial policy: the equations for best of n and
-for reinforcement learning of Gao et al. 2023, "Scaling Laws for Reward Model Overoptimization", ICML.
+Fits of the gold reward, which rises and falls as a policy moves away from its initial policy. The equations for best of n and
+for reinforcement learning are those of Gao et al. 2023, "Scaling Laws for Reward Model Overoptimization", ICML.
 
 Notation: d = sqrt(KL(pi || pi_init)); R(d) is the gain in gold reward over the initial policy, so that R(0) = 0.
 """
@@ -94,7 +94,7 @@ def fit_overoptimisation(kl: torch.Tensor, gain: torch.Tensor, optimiser: str) -
     moved = kl > 0
     if len(kl[moved].unique()) < 2:
         raise ValueError(
-            f"got kl {kl.tolist()}, need at least two distinct ones above 0 because the curve has two unknowns."
+            f"got kl {kl.tolist()}, need at least two distinct values above 0 because the curve has two unknowns."
         )
     # Gram-Schmidt in plain sums, because the last digits of LAPACK's solution depend on memory alignment
     gain, first = gain[moved], kl[moved].sqrt()

@@ -15,7 +15,7 @@ from .response_store import RESPONSES, ResponseStore, Shard
 
 def import_responses(store: ResponseStore, rows: Sequence[dict], path: str | os.PathLike, *, gold: bool) -> None:
     """
-    Import the first n responses to each prompt from a file into a store. The file is checked completely before anything is
+    Import the first n responses to each prompt from a file into a store. The entire file is checked before anything is
     written.
 
     Args:
@@ -42,7 +42,7 @@ def import_responses(store: ResponseStore, rows: Sequence[dict], path: str | os.
             f"because the best of n is chosen among n: {lower}, or leave the prompt out."
         )
     if beyond := sum(counts) - store.n * len(rows):
-        print(f"{path}: {beyond} responses are not used: they stand after the first {store.n} to their prompt")
+        print(f"{path}: {beyond} responses are not used: they come after the first {store.n} to their prompt")
     counts = [0] * len(rows)
     for place, prompt, record in _matching_records(rows, path, "importing"):
         if counts[prompt] == store.n:
@@ -62,7 +62,9 @@ def _extract(place: str, prompt: int, record: dict, gold: bool) -> dict[str, Any
     """Extract what the store keeps of a record: the text of the response, and optionally its gold reward as a number."""
     response = record.get("response")
     if not isinstance(response, (str, list)):
-        raise ValueError(f"{place}: got the response {short(response)} to prompt {prompt}, need text: fix the record.")
+        raise ValueError(
+            f"{place}: got the response {short(response)} to prompt {prompt}, need a text: fix the record."
+        )
     try:
         text = response_of(response, "response")
         check_characters(text, "response")

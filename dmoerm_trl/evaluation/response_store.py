@@ -1,5 +1,5 @@
 """
-On-disk store of many responses per prompt and their scores, written by several processes in shards, each of them only once.
+On-disk store of many responses per prompt and their scores. Several processes write it in shards, each shard only once.
 
 A shard is a Parquet file that is written atomically and whose content depends only on the settings, the prompt and the shard's
 number. So a killed run resumes with the missing shards, and its result equals that of an uninterrupted run. Memory needs to
@@ -42,7 +42,7 @@ class Shard(NamedTuple):
 
 
 class Loadable(Protocol):
-    """Specification of a sampler or scorer: hashable, so that a process loads it only once, and small enough to send to it."""
+    """Specification of a sampler or scorer. It is hashable, so that a process loads it only once, and small enough to send."""
 
     def load(self) -> Callable: ...
 
@@ -76,7 +76,7 @@ class ResponseStore:
         return [Shard(prompt, number) for number in range(-(-self.n // self.shard_size))]
 
     def size(self, shard: Shard) -> int:
-        """Number of responses of a shard; the last shard of a prompt may be smaller."""
+        """Return the number of responses of a shard. The last shard of a prompt may be smaller."""
         return min(self.shard_size, self.n - shard.number * self.shard_size)
 
     def missing(self, part: str) -> list[Shard]:
@@ -87,7 +87,7 @@ class ResponseStore:
 
     def write(self, part: str, shard: Shard, **columns: Any) -> None:
         """
-        Write a shard; it is on disk when this returns.
+        Write a shard. It is on disk when this method returns.
 
         Raises:
             OSError: If the disk is full or has another problem.
@@ -99,8 +99,8 @@ class ResponseStore:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{path}: {os.strerror(error.errno) if error.errno else error}. The shards that were written are whole: make "
-                "room and run the same command again, which goes on from them",
+                f"{path}: {os.strerror(error.errno) if error.errno else error}. The shards written so far are "
+                "complete: free some space and run the same command again to resume from them",
             ) from error
 
     def read(self, part: str, shard: Shard, column: str) -> pa.ChunkedArray:
@@ -150,15 +150,15 @@ class ResponseStore:
                 raise TypeError("it is another file")
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"{path}: got a file that best of n did not write ({error}), need its own, because it records what the responses and "
-                "the scores depend on: choose another `output_dir`."
+                f"{path}: got a file that best of n did not write ({error}), need its own file, because it records what the "
+                "responses and the scores depend on: choose another `output_dir`."
             ) from error
         settings = {**settings, "prompts": self.prompts, "n": self.n, "shard_size": self.shard_size}
         now = as_json(settings)
         before = manifest.get(part, {}) if any((self.root / part).glob("*.parquet")) else now
         if changed := changed_keys(before, now):
             raise ValueError(
-                f"{self.root}: got {part!r} that were begun with other settings of {changed}, need the same to go on: "
+                f"{self.root}: got {part!r} that were started with other settings of {changed}, need the same to resume: "
                 "choose another `output_dir`, or delete this one."
             )
         if manifest.get(part) != now:
@@ -174,7 +174,7 @@ Submit = Callable[[Callable[..., int], Iterable[tuple]], Iterator[int]]
 @contextmanager
 def worker_pool(workers: int) -> Iterator[Submit]:
     """
-    Context manager that runs calls in worker processes, which share the threads equally; one worker is this process itself.
+    Context manager that runs calls in worker processes, which share the threads equally. One worker is this process itself.
     """
     if workers == 1:
         try:
@@ -275,7 +275,7 @@ def write_scores(
 
 
 def _bounds(store: ResponseStore) -> range:
-    """Index of the first response of each shard except the first."""
+    """Return the index of the first response of each shard except the first."""
     return range(store.shard_size, store.n, store.shard_size)
 
 
@@ -287,7 +287,7 @@ def _score(store: ResponseStore, part: str, scorer: Loadable, row: dict, shard: 
         raise ValueError(f"{part}: {error} It was scoring responses to prompt {shard.prompt}.") from error
     if scores.shape != (len(texts),):
         raise ValueError(
-            f"{part}: got scores of shape {tuple(scores.shape)} for {len(texts)} responses, need one score a response."
+            f"{part}: got scores of shape {tuple(scores.shape)} for {len(texts)} responses, need one score per response."
         )
     scores = scores.float()
     store.write(part, shard, score=scores.numpy())

@@ -153,7 +153,7 @@ def consistency_table(
         raise ValueError("got no scores, need those of at least one method.")
     if {OTHERS, OVERALL} & set(columns) or len(set(columns)) != len(columns):
         raise ValueError(
-            f"got columns {list(columns)}, need distinct tasks: {OTHERS!r} and {OVERALL!r} add themselves."
+            f"got columns {list(columns)}, need distinct tasks: {OTHERS!r} and {OVERALL!r} are added automatically."
         )
     indices: dict[str, list[int]] = {column: [] for column in (*columns, OTHERS)}
     for index, row in enumerate(rows):
@@ -175,7 +175,7 @@ def consistency_table(
             try:
                 if len(of_row) != len(row.responses):
                     raise ValueError(
-                        f"got {len(of_row)} rewards for {len(row.responses)} responses, need one a response: score all of them."
+                        f"got {len(of_row)} rewards for {len(row.responses)} responses, need one per response: score them all."
                     )
                 agreements.append(agreement(of_row, row.pairs_of()))
             except ValueError as error:
@@ -198,6 +198,6 @@ def length_scores(rows: Sequence[PreferenceRow]) -> list[list[float]]:
     Score rows by the length-only baseline, whose reward is the number of characters of a response.
 
     A consistency far from 50% on either side shows that the labels can be guessed from length alone; only a reward model well
-    above it can be said to have read the text. Characters rather than tokens make the row the same for every base model.
+    above it has shown that it reads the text. Characters rather than tokens make the row the same for every base model.
     """
     return [[float(len(response)) for response in row.responses] for row in rows]

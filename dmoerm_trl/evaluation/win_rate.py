@@ -98,8 +98,8 @@ def win_rate(
     """
     if not prompts or not len(prompts) == len(responses_a) == len(responses_b):
         raise ValueError(
-            f"got {len(prompts)} prompts, {len(responses_a)} responses a and {len(responses_b)} responses b, need as many of "
-            "each and at least one, because the pairs of one prompt are compared."
+            f"got {len(prompts)} prompts, {len(responses_a)} responses a and {len(responses_b)} responses b, need the same "
+            "number of each and at least one, because the two responses to each prompt are compared."
         )
     verdicts = _signs(judge, prompts, responses_a, responses_b)
     if both_orders:

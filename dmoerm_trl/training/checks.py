@@ -105,8 +105,8 @@ def check_models(recipe: Recipe, tasks: TaskTable, formatter: Formatter) -> None
             router = config
         elif odd := sorted(item for item in _shape(config).items() ^ _shape(base).items()):
             raise ValueError(
-                f"{key} of the recipe: got {name}, which differs from {recipe.base_model} in {odd[0][0]!r}, need a model of the "
-                "same shape, because a DMoERM has one configuration for all bases: choose one that differs only in its weights."
+                f"{key} of the recipe: got {name}, which differs from {recipe.base_model} in {odd[0][0]!r}, need a model of "
+                "the same shape, because a DMoERM has one configuration for all bases: choose one that differs only in weights."
             )
     if recipe.router_layers is not None and recipe.router_layers > router.num_hidden_layers:
         raise ValueError(

@@ -304,7 +304,7 @@ def test_a_folder_is_claimed_by_its_first_shard_and_not_by_a_failed_start(settin
             bon_eval({**settings, "n": 3}, tmp_path)
     assert (tmp_path / "manifest.json").exists()
     assert bon_eval(settings, tmp_path)["prompts"] == 3
-    with pytest.raises(ValueError, match=r"'responses' that were begun with other settings of \['n'\]"):
+    with pytest.raises(ValueError, match=r"'responses' that were started with other settings of \['n'\]"):
         bon_eval({**settings, "n": 3}, tmp_path)
 
 
@@ -448,7 +448,7 @@ def test_a_prompt_without_a_response(folder, tmp_path, capsys):
     run_best_of_n(tmp_path / "run", rows[:1], path, {"l": "length"}, "file", n=2)
     said = capsys.readouterr().out
     assert "3 responses are not used: their prompt is not among the 1 prompts" in said
-    assert "1 responses are not used: they stand after the first 2" in said
+    assert "1 responses are not used: they come after the first 2" in said
 
 
 # Scorers

@@ -151,8 +151,8 @@ def test_no_files_are_left_anywhere(tmp_path, monkeypatch):
         ([[1.0, -math.inf]], [[1, 2]], r"prompt 0: got rewards \[1.0, -inf\], need finite numbers"),
         ([[1.0, None]], [[1, 2]], r"prompt 0: got rewards \[1.0, nan\], need finite numbers"),
         ([[1.0, 2.0]], [[1, None]], r"prompt 0: got ranks \[1.0, nan\], need finite numbers"),
-        ([[1.0, 2.0]], [[2, 2]], "got 1 prompts without one non-tied pair"),
-        ([], [], "got 0 prompts without one non-tied pair"),
+        ([[1.0, 2.0]], [[2, 2]], "got 1 prompts without a non-tied pair"),
+        ([], [], "got 0 prompts without a non-tied pair"),
     ],
 )
 def test_bad_input_is_named(predictions, references, message):

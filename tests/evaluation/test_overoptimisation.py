@@ -93,8 +93,8 @@ def test_two_points_are_met_exactly_and_leave_no_error():
         ([1.0, 2.0], [1.0, math.inf], "need finite numbers"),
         ([-0.5, 1.0, 2.0], [0.0, 1.0, 2.0], "got a KL of -0.5, need at least 0 .* k1 can be negative"),
         ([0.0, 1.0, 2.0], [0.7, 1.0, 2.0], "at KL 0, need 0 .* subtract the initial policy's gold"),
-        ([0.0, 1.0, 1.0], [0.0, 1.0, 2.0], "need at least two distinct ones above 0"),
-        ([], [], "need at least two distinct ones above 0"),
+        ([0.0, 1.0, 1.0], [0.0, 1.0, 2.0], "need at least two distinct values above 0"),
+        ([], [], "need at least two distinct values above 0"),
     ],
 )
 def test_bad_input(kl, gain, message):

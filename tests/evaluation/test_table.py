@@ -123,7 +123,7 @@ def test_bad_input_is_named():
     broken = [*SCORES["single"][:3], [0.0, float("nan")], [1.0, 0.0]]
     with pytest.raises(ValueError, match="method 'single', column 'overall': prompt 3: got rewards .0.0, nan."):
         consistency_table({"single": broken}, ROWS, ["roleplay", "chitchat"])
-    with pytest.raises(ValueError, match="add themselves"):
+    with pytest.raises(ValueError, match="are added automatically"):
         consistency_table(SCORES, ROWS, ["roleplay", "chitchat", "overall"])
     with pytest.raises(ValueError, match="got no scores"):
         consistency_table({}, ROWS, ["roleplay", "chitchat"])

@@ -74,5 +74,5 @@ def test_a_missing_verdict_is_an_error(judge):
 
 @pytest.mark.parametrize("prompts, a, b", [([], [], []), (PROMPTS, ["a"] * 4, ["b"] * 3)])
 def test_pairs_that_are_not_pairs_are_an_error(prompts, a, b):
-    with pytest.raises(ValueError, match="need as many of each and at least one"):
+    with pytest.raises(ValueError, match="need the same number of each and at least one"):
         win_rate(reward_judge(length), prompts, a, b)
