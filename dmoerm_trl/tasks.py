@@ -3,6 +3,7 @@
 import re
 import reprlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ OTHERS = "others"
 
 OVERALL = "overall"
 """Name of the only task of DMoERM-w/o-Outer."""
+
+PAPER = {"en": "paper.yaml", "zh": "paper-zh.yaml"}
+"""Language -> file of the paper's table 12 in that language."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,12 @@ class TaskTable:
                 raise ValueError(f"task {task!r}: got points {list(points)}, need at least one, all distinct words.")
 
     @classmethod
+    @cache
     def paper(cls, language: str = "en") -> "TaskTable":
         """Return the paper's table 12, in English (`"en"`) or Chinese (`"zh"`)."""
-        if language not in _PAPER:
-            raise ValueError(f"got language {language!r}, need one of {sorted(_PAPER)}.")
-        return _PAPER[language]
+        if language not in PAPER:
+            raise ValueError(f"got language {language!r}, need one of {sorted(PAPER)}.")
+        return cls.load(str(Path(__file__).parent / "tables" / PAPER[language]))
 
     @classmethod
     def load(cls, source: str) -> "TaskTable":
@@ -127,53 +132,3 @@ def check_name(name: Any, what: str = "a task or a point") -> None:
 def slug(name: str) -> str:
     """Convert a name to the form that names a module, an adapter or a folder: `"empathy ability"` -> `"empathy_ability"`."""
     return re.sub(r"\W+", "_", name.lower()).strip("_")
-
-
-_PAPER = {
-    "en": TaskTable(
-        tasks={
-            "text_creation": ("intent conformity", "expressiveness", "readability", "content richness", "logic"),
-            "roleplay": (
-                "personality and emotional investment",
-                "conversational sense",
-                "empathy ability",
-                "manifestation of relationship traits",
-                "personalized characteristic expression",
-                "content richness",
-            ),
-            "objective_qa": (
-                "correctness",
-                "objectiveness",
-                "reasoning ability",
-                "logic",
-                "depth of knowledge",
-                "question specific",
-            ),
-            "subjective_qa": (
-                "convincing ability",
-                "logic",
-                "viewpoint richness",
-                "breadth of knowledge",
-                "question specific",
-            ),
-            "chitchat": (
-                "conversational sense",
-                "proactivity",
-                "emotion expression",
-                "empathy ability",
-                "content richness",
-            ),
-        },
-        overall=("intent conformity", "logic", "conversational sense", "content richness", "readability"),
-    ),
-    "zh": TaskTable(
-        tasks={
-            "文本创作": ("意图符合程度", "表达能力", "可读性", "内容丰富性", "逻辑性"),
-            "角色扮演": ("人设和情感带入", "对话感", "共情能力", "关系特点体现", "个性化特征体现", "内容丰富性"),
-            "客观知识问答": ("正确性", "客观程度", "推理能力", "逻辑性", "知识面深度", "问题针对性"),
-            "主观知识问答": ("说服力", "逻辑性", "观点丰富度", "知识面广度", "问题针对性"),
-            "闲聊": ("对话感", "主动性", "情感表达", "共情能力", "内容丰富性"),
-        },
-        overall=("意图符合程度", "逻辑性", "对话感", "内容丰富性", "可读性"),
-    ),
-}

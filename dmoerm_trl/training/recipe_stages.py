@@ -289,7 +289,9 @@ class RecipeStages:
     def _digests(self) -> dict[str, Any]:
         """Digests of the rows in `data/`."""
         path = self.root / "data" / DIGESTS
-        return read_json(path, f"put it back, or delete {path.parent} to read the rows again") if path.is_file() else {}
+        return (
+            read_json(path, f"put it back, or delete {path.parent} to read the rows again") if path.is_file() else {}
+        )
 
     def _record(self, name: str) -> StageRecord:
         """Return the current record of a stage."""
