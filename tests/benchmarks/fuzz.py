@@ -51,7 +51,7 @@ KINDS = {
 }
 """Kind -> what makes a case of it, and its part of the cases."""
 
-PRELOAD = [*kills.PRELOAD, "aiohttp", *(f"dmoerm_trl.commands.{name}" for name in ("prepare", "score", "evaluate"))]
+PRELOAD = [*kills.PRELOAD, "aiohttp", *(f"dmoerm_trl.commands.{name}" for name in ("prepare", "score", "eval"))]
 
 
 def run(numbers: dict[str, Iterable[int]], seed: int, folder: Path) -> Iterator[dict[str, Any]]:
