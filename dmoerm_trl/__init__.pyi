@@ -69,8 +69,8 @@ from .training.phases import phase1 as phase1
 from .training.phases import phase2 as phase2
 from .training.phases import phase3 as phase3
 from .training.pipeline import Pipeline as Pipeline
+from .training.ranked_config import RankedRewardConfig as RankedRewardConfig
 from .training.ranked_dataset import ranked_dataset as ranked_dataset
-from .training.ranked_trainer import RankedRewardConfig as RankedRewardConfig
 from .training.ranked_trainer import RankedRewardTrainer as RankedRewardTrainer
 from .training.ranked_trainer import ranking_loss as ranking_loss
 from .training.ranked_trainer import train_or_resume as train_or_resume

@@ -170,9 +170,8 @@ def _free_deepspeed(trainer: Trainer) -> None:
     FWD_MODULE_STACK.clear()  # keeps references to the modules of the last forward pass
     for method in vars(PartitionedParameterCoordinator).values():
         for cell in getattr(method, "__closure__", None) or ():
-            if hasattr(
-                cell.cell_contents, "cache_clear"
-            ):  # an `lru_cache` keeps references to all modules that it was called with
+            # an `lru_cache` keeps references to all modules that it was called with
+            if hasattr(cell.cell_contents, "cache_clear"):
                 cell.cell_contents.cache_clear()
     trainer.accelerator.free_memory()
     unset_hf_deepspeed_config()

@@ -134,9 +134,8 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         cumulative = scores.float().softmax(-1).double().cumsum(-1)  # (B, V)
-        uniform = torch.rand(
-            len(scores), 1, generator=self.generator, dtype=torch.float64, device=scores.device
-        )  # below 1
+        # in [0, 1)
+        uniform = torch.rand(len(scores), 1, generator=self.generator, dtype=torch.float64, device=scores.device)
         drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 

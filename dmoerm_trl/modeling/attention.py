@@ -49,9 +49,8 @@ def packed_attention(
         return _flex_attention(query, key, value, packed, last_tokens, scaling, window, softcap)
     attend = _attend if softcap is None else _attend_softly_capped
     sizes = [node.stop - node.start for node in packed.nodes]
-    queries = query.split(
-        [1] * len(packed.text_nodes) if last_tokens else sizes, 2
-    )  # its gradient is one concatenation
+    # its gradient is one concatenation
+    queries = query.split([1] * len(packed.text_nodes) if last_tokens else sizes, 2)
     keys, values = key.split(sizes, 2), value.split(sizes, 2)
     out = []
     for index, own in zip(packed.text_nodes if last_tokens else range(len(sizes)), queries, strict=True):
@@ -109,9 +108,8 @@ def _padded_attention(query, key, value, packed, last_tokens, scaling, dropout, 
     mask = mask.repeat(len(query), 1, 1, 1)
     attend = _attend if softcap is None else _attend_softly_capped
     out = attend(queries, one_length(key), one_length(value), mask, False, scaling, dropout, softcap)
-    out = (
-        out.transpose(1, 2).unflatten(0, (len(query), texts)).flatten(1, 2)
-    )  # (B, texts or texts * longest, heads, D)
+    # (B, texts or texts * longest, heads, D)
+    out = out.transpose(1, 2).unflatten(0, (len(query), texts)).flatten(1, 2)
     return out if last_tokens else out.index_select(1, packed)
 
 

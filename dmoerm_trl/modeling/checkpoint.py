@@ -80,9 +80,8 @@ def check_floating(name: str, stored: Mapping[str, Stored], model: nn.Module) ->
     odd = [key for key, weight in stored.items() if weight.dtype.startswith(("I", "U", "BOOL"))]
     floating = [key for key, weight in model.state_dict().items() if weight.is_floating_point()] if odd else []
     for key in odd:
-        if any(
-            key == own or key.endswith(f".{own}") or own.endswith(f".{key}") for own in floating
-        ):  # one may have a prefix
+        # one may have a prefix
+        if any(key == own or key.endswith(f".{own}") or own.endswith(f".{key}") for own in floating):
             raise ValueError(
                 f"{name}: got the weight {key!r} as integers ({stored[key].dtype}), need floating-point numbers, because what "
                 "was rounded away does not come back: save the model again in float32, bfloat16 or float16."

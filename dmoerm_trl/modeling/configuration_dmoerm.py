@@ -123,9 +123,8 @@ class DMoERMConfig(PreTrainedConfig):
         kwargs.setdefault("problem_type", "regression")  # so that `pipeline` returns the reward as it is
         kwargs.setdefault("num_labels", 1)
         super().__init__(**kwargs)
-        self.backbone_config = as_config(
-            backbone_config
-        )  # last, because the line above would reset their attention implementation
+        # last, because the line above would reset their attention implementation
+        self.backbone_config = as_config(backbone_config)
         self.router_config = as_config(router_config)
         self.check()
 

@@ -157,9 +157,8 @@ def _test_support(backbone: PreTrainedModel, adapters: list[str]) -> tuple[Packi
             return None, False, ""
         if not _difference(again, plain) < tolerance:
             raise ValueError(_unsupported(backbone, "it draws at random when it reads a text"))
-        for first_position in (
-            (0,) if pad is None else (0, pad + 1)
-        ):  # RoBERTa's positions start after its pad token's id
+        # RoBERTa's positions start after its pad token's id
+        for first_position in (0,) if pad is None else (0, pad + 1):
             way = PackingSupport(causal, first_position)
             try:
                 z = last_hidden_states(backbone, adapters, pack(ids, lengths, share=causal), **way._asdict())

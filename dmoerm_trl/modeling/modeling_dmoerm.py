@@ -262,9 +262,8 @@ class DMoERMModel(DMoERMPreTrainedModel):
                 rewards = rewards.index_put((rows,), inner.reward(z))
                 for name, score in zip(points, inner.capability_scores(z).unbind(1), strict=True):
                     scores[name] = scores[name].index_put((rows,), score)
-        rewards = rewards.masked_fill(
-            probabilities.isnan().any(1, keepdim=True), torch.nan
-        )  # these texts have no route
+        # these texts have no route
+        rewards = rewards.masked_fill(probabilities.isnan().any(1, keepdim=True), torch.nan)
         everywhere = rewards.unsqueeze(1).expand(-1, input_ids.shape[1], -1)
         return DMoERMOutput(
             logits=rewards,

@@ -48,11 +48,12 @@ class DMoERMPreTrainedModel(PreTrainedModel):
                 another shape, one that is stored as integers or is not finite, or an invalid normalisation.
         """
         report = kwargs.pop("output_loading_info", False)
+        # mismatched sizes are refused below
         kwargs = {
             "use_safetensors": True,
             **kwargs,
             "ignore_mismatched_sizes": True,
-        }  # mismatched sizes are refused below
+        }
         if (quantization := kwargs.get("quantization_config")) is not None:
             kwargs["quantization_config"] = of_bases_alone(quantization)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)

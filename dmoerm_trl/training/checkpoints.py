@@ -1,10 +1,10 @@
 """Find and check the checkpoints of a killed training."""
 
-import pickle
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -70,7 +70,7 @@ def reading(checkpoint: str | Path | None) -> Iterator[None]:
     """
     try:
         yield
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise _not_whole(
             Path(checkpoint or "."), f"a file that holds something else than tensors ({error})"
         ) from error

@@ -28,7 +28,8 @@ from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from ..modeling.pretrained import DMoERMPreTrainedModel
 from ..tasks import slug
 from .checkpoints import is_complete
-from .ranked_trainer import RankedRewardConfig, RankedRewardTrainer
+from .ranked_config import RankedRewardConfig
+from .ranked_trainer import RankedRewardTrainer
 
 
 def untrained_experts(
@@ -168,12 +169,10 @@ class ExpertsTrainer(RankedRewardTrainer):
         pairs = {point: pairs[pairs[:, 0] == index, 1:] for index, point in enumerate(self.model.points)}
         active = self.model.active
         points = active
-        if not (
-            self.is_deepspeed_enabled or self.is_fsdp_enabled
-        ):  # under which all processes must run the same experts
-            points = [point for point in active if len(pairs[point])] or active[
-                :1
-            ]  # at least one, so that all processes take part
+        # DeepSpeed and FSDP need all processes to run the same experts
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            # at least one, so that all processes take part
+            points = [point for point in active if len(pairs[point])] or active[:1]
         rewards = model(**inputs, points=points).logits
         return {f"/{point}": (rewards[:, i], pairs[point], groups) for i, point in enumerate(points)}
 
@@ -187,9 +186,8 @@ class ExpertsTrainer(RankedRewardTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with unsharded_afterwards(self):  # DeepSpeed's optimizer holds its own weights
             output = super().train(*args, **kwargs)
-        (best,) = (
-            one for one in self.callback_handler.callbacks if isinstance(one, BestExperts)
-        )  # not that of `__init__`
+        # resuming replaces the callback of `__init__`
+        (best,) = (one for one in self.callback_handler.callbacks if isinstance(one, BestExperts))
         best.restore(self.args, self.model)
         return output
 

@@ -17,8 +17,9 @@ from ..scoring.batch import score_encodings
 from ..tasks import slug
 from .embedding_cache import CHUNK, AggregatorOnEmbeddings, embeddings_on_disk
 from .experts_trainer import Experts, ExpertsTrainer, history_of, untrained_experts
+from .ranked_config import RankedRewardConfig
 from .ranked_dataset import labelled_encodings, ranked_dataset
-from .ranked_trainer import RankedRewardConfig, fit, train_or_resume
+from .ranked_trainer import fit, train_or_resume
 from .stages import History
 
 

@@ -11,7 +11,7 @@ from ..files import file_digest
 from ..tasks import OVERALL, TaskTable
 
 if TYPE_CHECKING:  # takes seconds to import, which would delay the list of options
-    from .ranked_trainer import RankedRewardConfig
+    from .ranked_config import RankedRewardConfig
 
 
 @dataclass
@@ -19,7 +19,7 @@ class Recipe:
     """
     Settings of a complete training: data, model, router, the three phases and the baselines. Each key can be given in a YAML
     file or on the command line, where the settings of a stage are JSON. The keys of `router`, `phase1`, `phase2`, `phase3` and
-    `baselines` are those of [`~dmoerm_trl.training.ranked_trainer.RankedRewardConfig`], which extends TRL's `RewardConfig`.
+    `baselines` are those of [`~dmoerm_trl.training.ranked_config.RankedRewardConfig`], which extends TRL's `RewardConfig`.
 
     Example:
 
@@ -208,7 +208,7 @@ class Recipe:
         Raises:
             ValueError: If the recipe sets an unknown key, or an invalid value.
         """
-        from .ranked_trainer import RankedRewardConfig
+        from .ranked_config import RankedRewardConfig
 
         names = {field.name for field in fields(RankedRewardConfig)}
         if lost := [name for name in ("save_only_model", "ignore_data_skip") if getattr(self, stage).get(name)]:
@@ -243,7 +243,7 @@ class Recipe:
         Return the settings of a stage on which its result depends. They include the total size of a step, which is the same
         however the step is divided over processes.
         """
-        from .ranked_trainer import RankedRewardConfig
+        from .ranked_config import RankedRewardConfig
 
         given = {**DEFAULTS[stage], **getattr(self, stage)}
         own = {name: getattr(RankedRewardConfig, name) for name in DIVISION} | given
@@ -271,7 +271,7 @@ class Recipe:
 
 def _culprit(settings: dict[str, Any], output_dir: str) -> str:
     """Name a setting that training arguments refuse even on its own, if there is one."""
-    from .ranked_trainer import RankedRewardConfig
+    from .ranked_config import RankedRewardConfig
 
     for name, value in settings.items():
         try:
@@ -283,7 +283,7 @@ def _culprit(settings: dict[str, Any], output_dir: str) -> str:
 
 @cache
 def _phase_hints() -> dict[str, Any]:
-    from .ranked_trainer import RankedRewardConfig
+    from .ranked_config import RankedRewardConfig
 
     return get_type_hints(RankedRewardConfig)
 

@@ -19,7 +19,8 @@ from ..modeling.configuration_dmoerm import DMoERMConfig
 from ..modeling.initial_weights import load_initial_weights
 from ..modeling.pretrained import check_finite
 from ..modeling.router import Router
-from .ranked_trainer import RankedRewardConfig, train_or_resume
+from .ranked_config import RankedRewardConfig
+from .ranked_trainer import train_or_resume
 from .stages import History
 
 

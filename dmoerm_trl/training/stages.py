@@ -23,9 +23,8 @@ class Stage(NamedTuple):
     run: Callable[[Path], History]
     needs: tuple[str, ...] = ()
     trainings: tuple[str, ...] | None = None  # folders in it with a history each; None for the stage itself
-    settings: Mapping[str, Any] = MappingProxyType(
-        {}
-    )  # those of the recipe on which it depends, besides those of its needs
+    # settings of the recipe on which it depends, besides those of its needs
+    settings: Mapping[str, Any] = MappingProxyType({})
     rows: tuple[str, ...] = ()  # keys to the digest of its rows in `RunData.digests`
 
 

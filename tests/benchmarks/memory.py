@@ -54,7 +54,7 @@ from dmoerm_trl.scoring.batch import score_rows  # noqa: E402
 from dmoerm_trl.tasks import slug  # noqa: E402
 from dmoerm_trl.training.batches import distinct_tokens  # noqa: E402
 from dmoerm_trl.training.phases import phase1, phase2, phase3  # noqa: E402
-from dmoerm_trl.training.ranked_trainer import RankedRewardConfig  # noqa: E402
+from dmoerm_trl.training.ranked_config import RankedRewardConfig  # noqa: E402
 
 SMALL = Setting(
     hidden_size=512,

@@ -80,7 +80,7 @@ from dmoerm_trl.scoring.batch import map_encodings, route_encodings, score_encod
 from dmoerm_trl.scoring.reward_models import file_digest
 from dmoerm_trl.tasks import OTHERS, OVERALL, TaskTable
 from dmoerm_trl.training.pipeline import Pipeline
-from dmoerm_trl.training.ranked_trainer import RankedRewardConfig
+from dmoerm_trl.training.ranked_config import RankedRewardConfig
 from dmoerm_trl.training.recipe import Recipe
 from dmoerm_trl.training.router_training import routing_metrics, train_router
 

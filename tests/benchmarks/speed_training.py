@@ -22,7 +22,7 @@ from dmoerm_trl.modeling.assembly import export_expert
 from dmoerm_trl.modeling.heads import activate
 from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from dmoerm_trl.training.phases import phase1, phase2, phase3
-from dmoerm_trl.training.ranked_trainer import RankedRewardConfig
+from dmoerm_trl.training.ranked_config import RankedRewardConfig
 
 STEP = 8
 """Pairs a step of TRL's trainer, prompts a step of ours."""

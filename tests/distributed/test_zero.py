@@ -31,7 +31,7 @@ from dmoerm_trl.distributed.engines import check_engine
 from dmoerm_trl.training.checkpoints import check_checkpoint, last_checkpoint
 from dmoerm_trl.training.phases import phase1, phase2
 from dmoerm_trl.training.pipeline import Pipeline
-from dmoerm_trl.training.ranked_trainer import RankedRewardConfig
+from dmoerm_trl.training.ranked_config import RankedRewardConfig
 from dmoerm_trl.training.recipe import Recipe
 from dmoerm_trl.training.stages import Stage, stage_records
 

@@ -56,7 +56,7 @@ from dmoerm_trl.data.rows import PreferenceRow
 from dmoerm_trl.modeling.assembly import base_reward_model, export_expert
 from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from dmoerm_trl.modeling.positions import longest_text
-from dmoerm_trl.training.ranked_trainer import RankedRewardConfig
+from dmoerm_trl.training.ranked_config import RankedRewardConfig
 from dmoerm_trl.training.router_training import train_router
 
 SIZES = {

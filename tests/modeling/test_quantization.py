@@ -24,7 +24,7 @@ from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from dmoerm_trl.modeling.quantization import quantization
 from dmoerm_trl.training.phases import phase1, phase2
 from dmoerm_trl.training.pipeline import Pipeline
-from dmoerm_trl.training.ranked_trainer import RankedRewardConfig
+from dmoerm_trl.training.ranked_config import RankedRewardConfig
 from dmoerm_trl.training.recipe import Recipe
 
 ZERO2 = str(Path(__file__).parents[2] / "recipes" / "deepspeed" / "zero2.json")

@@ -20,8 +20,9 @@ from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from dmoerm_trl.tasks import slug
 from dmoerm_trl.training.experts_trainer import BestExperts, Experts, ExpertsTrainer, history_of, untrained_experts
 from dmoerm_trl.training.phases import phase2
+from dmoerm_trl.training.ranked_config import RankedRewardConfig
 from dmoerm_trl.training.ranked_dataset import ranked_dataset
-from dmoerm_trl.training.ranked_trainer import RankedRewardConfig, last_checkpoint, ranking_loss, train_or_resume
+from dmoerm_trl.training.ranked_trainer import last_checkpoint, ranking_loss, train_or_resume
 
 POINTS = TASKS["chitchat"]
 

@@ -20,8 +20,9 @@ from dmoerm_trl.scoring.batch import score_rows
 from dmoerm_trl.training import embedding_cache, phases
 from dmoerm_trl.training.embedding_cache import embeddings_on_disk
 from dmoerm_trl.training.phases import normalise, phase1, phase2, phase3
+from dmoerm_trl.training.ranked_config import RankedRewardConfig
 from dmoerm_trl.training.ranked_dataset import ranked_dataset
-from dmoerm_trl.training.ranked_trainer import RankedRewardConfig, RankedRewardTrainer
+from dmoerm_trl.training.ranked_trainer import RankedRewardTrainer
 from dmoerm_trl.training.router_training import routing_metrics, train_router
 
 POINTS = TASKS["chitchat"]

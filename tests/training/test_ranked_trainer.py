@@ -21,9 +21,9 @@ from trl import RewardConfig
 from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.data.rows import PreferenceRow
 from dmoerm_trl.training.batches import distinct_tokens
+from dmoerm_trl.training.ranked_config import RankedRewardConfig
 from dmoerm_trl.training.ranked_dataset import ranked_dataset
 from dmoerm_trl.training.ranked_trainer import (
-    RankedRewardConfig,
     RankedRewardTrainer,
     fit,
     last_checkpoint,
