@@ -22,7 +22,7 @@ from .messages import printable, raised_here, reason
 def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> None:
     """
     Run a program, and report an error in one or two lines on stderr. With `--debug` among the arguments the traceback and the
-    warnings of the libraries are shown too.
+    warnings of the libraries are shown too. A process of a launcher leaves the others when the program has ended.
 
     Args:
         program (`Callable`): A function of the arguments without `--debug` that returns the exit status, or None for 0.
@@ -51,6 +51,7 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
     try:
         with _speaking(debug):
             status = program(argv)
+            _leave_the_others()
             sys.stdout.flush()
     except KeyboardInterrupt as error:
         shown = error
@@ -72,6 +73,13 @@ def run(program: Callable[[list[str]], int | None], argv: Sequence[str] | None =
         print("".join(traceback.format_exception(shown)), file=sys.stderr)
     if status:
         sys.exit(status)
+
+
+def _leave_the_others() -> None:
+    """Close the connections of a launcher's processes, whose threads may otherwise abort the process when Python ends."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _in_utf8() -> None:

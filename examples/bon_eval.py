@@ -24,7 +24,6 @@ def main(argv: list[str] | None = None) -> None:
     )
     if processes.is_main_process:
         print(result, f"table: {result.save(arguments.output_dir) / 'best_of_n.md'}", sep="\n")
-    processes.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -208,3 +208,18 @@ def test_printable_text_reads_back_from_json(text):
     assert shown.isprintable()
     assert json.loads(shown) == text
     assert all(c.isprintable() or c in "\n\r\t" for c in printable(text))
+
+
+def test_a_process_of_a_launcher_leaves_the_others_when_its_program_has_ended(tmp_path):
+    """With its connections open, some of PyTorch's threads now and then abort the process when Python ends."""
+    script = (
+        "import torch.distributed as dist\n"
+        "from dmoerm_trl import run\n"
+        "def program(argv):\n"
+        f"    dist.init_process_group('gloo', init_method='file://{tmp_path / 'store'}', rank=0, world_size=1)\n"
+        "    assert dist.is_initialized()\n"
+        "run(program, [])\n"
+        "print(dist.is_initialized())\n"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (0, "False\n"), process.stderr

@@ -23,4 +23,3 @@ def measure_best_of_n(arguments: BestOfNArguments) -> None:
         print(
             f"table: {folder / 'best_of_n.md'}\ncurves: {folder / 'best_of_n.png'}\nwinners: {folder / 'winners.md'}"
         )
-    processes.destroy_process_group()

@@ -1,6 +1,5 @@
 """Run `dmoerm grpo`."""
 
-from accelerate import PartialState
 from trl import GRPOConfig, RLOOConfig
 
 from ..files import locked_folder
@@ -28,4 +27,3 @@ def train_by_grpo(arguments: GRPOArguments, args: GRPOConfig | RLOOConfig) -> No
     with locked_folder(args.output_dir):
         train_or_resume(trainer)
         trainer.save_model(args.output_dir)
-    PartialState().destroy_process_group()

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from ..files import locked_folder
@@ -35,4 +34,3 @@ def train_by_ppo(arguments: PPOArguments, args: Any) -> None:
     with locked_folder(args.output_dir):
         trainer.train(resume_from_checkpoint=True)
         trainer.save_model(args.output_dir)
-    PartialState().destroy_process_group()

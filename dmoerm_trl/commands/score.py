@@ -42,7 +42,6 @@ def score(arguments: "ScoreArguments") -> None:
     described = describe(model, formatter, texts, processes)
     if processes.is_main_process:
         _write(arguments, texts, described)
-    processes.destroy_process_group()
 
 
 def _load(arguments: "ScoreArguments", processes: PartialState) -> tuple[DMoERMForSequenceClassification, Formatter]:

@@ -7,9 +7,6 @@ from ..training.recipe import Recipe
 def main(argv: list[str] | None = None) -> None:
     (recipe,) = Parser((Recipe,), prog="dmoerm train", description=__doc__).parse(argv)
 
-    from accelerate import PartialState
-
     from ..commands.train import train
 
     train(recipe)
-    PartialState().destroy_process_group()
