@@ -20,6 +20,8 @@ from .response_opening import ResponseOpening
 
 ACTIVATIONS = ("sigmoid", "none")
 
+AGGREGATOR_INPUTS = ("embeddings", "scores")
+
 LORA_LAYERS = {"all": 1, "top half": 2, "top third": 3}
 """Value of `lora_layers` -> divisor of the number of the backbone's layers."""
 
@@ -43,6 +45,9 @@ class DMoERMConfig(PreTrainedConfig):
             Which of the backbone's layers have LoRA, counted from the top: `"all"` (as in the paper), `"top half"`,
             `"top third"` (both rounded up), or a number of layers. The layers below are the same for all experts, so
             they run only once.
+        aggregator_input (`str`):
+            What the aggregator reads of each expert: its `"embeddings"` (equation 5), or its `"scores"` before sigma, which
+            leaves far fewer weights to learn from few ranked rows.
         aggregator_hidden_size (`int`, *optional*):
             Width of the aggregator's hidden layer; the backbone's hidden size by default.
         activation (`str`):
@@ -89,6 +94,7 @@ class DMoERMConfig(PreTrainedConfig):
         lora_dropout: float = 0.05,
         lora_target_modules: list[str] | tuple[str, ...] = ("q_proj", "v_proj"),
         lora_layers: str | int = "all",
+        aggregator_input: str = "embeddings",
         aggregator_hidden_size: int | None = None,
         activation: str = "sigmoid",
         share_base: bool = False,
@@ -108,6 +114,7 @@ class DMoERMConfig(PreTrainedConfig):
         self.lora_dropout = lora_dropout
         self.lora_target_modules = _as_list(lora_target_modules)
         self.lora_layers = lora_layers
+        self.aggregator_input = aggregator_input
         self.aggregator_hidden_size = aggregator_hidden_size
         self.activation = activation
         self.share_base = share_base
@@ -153,6 +160,7 @@ class DMoERMConfig(PreTrainedConfig):
                 or _is_integer(self.lora_layers, 1),
                 f"one of {list(LORA_LAYERS)} or a number of layers, at least 1",
             ),
+            "aggregator_input": (self.aggregator_input in AGGREGATOR_INPUTS, f"one of {list(AGGREGATOR_INPUTS)}"),
             "aggregator_hidden_size": (
                 self.aggregator_hidden_size is None or _is_integer(self.aggregator_hidden_size, 1),
                 f"{whole}, or None for the size of the base's embeddings",

@@ -1,7 +1,5 @@
 """Modules on top of the embeddings: pooling, the linear heads (equation 4) and the aggregator (equations 5 and 6)."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
@@ -35,50 +33,57 @@ class Aggregator(nn.Module):
 
     Args:
         experts (`int`): k, the number of experts.
-        embedding_size (`int`): H, the size of one expert's embedding.
+        input_size (`int`): What it reads of one expert: the H numbers of its embedding, or its score.
         hidden_size (`int`): Width of the hidden layer.
     """
 
-    def __init__(self, experts: int, embedding_size: int, hidden_size: int):
+    def __init__(self, experts: int, input_size: int, hidden_size: int):
         super().__init__()
-        self.hidden = Float32Linear(experts * embedding_size, hidden_size)
+        self.hidden = Float32Linear(experts * input_size, hidden_size)
         self.activation = nn.PReLU()
         self.output = Float32Linear(hidden_size, 1)
 
     @torch.no_grad()
-    def start_from(self, heads: Sequence[nn.Linear], z: Tensor) -> None:
+    def start_from(self, weights: Tensor, biases: Tensor, x: Tensor) -> None:
         """
         Initialise the MLP from the experts' own scores, which leaves far less to learn than starting from their
         embeddings.
 
-        The first k hidden units are the standardised scores `w_i z_i + b_i`, the others random mixtures of them with
+        The first k hidden units are the standardised scores `w_i x_i + b_i`, the others random mixtures of them with
         random thresholds, and the output is the mean of the first k. All weights are trained afterwards.
 
         Args:
-            heads (`Sequence[nn.Linear]`): The k heads of phase 2.
-            z (`Tensor` of shape (N, k, H)): Embeddings on which the scores are standardised.
+            weights (`Tensor` of shape (k, input_size)), biases (`Tensor` of shape (k,)): The w_i and b_i.
+            x (`Tensor` of shape (N, k, input_size)): Inputs on which the scores are standardised.
         """
-        k, size = len(heads), z.shape[2]
+        k, size = weights.shape
         width = self.hidden.out_features
-        scores = torch.cat([head(z[:, i]) for i, head in enumerate(heads)], 1)
+        scores = (x * weights).sum(2) + biases
         mean, std = scores.mean(0), scores.std(0).clamp(min=1e-6)
-        weights, biases = (
-            torch.cat([head.weight.float() for head in heads]),
-            torch.cat([head.bias.float() for head in heads]),
-        )
-        mixture = torch.randn(width, k, device=z.device) / k**0.5
-        mixture[:k] = torch.eye(k, device=z.device)[:width]
+        mixture = torch.randn(width, k, device=x.device) / k**0.5
+        mixture[:k] = torch.eye(k, device=x.device)[:width]
         self.hidden.weight.copy_((mixture.unsqueeze(2) * (weights / std.unsqueeze(1))).view(width, k * size))
         self.hidden.bias.copy_(mixture @ ((biases - mean) / std))
-        self.hidden.bias[k:] += torch.randn(max(width - k, 0), device=z.device)
+        self.hidden.bias[k:] += torch.randn(max(width - k, 0), device=x.device)
         self.output.weight.zero_()
         self.output.weight[:, :k] = 1 / k
         self.output.bias.zero_()
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Aggregate the experts' embeddings `z` of shape (B, k, H), concatenated as in equation 5, to shape (B, 1)."""
-        with torch.autocast(z.device.type, enabled=False):  # PReLU is on autocast's list for CUDA
-            hidden = self.hidden(z.flatten(1))
+    @torch.no_grad()
+    def fold_standardisation(self, mean: Tensor, std: Tensor) -> None:
+        """
+        Change the first layer of an MLP that was trained on `(x - mean) / std` so that it reads `x`.
+
+        Args:
+            mean (`Tensor` of shape (k, input_size)), std (`Tensor` of shape (k, input_size)): Statistics of the inputs.
+        """
+        self.hidden.weight.div_(std.flatten())
+        self.hidden.bias.sub_(self.hidden.weight @ mean.flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Aggregate the experts' inputs `x` of shape (B, k, input_size), concatenated as in equation 5, to shape (B, 1)."""
+        with torch.autocast(x.device.type, enabled=False):  # PReLU is on autocast's list for CUDA
+            hidden = self.hidden(x.flatten(1))
             return self.output(nn.functional.prelu(hidden, self.activation.weight.float()))
 
 

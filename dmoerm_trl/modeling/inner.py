@@ -33,12 +33,13 @@ class InnerModel(nn.Module):
         size = config.backbone_config.hidden_size
         self.points = config.tasks[task]
         self.adapters = [adapter_name(task, point) for point in self.points]
-        self.activation = config.activation
+        self.activation, self.aggregator_input = config.activation, config.aggregator_input
         self.base_head = Float32Linear(size, 1)
         self.expert_heads = nn.ModuleDict({slug(point): Float32Linear(size, 1) for point in self.points})
         self.aggregator = None
         if self.points:
-            self.aggregator = Aggregator(len(self.points), size, config.aggregator_hidden_size or size)
+            input_size = size if self.aggregator_input == "embeddings" else 1
+            self.aggregator = Aggregator(len(self.points), input_size, config.aggregator_hidden_size or size)
         self.register_buffer("reward_mean", torch.zeros((), dtype=torch.float32))
         self.register_buffer("reward_std", torch.ones((), dtype=torch.float32))
 
@@ -53,16 +54,26 @@ class InnerModel(nn.Module):
         Returns:
             `Tensor` of shape (B, k).
         """
-        heads = [self.expert_heads[slug(point)] for point in (self.points if points is None else points)]
-        scores = [head(z[:, i]) for i, head in enumerate(heads)]
-        return (
-            activate(torch.cat(scores, 1), self.activation) if scores else z.new_zeros(len(z), 0, dtype=torch.float32)
-        )
+        points = self.points if points is None else points
+        return activate(self._logits(z, points), self.activation)
+
+    def aggregator_inputs(self, z: Tensor) -> Tensor:
+        """
+        Select what the aggregator reads: the experts' embeddings `z` of shape (B, k, H) as in equation 5, or their scores
+        before sigma, shape (B, k, 1).
+        """
+        return z if self.aggregator_input == "embeddings" else self._logits(z, self.points).unsqueeze(2)
+
+    def _logits(self, z: Tensor, points: Sequence[str]) -> Tensor:
+        """Compute `w_i z_i + b_i` of equation 4, shape (B, k)."""
+        logits = [self.expert_heads[slug(point)](z[:, i]) for i, point in enumerate(points)]
+        return torch.cat(logits, 1) if logits else z.new_zeros(len(z), 0, dtype=torch.float32)
 
     def reward(self, z: Tensor) -> Tensor:
         """
         Compute the normalised reward of equations 5 and 6: `(sigma(MLP(z)) - mean) / std`. Without experts
-        `sigma(w z + b)` of the base's head takes the place of `sigma(MLP(z))`.
+        `sigma(w z + b)` of the base's head takes the place of `sigma(MLP(z))`, and with `aggregator_input="scores"` the MLP
+        reads the experts' scores.
 
         Args:
             z (`Tensor` of shape (B, max(k, 1), H)): The embeddings.
@@ -70,7 +81,7 @@ class InnerModel(nn.Module):
         Returns:
             `Tensor` of shape (B, 1), fp32; NaN where an embedding is not finite.
         """
-        logits = self.base_head(z[:, 0]) if self.aggregator is None else self.aggregator(z)
+        logits = self.base_head(z[:, 0]) if self.aggregator is None else self.aggregator(self.aggregator_inputs(z))
         return (activate(nan_of_overflow(logits, z), self.activation) - self.reward_mean) / self.reward_std
 
     def check_normalisation(self) -> None:

@@ -140,7 +140,8 @@ def _check_size(config: DMoERMConfig) -> None:
     hidden = config.backbone_config.hidden_size
     k = max(len(points) for points in config.tasks.values())
     width = config.aggregator_hidden_size or hidden
-    needed, there = 4 * (2 * config.lora_rank * hidden * k + k * hidden * width), psutil.virtual_memory().total
+    read = k * (hidden if config.aggregator_input == "embeddings" else 1)
+    needed, there = 4 * (2 * config.lora_rank * hidden * k + read * width), psutil.virtual_memory().total
     if needed > there:
         raise ValueError(
             f"got lora_rank={config.lora_rank} and an aggregator of width {width}, which take at least {needed / 2**30:.0f} "

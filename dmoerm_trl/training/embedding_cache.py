@@ -15,7 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..data.formatting import Encoding
 from ..modeling.configuration_dmoerm import DMoERMConfig
-from ..modeling.inner import InnerModel
+from ..modeling.heads import Aggregator, activate
 from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from ..modeling.pretrained import DMoERMPreTrainedModel
 from ..scoring.batch import map_encodings
@@ -71,25 +71,24 @@ def embeddings_on_disk(
     return torch.from_file(str(path), shared=True, size=size).view(shape)
 
 
-class AggregatorOnEmbeddings(DMoERMPreTrainedModel):
+class CachedAggregator(DMoERMPreTrainedModel):
     """
-    The aggregator of an inner model as a model of its own, which phase 3 trains. It looks up the embeddings of its texts.
+    The aggregator of an inner model as a model of its own, which phase 3 trains. It looks up what it reads of its texts.
 
     Args:
-        inner (`InnerModel`): The inner model. Its aggregator is trained in place; the rest is frozen.
-        z (`Tensor` of shape (N, k, H)): The embeddings of all texts, on the CPU.
+        aggregator (`Aggregator`): It is trained in place.
+        x (`Tensor` of shape (N, k, input_size)): What it reads of all texts, on the CPU.
     """
 
-    def __init__(self, config: DMoERMConfig, inner: InnerModel, z: Tensor):
+    def __init__(self, config: DMoERMConfig, aggregator: Aggregator, x: Tensor):
         super().__init__(copy.deepcopy(config))
-        self.aggregator = inner.aggregator
-        self.__dict__["inner"] = inner.requires_grad_(False)  # not a submodule: only the aggregator is saved
-        self.__dict__["z"] = z  # not a buffer: it stays on the CPU
-        self.aggregator.requires_grad_(True)
+        self.aggregator = aggregator.requires_grad_(True)
+        self.__dict__["x"] = x  # not a buffer: it stays on the CPU
 
     def get_input_embeddings(self) -> None:
         """Return None, because FSDP calls this and there are none."""
 
     def forward(self, texts: Tensor, finite: bool = False) -> SequenceClassifierOutput:
-        """Return `logits` of shape (B, 1) for `texts` of shape (B,), indices into z. `finite` is ignored."""
-        return SequenceClassifierOutput(logits=self.inner.reward(self.z[texts.cpu()].to(texts.device)))
+        """Return `logits` of shape (B, 1) for `texts` of shape (B,), indices into x. `finite` is ignored."""
+        logits = self.aggregator(self.x[texts.cpu()].to(texts.device))
+        return SequenceClassifierOutput(logits=activate(logits, self.config.activation))

@@ -11,11 +11,12 @@ from transformers import set_seed
 from ..data.formatting import Encoding, Formatter
 from ..data.rows import PreferenceRow
 from ..modeling.assembly import add_experts_to
+from ..modeling.inner import SMALLEST_STD
 from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from ..modeling.quantization import check_full_precision
 from ..scoring.batch import score_encodings
 from ..tasks import slug
-from .embedding_cache import CHUNK, AggregatorOnEmbeddings, embeddings_on_disk
+from .embedding_cache import CHUNK, CachedAggregator, embeddings_on_disk
 from .experts_trainer import Experts, ExpertsTrainer, history_of, untrained_experts
 from .ranked_config import RankedRewardConfig
 from .ranked_dataset import labelled_encodings, ranked_dataset
@@ -160,10 +161,22 @@ def phase3(
         lengths = [len(experts) * len(row) for row in texts]  # the token budget of a batch counts embeddings
         datasets.append(Dataset.from_dict({"texts": texts, "pairs": pairs, "length": lengths}))
     z = embeddings_on_disk(model, encodings, formatter.tokenizer.pad_token_id, Path(args.output_dir))
-    inner = model.model.inner_models[slug(task)]
-    inner.aggregator.start_from(list(inner.expert_heads.values()), z[:: -(-len(z) // CHUNK)].to(args.device))
-    _, history = fit(AggregatorOnEmbeddings(model.config, inner, z), args, *datasets, formatter.tokenizer)
+    inner = model.model.inner_models[slug(task)].requires_grad_(False)
+    if inner.aggregator_input == "embeddings":
+        x, heads = z, inner.expert_heads.values()
+        weights, biases = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
+    else:  # training takes steps of one size for all scores, whatever their units
+        x = torch.cat([inner.aggregator_inputs(chunk.to(args.device)).cpu() for chunk in z.split(CHUNK)])
+        mean, std = x.mean(0), x.std(0)
+        std = std.where(std > SMALLEST_STD * mean.abs() * 10, 1)  # an expert may score all texts alike
+        x = (x - mean) / std
+        weights, biases = torch.ones_like(mean), torch.zeros(len(mean))
+    sample = x[:: -(-len(x) // CHUNK)].to(args.device)
+    inner.aggregator.start_from(weights.to(args.device), biases.to(args.device), sample)
+    _, history = fit(CachedAggregator(model.config, inner.aggregator, x), args, *datasets, formatter.tokenizer)
     with torch.no_grad():
+        if inner.aggregator_input == "scores":
+            inner.aggregator.fold_standardisation(mean.to(args.device), std.to(args.device))
         rewards = [inner.reward(chunk.to(args.device))[:, 0] for chunk in z.split(CHUNK)]
         inner.set_normalisation(torch.cat(rewards), unit_variance)
     return model.eval(), history

@@ -99,6 +99,12 @@ class Recipe:
             "help": "Layers that LoRA adapts, from the top: 'all' (paper), 'top half', 'top third', or a number."
         },
     )
+    aggregator_input: str = field(
+        default="embeddings",
+        metadata={
+            "help": "What the aggregator reads of each expert: 'embeddings' (paper) or 'scores', for few ranked rows."
+        },
+    )
     aggregator_hidden_size: int | None = field(
         default=None, metadata={"help": "Hidden size of the aggregator; by default, that of the base."}
     )
@@ -195,7 +201,8 @@ class Recipe:
     def model_settings(self) -> dict[str, Any]:
         """The arguments of `DMoERMConfig` that the recipe sets."""
         names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers")
-        return {name: getattr(self, name) for name in (*names, "aggregator_hidden_size", "activation", "share_base")}
+        names += ("aggregator_input", "aggregator_hidden_size", "activation", "share_base")
+        return {name: getattr(self, name) for name in names}
 
     def phase(self, stage: str, output_dir: str, seed: int | None = None, **more: Any) -> "RankedRewardConfig":
         """

@@ -85,7 +85,15 @@ def reward_by_hand(model, task: str, row: list[int]) -> tuple[float, dict[str, f
         z.append(embedding_by_hand(backbone, f"{slug}__{name}", row))
         scores[point] = float(sigma(linear(inner.expert_heads[name], z[-1])))  # equation 4
     if points:
-        hidden = linear(inner.aggregator.hidden, torch.cat(z))  # equation 5
+        read = torch.cat(z)  # equation 5
+        if model.config.aggregator_input == "scores":
+            read = torch.cat(
+                [
+                    linear(inner.expert_heads[point.replace(" ", "_")], one)
+                    for point, one in zip(points, z, strict=True)
+                ]
+            )
+        hidden = linear(inner.aggregator.hidden, read)
         hidden = torch.where(hidden > 0, hidden, inner.aggregator.activation.weight.double() * hidden)
         logit = linear(inner.aggregator.output, hidden)  # equation 6
     else:
@@ -112,6 +120,15 @@ def test_both_layers_are_the_papers_equations(dmoerm, batch, rows, activation):
     for inner in dmoerm.model.inner_models.values():
         inner.activation = activation
     check_against_hand(dmoerm, batch, rows, TASK_OF_ROW)
+
+
+def test_the_aggregator_may_read_the_experts_scores(tokenizer, batch, rows, tmp_path):
+    model = make_dmoerm(tokenizer, aggregator_input="scores", aggregator_hidden_size=7)
+    assert model.model.inner_models["chitchat"].aggregator.hidden.weight.shape == (7, len(TASKS["chitchat"]))
+    check_against_hand(model, batch, rows, TASK_OF_ROW)
+    model.save_pretrained(tmp_path)
+    again = DMoERMForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(**batch).logits, model(**batch).logits, atol=1e-6, rtol=0)
 
 
 def test_the_route_is_the_argmax_of_the_routers_softmax_over_the_prompt(dmoerm, tokenizer, batch, rows):
@@ -722,6 +739,7 @@ WRONG_SETTINGS = {
     "lora_dropout": [-0.1, 1, 1.5, math.nan, "0", None],
     "lora_target_modules": [[], "q_proj", [""], [3], None, {"q_proj": 1}],
     "lora_layers": [0, -1, 1.5, True, None, "third", ["all"]],
+    "aggregator_input": ["score", "", None, ["scores"], True],
     "aggregator_hidden_size": [0, -3, 1.5, True, "8"],
     "activation": ["tanh", "", None, ["sigmoid"], "Sigmoid"],
     "share_base": ["false", 0, None, "yes"],
@@ -949,7 +967,9 @@ def test_the_aggregator_starts_as_the_mean_of_the_experts_own_standardised_score
     (model,) = inner.model.inner_models.values()
     heads = list(model.expert_heads.values())
     z = torch.randn(50, len(heads), inner.config.backbone_config.hidden_size)
-    model.aggregator.start_from(heads, z)
+    with torch.no_grad():
+        weights, biases = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
+    model.aggregator.start_from(weights, biases, z)
     scores = torch.cat([head(z[:, i]) for i, head in enumerate(heads)], 1)
     standardised = (scores - scores.mean(0)) / scores.std(0)
     slope = model.aggregator.activation.weight

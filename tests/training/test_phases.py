@@ -313,8 +313,10 @@ def adapters(inner, tmp_path) -> dict[str, str]:
     return folders
 
 
-def test_phase_3_trains_the_aggregator_alone(inner, adapters, formatter, tmp_path):
+@pytest.mark.parametrize("aggregator_input", ["embeddings", "scores"])
+def test_phase_3_trains_the_aggregator_alone(inner, adapters, formatter, tmp_path, aggregator_input):
     base = base_reward_model(inner, "chitchat")
+    base.config.aggregator_input = aggregator_input
     untrained, _ = phase3(deepcopy(base), adapters, ROWS, ROWS, formatter, settings(tmp_path / "a", learning_rate=0.0))
     model, history = phase3(base, adapters, ROWS, ROWS, formatter, settings(tmp_path / "b"))
     aggregator = {name for name in model.state_dict() if ".aggregator." in name}
@@ -332,8 +334,34 @@ def test_phase_3_trains_the_aggregator_alone(inner, adapters, formatter, tmp_pat
     assert torch.tensor(score_rows(model, ROWS, formatter)).mean() == pytest.approx(0, abs=1e-6)
 
 
-def test_the_accuracy_of_phase_3_is_that_of_the_model_that_it_returns(inner, adapters, formatter, tmp_path):
+def test_an_aggregator_of_scores_does_not_depend_on_their_units(inner, adapters, formatter, tmp_path):
+    """What an expert adds to all scores, or multiplies them by, changes nothing; nor does an expert that scores all texts alike."""
+    base, rewards = base_reward_model(inner, "chitchat"), []
+    base.config.aggregator_input = "scores"
+    for number, (factor, shift) in enumerate([(1.0, 0.0), (50.0, 7.0)]):
+        with torch.no_grad():
+            for head in inner.model.inner_models["chitchat"].expert_heads.values():
+                head.weight.mul_(factor)
+                head.bias.mul_(factor).add_(shift)
+        for point, folder in adapters.items():
+            export_expert(inner, "chitchat", point, folder)
+        args = settings(tmp_path / str(number), max_steps=6)
+        model, _ = phase3(deepcopy(base), adapters, ROWS, ROWS, formatter, args)
+        rewards.append(torch.tensor(score_rows(model, ROWS, formatter)))
+    torch.testing.assert_close(*rewards, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        inner.model.inner_models["chitchat"].expert_heads["logic"].weight.zero_()
+    export_expert(inner, "chitchat", "logic", adapters["logic"])
+    model, _ = phase3(base, adapters, ROWS, ROWS, formatter, settings(tmp_path / "constant", max_steps=6))
+    assert torch.tensor(score_rows(model, ROWS, formatter)).std() > 0
+
+
+@pytest.mark.parametrize("aggregator_input", ["embeddings", "scores"])
+def test_the_accuracy_of_phase_3_is_that_of_the_model_that_it_returns(
+    inner, adapters, formatter, tmp_path, aggregator_input
+):
     base = base_reward_model(inner, "chitchat")
+    base.config.aggregator_input = aggregator_input
     model, history = phase3(base, adapters, ROWS, ROWS[:2], formatter, settings(tmp_path, max_steps=6))
     right = pairs = 0
     for row_rewards, r in zip(score_rows(model, ROWS[:2], formatter), ROWS[:2], strict=True):

@@ -43,6 +43,7 @@ def test_the_experts_are_those_of_table_5():
         "lora_dropout": 0.05,
         "lora_target_modules": ["q_proj", "v_proj"],
         "lora_layers": "all",
+        "aggregator_input": "embeddings",
         "aggregator_hidden_size": None,
         "activation": "sigmoid",
         "share_base": False,
