@@ -26,7 +26,8 @@ def split_rows(
     Split rows into parts for the training and validation of the phases and for the test.
 
     All rows of a prompt belong to one part. Each task is split separately, so that every part has its share of the task.
-    The split depends on the seed and the prompts, not on the order of the rows.
+    Prompts without an overall preference, which train only the experts, are split separately too: they belong to phase 1's
+    parts alone. The split depends on the seed and the prompts, not on the order of the rows.
 
     Args:
         rows (`Sequence[PreferenceRow]`):
@@ -50,7 +51,7 @@ def split_rows(
         unless its share is 0.
 
     Raises:
-        `ValueError`: If a task has too few prompts to fill each part. Rows of `others` or without a task may leave parts
+        `ValueError`: If a task has too few prompts with an overall preference to fill each part. Rows of `others` or without a task may leave parts
             empty, because no inner model is trained on them alone.
 
     Example:
@@ -70,23 +71,31 @@ def split_rows(
 
     ids_of_rows = [row.prompt_id for row in rows]
     task_of = {}  # a prompt with several tasks counts once, under the last task by name ("": no task)
+    ranked = set()  # prompts with an overall preference
     for prompt_id, row in zip(ids_of_rows, rows, strict=True):
         task_of[prompt_id] = max(task_of.get(prompt_id, ""), row.task or "")
-    prompts = defaultdict(list)  # task -> prompt ids
+        if row.pairs_of():
+            ranked.add(prompt_id)
+    prompts = defaultdict(list)  # task, whether ranked -> prompt ids
     for prompt_id, task in task_of.items():
-        prompts[task].append(prompt_id)
+        prompts[task, prompt_id in ranked].append(prompt_id)
 
     shares = {"phase1_validation": validation, "phase3_validation": validation, "test": test}
     needed = [part for part in PARTS if shares.get(part, 1)]
     part_of = {prompt_id: part for prompt_id, part in part_of.items() if part in needed}
-    for task, ids in prompts.items():
+    for (task, is_ranked), ids in prompts.items():
         ids.sort(key=lambda prompt_id: hashlib.sha256(f"{seed}:{prompt_id}".encode()).digest())
-        counts = _counts(len(ids), test, phase1, validation)
+        if is_ranked:
+            counts = _counts(len(ids), test, phase1, validation)
+        else:
+            counts = dict.fromkeys(PARTS, 0) | {"phase1_validation": _take(len(ids), validation)}
+            counts["phase1_train"] = len(ids) - counts["phase1_validation"]
         empty = [part for part in needed if not counts[part]]
-        if empty and task not in ("", OTHERS):
+        if is_ranked and empty and task not in ("", OTHERS):
             raise ValueError(
-                f"task {task!r}: got {len(ids)} prompts, which leaves none for {', '.join(empty)} ({counts}); need at least "
-                f"{len(needed)}, one in each part, because parts share no prompt: add rows of this task, or drop the task."
+                f"task {task!r}: got {len(ids)} prompts with an overall preference, which leaves none for "
+                f"{', '.join(empty)} ({counts}); need at least {len(needed)}, one in each part, because parts share no "
+                "prompt: add rows of this task, or drop the task."
             )
         there = Counter(part_of[prompt_id] for prompt_id in ids if prompt_id in part_of)
         new = [prompt_id for prompt_id in ids if prompt_id not in part_of]

@@ -204,7 +204,7 @@ def _check_preferences(parts: dict[str, list[PreferenceRow]], recipe: Recipe, ta
         together = name == "test" or (name.startswith("phase1") and recipe.share_base)
         for task in [OVERALL] if together else tasks.tasks:
             rows = [row for row in part if task in (OVERALL, row.task)]
-            if rows and not any(row.pairs_of() for row in rows):
+            if (rows or name.endswith("train")) and not any(row.pairs_of() for row in rows):
                 source = recipe.test_data if name == "test" else None
                 raise ValueError(
                     f"{source or recipe.train_data}: got {len(rows)} rows of the task {task!r} in the part {name}, none "

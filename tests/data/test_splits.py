@@ -29,6 +29,22 @@ def test_sizes_are_the_shares_of_each_task():
         }  # fmt: skip
 
 
+@pytest.mark.parametrize("test", [0.0, 0.2])
+def test_rows_that_train_only_experts_take_no_place_in_the_other_parts(test):
+    rows = [row(f"prompt {i}") for i in range(50)]
+    tied = [
+        PreferenceRow([{"role": "user", "content": f"more {i}"}], ["a", "b"], [1, 1], "roleplay") for i in range(200)
+    ]
+    alone, split = split_rows(rows, test=test), split_rows(tied[:100] + rows + tied[100:], test=test)
+    assert {part: [row for row in split[part] if row.pairs_of()] for part in PARTS} == alone
+    unranked = {part: sum(not row.pairs_of() for row in split[part]) for part in PARTS}
+    assert {part: count for part, count in unranked.items() if count} == {"phase1_train": 180, "phase1_validation": 20}
+    partly = PreferenceRow(rows[0].prompt, ["c", "d"], [1, 1], "roleplay")  # beside a ranked row of the same prompt
+    assert [row.prompt_id for part in split_rows([*rows, partly], test=test).values() for row in part].count(
+        partly.prompt_id
+    ) == 2
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     prompts=st.dictionaries(st.integers(0, 999), st.sampled_from(["roleplay", "chitchat", None]), min_size=1),
