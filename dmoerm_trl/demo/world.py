@@ -13,6 +13,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -26,8 +27,8 @@ TOPICS, FILLERS, TOPICAL, CLAUSES = WORDS["topics"].split(), WORDS["fillers"], W
 TABLE = TaskTable.paper()
 TASKS = (*TABLE.tasks, OTHERS)
 
-LEVELS = {"poor": {2: (0.45, 0.33, 0.22), 1: (0.6, 0.4)}, "good": {2: (0.22, 0.33, 0.45), 1: (0.4, 0.6)}}
-"""Kind of day on which a response was written (both are equally likely) -> number of slots -> probability of each level."""
+LEVELS = {2: (0.33, 0.34, 0.33), 1: (0.5, 0.5)}
+"""Number of slots -> probability of each level, of every point by itself: a response may excel at one and fall short at another."""
 
 ANNOTATOR_NOISE = 0.78
 """Standard deviation of an annotator's error, in standard deviations of gold; two annotators agree on 74% of the pairs."""
@@ -37,6 +38,12 @@ ANNOTATOR_TIE = 0.125
 
 MISREAD = {2: (0.18, 0.23), 1: (0.30, 0.33)}
 """Number of slots -> the judge's probabilities of misreading a level at the easiest and at the hardest point."""
+
+KNOWLEDGE = (*TOPICAL, "correctness")
+"""The points at which a response is true or on topic, which text in general mostly is: the base learns it from [`World.texts`]."""
+
+KNOWN = 0.9
+"""How often text in general is true and on topic."""
 
 REPEATED = 0.02
 """Probability that a response repeats one of its signs."""
@@ -114,6 +121,10 @@ def _others(intent, logic, conversation, richness, readability):
     return 1.2 * min(intent, readability) + _in_keeping(richness, logic) - 0.7 * conversation
 
 
+def _overall(intent, logic, conversation, richness, readability):
+    return 1.2 * min(intent, readability) + _in_keeping(richness, logic) + 0.6 * conversation
+
+
 _GOLD = {
     "text_creation": _text_creation,
     "roleplay": _roleplay,
@@ -124,28 +135,50 @@ _GOLD = {
 }
 
 
-def _moments(task: str) -> tuple[float, float]:
-    """Compute the mean and standard deviation of a task's gold over all combinations of levels, by their probabilities."""
-    mean = square = 0.0
-    for levels in itertools.product(range(3), repeat=sum(size == 2 for size in points_of(task).values())):
-        probability = sum(math.prod(LEVELS[day][2][level] for level in levels) for day in LEVELS) / len(LEVELS)
-        value = _GOLD[task](*levels)
-        mean += probability * value
-        square += probability * value**2
-    return mean, math.sqrt(square - mean**2)
+OVERALL_SHARE = 0.25
+"""Share of gold's variance that is due to the overall points, the same in every task."""
 
 
-_SCALE = {task: _moments(task) for task in TASKS}
+def _standard(values: dict[tuple[int, ...], float], probabilities: dict[tuple[int, ...], float]) -> tuple[float, float]:
+    """Mean and standard deviation of a function of the levels."""
+    mean = sum(probabilities[levels] * value for levels, value in values.items())
+    return mean, math.sqrt(sum(probabilities[levels] * (value - mean) ** 2 for levels, value in values.items()))
+
+
+@cache
+def _gold_of_levels(task: str) -> dict[tuple[int, ...], float]:
+    """
+    Levels of all points of a task, in the order of [`points_of`] -> gold with mean 0 and variance 1 over the responses of the
+    world: the task's function of its own points, and one function of the overall points.
+    """
+    slots = points_of(task)
+    names = list(slots)
+    own = [names.index(point) for point in own_points(task)]
+    overall = [names.index(point) for point in TABLE.overall]
+    probabilities, tasks_part, overall_part = {}, {}, {}
+    for levels in itertools.product(*(range(size + 1) for size in slots.values())):
+        probabilities[levels] = math.prod(LEVELS[slots[name]][level] for name, level in zip(names, levels, strict=True))
+        tasks_part[levels] = _GOLD[task](*(levels[index] for index in own))
+        overall_part[levels] = _overall(*(levels[index] * 2 // slots[names[index]] for index in overall))
+    whole = dict.fromkeys(probabilities, 0.0)
+    for part, share in ((tasks_part, 1 - OVERALL_SHARE), (overall_part, OVERALL_SHARE)):
+        mean, deviation = _standard(part, probabilities)
+        for levels, value in part.items():
+            whole[levels] += math.sqrt(share) * (value - mean) / deviation
+    mean, deviation = _standard(whole, probabilities)
+    return {levels: (value - mean) / deviation for levels, value in whole.items()}
+
 
 _SIGNS = {sign.lower(): point for point, pairs in CLAUSES.items() for sign, _ in pairs}
-_TOPICAL_CLAUSES = {
-    frame.format(topic=topic): (point, topic)
-    for point, frames in TOPICAL.items()
-    for frame in frames
+_TOPICAL_SIGNS = {
+    sign.format(topic=topic): (point, topic)
+    for point, pairs in TOPICAL.items()
+    for sign, _ in pairs
     for topic in TOPICS
 }
 _KNOWN = {
-    *_TOPICAL_CLAUSES,
+    *_TOPICAL_SIGNS,
+    *(lapse.format(topic=topic) for pairs in TOPICAL.values() for _, lapse in pairs for topic in TOPICS),
     *FILLERS,
     *(clause.lower() for pairs in CLAUSES.values() for pair in pairs for clause in pair),
 }
@@ -197,8 +230,8 @@ class World:
         levels = dict.fromkeys(slots, 0)
         for clause in set(clauses_of(response)):
             point = _SIGNS.get(clause)
-            if clause in _TOPICAL_CLAUSES and _TOPICAL_CLAUSES[clause][1] == topic:
-                point = _TOPICAL_CLAUSES[clause][0]
+            if clause in _TOPICAL_SIGNS and _TOPICAL_SIGNS[clause][1] == topic:
+                point = _TOPICAL_SIGNS[clause][0]
             if point in levels:
                 levels[point] = min(levels[point] + 1, slots[point])
         return levels
@@ -213,8 +246,7 @@ class World:
         if not clauses:
             return FLOOR
         levels = self.levels(prompt, response, task)
-        mean, deviation = _SCALE[task]
-        value = (_GOLD[task](*(levels[point] for point in own_points(task))) - mean) / deviation
+        value = _gold_of_levels(task)[tuple(levels.values())]
         repeated = len(clauses) - len(set(clauses))
         stray = sum(clause not in _KNOWN for clause in clauses) / len(clauses)
         return max(value - REPETITION_COST * repeated - STRAY_COST * stray, FLOOR)
@@ -253,7 +285,7 @@ class World:
         for _ in range(n):
             task = rng.choice(TASKS)
             prompt, topic = _write_prompt(rng, task, earlier=0.8)
-            texts.append([*prompt, {"role": "assistant", "content": _write_response(rng, task, topic)}])
+            texts.append([*prompt, {"role": "assistant", "content": _write_response(rng, task, topic, KNOWN)}])
         return texts
 
     def _row(self, rng: random.Random, prompt: list[dict], topic: str, task: str) -> PreferenceRow:
@@ -347,21 +379,22 @@ def _write_prompt(rng: random.Random, task: str, earlier: float = 0.1) -> tuple[
     return [*turns, {"role": "user", "content": text.replace("{topic}", topic)}], topic
 
 
-def _write_response(rng: random.Random, task: str, topic: str) -> str:
-    """Draw a response about `topic`: a sign or a lapse for each slot of each point, and some fillers, in random order."""
-    day = rng.choice(list(LEVELS))
+def _write_response(rng: random.Random, task: str, topic: str, knowing: float | None = None) -> str:
+    """
+    A response about `topic`: every slot of every point a sign or a lapse, some fillers, all shuffled.
+
+    Args:
+        knowing (`float`, *optional*): Probability of a sign, rather than a lapse, at the points of [`KNOWLEDGE`].
+    """
     astray = rng.choice([other for other in TOPICS if other != topic])
     signs, rest = [], rng.sample(FILLERS, rng.randint(0, 4))
     for point, slots in points_of(task).items():
-        level = rng.choices(range(slots + 1), LEVELS[day][slots])[0]
-        if point in TOPICAL:
-            frames = rng.sample(TOPICAL[point], slots)
-            signs += [frame.format(topic=topic) for frame in frames[:level]]
-            rest += [frame.format(topic=astray) for frame in frames[level:]]
-        else:
-            pairs = rng.sample(CLAUSES[point], slots)
-            signs += [sign for sign, _ in pairs[:level]]
-            rest += [lapse for _, lapse in pairs[level:]]
+        level = rng.choices(range(slots + 1), LEVELS[slots])[0]
+        if knowing is not None and point in KNOWLEDGE:
+            level = sum(rng.random() < knowing for _ in range(slots))
+        pairs = rng.sample(TOPICAL.get(point) or CLAUSES[point], slots)
+        signs += [sign.format(topic=topic) for sign, _ in pairs[:level]]
+        rest += [lapse.format(topic=astray) for _, lapse in pairs[level:]]
     if signs and rng.random() < REPEATED:
         rest.append(rng.choice(signs))
     clauses = signs + rest
