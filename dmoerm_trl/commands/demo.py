@@ -86,7 +86,8 @@ def make_world_and_base(arguments: "DemoArguments", recipe: Recipe, world: World
     need = "need those of this recipe, because rows, base and gold belong to one world"
     with TemporaryDirectory() as folder:
         written = Path(folder) / rows.name
-        write_rows(world.rows(arguments.rows_per_task, arguments.rows_of_others), written)
+        numbers = arguments.rows_per_task, arguments.rows_of_others, arguments.labelled_rows_per_task
+        write_rows(world.rows(*numbers), written)
         if rows.exists() and rows.read_bytes() != written.read_bytes():
             raise ValueError(
                 f"{rows}: got rows of another seed or number, {need}: name another place by `train_data`."

@@ -15,7 +15,7 @@ def write_world(arguments: "WorldArguments") -> None:
     """Write rows of a simulated world to a file, and print their statistics."""
     check_writable(arguments.output)
     world = World(arguments.seed)
-    rows = world.rows(arguments.rows_per_task, arguments.rows_of_others)
+    rows = world.rows(arguments.rows_per_task, arguments.rows_of_others, arguments.labelled_rows_per_task)
     write_rows(rows, arguments.output)
     print(f"{len(rows)} rows: {arguments.output}")
     statistics = world.statistics(rows)

@@ -13,6 +13,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -139,7 +140,9 @@ OVERALL_SHARE = 0.25
 """Share of gold's variance that is due to the overall points, the same in every task."""
 
 
-def _standard(values: dict[tuple[int, ...], float], probabilities: dict[tuple[int, ...], float]) -> tuple[float, float]:
+def _standard(
+    values: dict[tuple[int, ...], float], probabilities: dict[tuple[int, ...], float]
+) -> tuple[float, float]:
     """Mean and standard deviation of a function of the levels."""
     mean = sum(probabilities[levels] * value for levels, value in values.items())
     return mean, math.sqrt(sum(probabilities[levels] * (value - mean) ** 2 for levels, value in values.items()))
@@ -157,7 +160,9 @@ def _gold_of_levels(task: str) -> dict[tuple[int, ...], float]:
     overall = [names.index(point) for point in TABLE.overall]
     probabilities, tasks_part, overall_part = {}, {}, {}
     for levels in itertools.product(*(range(size + 1) for size in slots.values())):
-        probabilities[levels] = math.prod(LEVELS[slots[name]][level] for name, level in zip(names, levels, strict=True))
+        probabilities[levels] = math.prod(
+            LEVELS[slots[name]][level] for name, level in zip(names, levels, strict=True)
+        )
         tasks_part[levels] = _GOLD[task](*(levels[index] for index in own))
         overall_part[levels] = _overall(*(levels[index] * 2 // slots[names[index]] for index in overall))
     whole = dict.fromkeys(probabilities, 0.0)
@@ -253,25 +258,38 @@ class World:
 
     # Writing
 
-    def rows(self, n_per_task: int, n_others: int = 0) -> list[PreferenceRow]:
+    def rows(self, n_per_task: int, n_others: int = 0, n_labelled: int = 0) -> list[PreferenceRow]:
         """
-        Draw `n_per_task` rows of each task and `n_others` rows of none, in random order, with distinct prompts. A row has 2 to
-        4 responses, the ranks of one human annotator (never all tied), and the judge's ranks at each point of [`points_of`].
+        Draw rows in random order, with distinct prompts. A row has 2 to 4 responses, the ranks of one human annotator (never
+        all tied), and the judge's ranks at each point of [`points_of`].
+
+        Args:
+            n_per_task (`int`): Number of rows of each task.
+            n_others (`int`, *optional*, defaults to 0): Number of rows of no task.
+            n_labelled (`int`, *optional*, defaults to 0):
+                Number of further rows of each task that no human ranked. Their `ranks` are all 1. The other rows are the
+                same with any number of them.
+
+        Raises:
+            ValueError: For more than [`MAX_PROMPTS`] rows of a task.
         """
         rng = random.Random(f"rows of world {self.seed}")
         seen, rows = set(), []
-        for task in TASKS:
-            wanted = n_others if task == OTHERS else n_per_task
-            if wanted > MAX_PROMPTS:
-                raise ValueError(
-                    f"got {wanted} rows of {task!r}, need at most {MAX_PROMPTS}: the prompts would run out."
-                )
-            for _ in range(wanted):
-                prompt, topic = _write_prompt(rng, task)
-                while (key := tuple(turn["content"] for turn in prompt)) in seen:
+        counts = {task: n_others if task == OTHERS else n_per_task for task in TASKS}
+        for ranked in (True, False):
+            for task in TASKS:
+                wanted = counts[task] if ranked else n_labelled * (task != OTHERS)
+                if (of_task := counts[task] + n_labelled * (task != OTHERS)) > MAX_PROMPTS:
+                    raise ValueError(
+                        f"got {of_task} rows of {task!r}, need at most {MAX_PROMPTS}: the prompts would run out."
+                    )
+                for _ in range(wanted):
                     prompt, topic = _write_prompt(rng, task)
-                seen.add(key)
-                rows.append(self._row(rng, prompt, topic, task))
+                    while (key := tuple(turn["content"] for turn in prompt)) in seen:
+                        prompt, topic = _write_prompt(rng, task)
+                    seen.add(key)
+                    row = self._row(rng, prompt, topic, task)
+                    rows.append(row if ranked else replace(row, ranks=[1] * len(row.ranks)))
         rng.shuffle(rows)
         return rows
 

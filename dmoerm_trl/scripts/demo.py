@@ -17,7 +17,10 @@ RECIPE = Path(__file__).parents[1] / "demo" / "demo.yaml"
 class DemoArguments:
     """Options of the demo beside the recipe: the world, the base, best of n and PPO."""
 
-    rows_per_task: int = field(default=240, metadata={"help": "Prompts of each task."})
+    rows_per_task: int = field(default=240, metadata={"help": "Prompts of each task that a human ranked."})
+    labelled_rows_per_task: int = field(
+        default=0, metadata={"help": "Further prompts of each task that only the judge labelled."}
+    )
     rows_of_others: int = field(default=40, metadata={"help": "Prompts that belong to none of the tasks."})
     base: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of `train_tiny_base`."})
     base_texts: int = field(default=6000, metadata={"help": "Conversations that the base is trained on."})

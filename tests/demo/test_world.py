@@ -197,6 +197,17 @@ def test_rows_are_those_of_the_seed():
     assert World(1).rows(60, 60) != list(world_rows())
 
 
+def test_labelled_rows_come_without_the_ranks_of_a_human():
+    rows, ranked = World(0).rows(20, 5, 30), World(0).rows(20, 5)
+    labelled = [row for row in rows if not row.pairs_of()]
+    assert sorted(map(repr, ranked)) == sorted(repr(row) for row in rows if row.pairs_of())
+    assert all(sum(row.task == task for row in labelled) == 30 for task in TABLE.tasks)
+    assert len(labelled) == 30 * len(TABLE.tasks) and len({row.prompt_id for row in rows}) == len(rows)
+    assert all(list(row.capability_ranks) == list(points_of(row.task)) for row in labelled)
+    with pytest.raises(ValueError, match="got 10001 rows of 'text_creation', need at most 10000"):
+        World().rows(1, 0, 10_000)
+
+
 def test_rows_have_what_training_needs(tmp_path):
     rows = world_rows()
     assert all(sum(row.task == task for row in rows) == 60 for task in TASKS)

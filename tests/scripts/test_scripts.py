@@ -233,8 +233,9 @@ def test_mistakes_about_judges_are_found_before_anything_is_scored(evaluated, mo
 
 def test_world_writes_rows(tmp_path, capsys):
     out = tmp_path / "world.jsonl"
-    main(["world", "--output", str(out), "--rows_per_task", "3", "--rows_of_others", "2"])
-    assert len(out.read_text().splitlines()) == 17
+    numbers = ["--rows_per_task", "3", "--rows_of_others", "2", "--labelled_rows_per_task", "1"]
+    main(["world", "--output", str(out), *numbers])
+    assert len(out.read_text().splitlines()) == 22
     assert "ceiling" in capsys.readouterr().out
 
 
