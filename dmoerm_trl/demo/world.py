@@ -289,6 +289,8 @@ class World:
                         prompt, topic = _write_prompt(rng, task)
                     seen.add(key)
                     row = self._row(rng, prompt, topic, task)
+                    while not (ranked or any(map(row.pairs_of, row.labelled_points))):  # nothing to learn from the judge
+                        row = self._row(rng, prompt, topic, task)
                     rows.append(row if ranked else replace(row, ranks=[1] * len(row.ranks)))
         rng.shuffle(rows)
         return rows

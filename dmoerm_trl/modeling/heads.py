@@ -32,14 +32,14 @@ class Aggregator(nn.Module):
     The two-layer MLP `W_1 PReLU(W_0 z + B_0) + B_1` of equation 6, in fp32, without its sigma.
 
     Args:
-        experts (`int`): k, the number of experts.
-        input_size (`int`): What it reads of one expert: the H numbers of its embedding, or its score.
+        inputs (`int`): k, the number of experts, or k + 1 with the base.
+        input_size (`int`): How many numbers it reads of each: the H of an embedding, or 1 for a score.
         hidden_size (`int`): Width of the hidden layer.
     """
 
-    def __init__(self, experts: int, input_size: int, hidden_size: int):
+    def __init__(self, inputs: int, input_size: int, hidden_size: int):
         super().__init__()
-        self.hidden = Float32Linear(experts * input_size, hidden_size)
+        self.hidden = Float32Linear(inputs * input_size, hidden_size)
         self.activation = nn.PReLU()
         self.output = Float32Linear(hidden_size, 1)
 

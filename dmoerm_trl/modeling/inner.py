@@ -33,13 +33,14 @@ class InnerModel(nn.Module):
         size = config.backbone_config.hidden_size
         self.points = config.tasks[task]
         self.adapters = [adapter_name(task, point) for point in self.points]
-        self.activation, self.aggregator_input = config.activation, config.aggregator_input
+        self.activation = config.activation
+        self.reads_base = bool(self.points) and config.aggregator_input == "scores"
         self.base_head = Float32Linear(size, 1)
         self.expert_heads = nn.ModuleDict({slug(point): Float32Linear(size, 1) for point in self.points})
         self.aggregator = None
         if self.points:
-            input_size = size if self.aggregator_input == "embeddings" else 1
-            self.aggregator = Aggregator(len(self.points), input_size, config.aggregator_hidden_size or size)
+            inputs = (len(self.points) + 1, 1) if self.reads_base else (len(self.points), size)
+            self.aggregator = Aggregator(*inputs, config.aggregator_hidden_size or size)
         self.register_buffer("reward_mean", torch.zeros((), dtype=torch.float32))
         self.register_buffer("reward_std", torch.ones((), dtype=torch.float32))
 
@@ -48,7 +49,7 @@ class InnerModel(nn.Module):
         Compute the capability scores of equation 4, `r_i = sigma(w_i z_i + b_i)`.
 
         Args:
-            z (`Tensor` of shape (B, k, H)): The experts' embeddings.
+            z (`Tensor` of shape (B, k or more, H)): The experts' embeddings, which may be followed by the base's.
             points (`Sequence[str]`, *optional*): The experts' k capability points; all of the task by default.
 
         Returns:
@@ -59,10 +60,12 @@ class InnerModel(nn.Module):
 
     def aggregator_inputs(self, z: Tensor) -> Tensor:
         """
-        Select what the aggregator reads: the experts' embeddings `z` of shape (B, k, H) as in equation 5, or their scores
-        before sigma, shape (B, k, 1).
+        Return what the aggregator reads of each text: the embeddings `z` of its k experts, shape (B, k, H), as in equation 5;
+        or if z contains the base too, the scores of experts and base before sigma, shape (B, k + 1, 1).
         """
-        return z if self.aggregator_input == "embeddings" else self._logits(z, self.points).unsqueeze(2)
+        if not self.reads_base:
+            return z
+        return torch.cat([self._logits(z, self.points), self.base_head(z[:, len(self.points)])], 1).unsqueeze(2)
 
     def _logits(self, z: Tensor, points: Sequence[str]) -> Tensor:
         """Compute `w_i z_i + b_i` of equation 4, shape (B, k)."""
@@ -72,11 +75,11 @@ class InnerModel(nn.Module):
     def reward(self, z: Tensor) -> Tensor:
         """
         Compute the normalised reward of equations 5 and 6: `(sigma(MLP(z)) - mean) / std`. Without experts
-        `sigma(w z + b)` of the base's head takes the place of `sigma(MLP(z))`, and with `aggregator_input="scores"` the MLP
-        reads the experts' scores.
+        `sigma(w z + b)` of the base's head takes the place of `sigma(MLP(z))`. With `aggregator_input="scores"` the MLP
+        reads [`InnerModel.aggregator_inputs`] instead of z.
 
         Args:
-            z (`Tensor` of shape (B, max(k, 1), H)): The embeddings.
+            z (`Tensor` of shape (B, n, H)): The embeddings of [`~dmoerm_trl.modeling.modeling_dmoerm.DMoERMModel.embed`].
 
         Returns:
             `Tensor` of shape (B, 1), fp32; NaN where an embedding is not finite.

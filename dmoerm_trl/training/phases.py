@@ -162,7 +162,7 @@ def phase3(
         datasets.append(Dataset.from_dict({"texts": texts, "pairs": pairs, "length": lengths}))
     z = embeddings_on_disk(model, encodings, formatter.tokenizer.pad_token_id, Path(args.output_dir))
     inner = model.model.inner_models[slug(task)].requires_grad_(False)
-    if inner.aggregator_input == "embeddings":
+    if not inner.reads_base:
         x, heads = z, inner.expert_heads.values()
         weights, biases = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
     else:  # training takes steps of one size for all scores, whatever their units
@@ -175,7 +175,7 @@ def phase3(
     inner.aggregator.start_from(weights.to(args.device), biases.to(args.device), sample)
     _, history = fit(CachedAggregator(model.config, inner.aggregator, x), args, *datasets, formatter.tokenizer)
     with torch.no_grad():
-        if inner.aggregator_input == "scores":
+        if inner.reads_base:
             inner.aggregator.fold_standardisation(mean.to(args.device), std.to(args.device))
         rewards = [inner.reward(chunk.to(args.device))[:, 0] for chunk in z.split(CHUNK)]
         inner.set_normalisation(torch.cat(rewards), unit_variance)

@@ -102,7 +102,8 @@ class Recipe:
     aggregator_input: str = field(
         default="embeddings",
         metadata={
-            "help": "What the aggregator reads of each expert: 'embeddings' (paper) or 'scores', for few ranked rows."
+            "help": "What the aggregator reads: the experts' 'embeddings' (paper), or the 'scores' of experts and base, "
+            "for few ranked rows."
         },
     )
     aggregator_hidden_size: int | None = field(

@@ -204,6 +204,7 @@ def test_labelled_rows_come_without_the_ranks_of_a_human():
     assert all(sum(row.task == task for row in labelled) == 30 for task in TABLE.tasks)
     assert len(labelled) == 30 * len(TABLE.tasks) and len({row.prompt_id for row in rows}) == len(rows)
     assert all(list(row.capability_ranks) == list(points_of(row.task)) for row in labelled)
+    assert all(any(map(row.pairs_of, row.labelled_points)) for row in labelled)
     with pytest.raises(ValueError, match="got 10001 rows of 'text_creation', need at most 10000"):
         World().rows(1, 0, 10_000)
 
