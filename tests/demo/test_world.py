@@ -280,6 +280,13 @@ def test_length_and_repetition_say_nothing():
     assert calibration()["repeated"] == pytest.approx(0.02, abs=0.01)
 
 
+def test_the_judge_agrees_on_62_percent_of_the_pairs_on_the_whole():
+    assert calibration()["judge_overall"] == pytest.approx(0.62, abs=0.015)
+    row = World(0).judged(world_rows()[0])
+    assert row == World(0).judged(world_rows()[0]) and row.responses == world_rows()[0].responses
+    assert [World(0).judged(row).ranks for row in world_rows()] != [World(1).judged(row).ranks for row in world_rows()]
+
+
 def test_the_judge_agrees_on_80_to_86_percent_of_the_pairs():
     judge = calibration()["judge"]
     assert 0.80 < statistics.mean(shares["agreement"] for shares in judge.values()) < 0.86
