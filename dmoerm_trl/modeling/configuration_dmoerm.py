@@ -51,6 +51,8 @@ class DMoERMConfig(PreTrainedConfig):
             pass more.
         aggregator_hidden_size (`int`, *optional*):
             Width of the aggregator's hidden layer; the backbone's hidden size by default.
+        aggregator_members (`int`):
+            Number of MLPs of this width whose mean is the aggregator.
         activation (`str`):
             The sigma of equations 4 and 6: `"sigmoid"` as in the paper, or `"none"`.
         share_base (`bool`):
@@ -97,6 +99,7 @@ class DMoERMConfig(PreTrainedConfig):
         lora_layers: str | int = "all",
         aggregator_input: str = "embeddings",
         aggregator_hidden_size: int | None = None,
+        aggregator_members: int = 1,
         activation: str = "sigmoid",
         share_base: bool = False,
         response_marker: list[int] | tuple[int, ...] = (),
@@ -117,6 +120,7 @@ class DMoERMConfig(PreTrainedConfig):
         self.lora_layers = lora_layers
         self.aggregator_input = aggregator_input
         self.aggregator_hidden_size = aggregator_hidden_size
+        self.aggregator_members = aggregator_members
         self.activation = activation
         self.share_base = share_base
         self.response_marker = _as_list(response_marker)
@@ -166,6 +170,7 @@ class DMoERMConfig(PreTrainedConfig):
                 self.aggregator_hidden_size is None or _is_integer(self.aggregator_hidden_size, 1),
                 f"{whole}, or None for the size of the base's embeddings",
             ),
+            "aggregator_members": (_is_integer(self.aggregator_members, 1), whole),
             "activation": (self.activation in ACTIVATIONS, f"one of {list(ACTIVATIONS)}"),
             "share_base": (isinstance(self.share_base, bool), "True or False"),
             "reads_end": (isinstance(self.reads_end, bool), "True or False"),

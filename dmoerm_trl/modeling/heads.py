@@ -1,5 +1,7 @@
 """Modules on top of the embeddings: pooling, the linear heads (equation 4) and the aggregator (equations 5 and 6)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -29,24 +31,35 @@ class Float32Linear(nn.Linear):
 
 class Aggregator(nn.Module):
     """
-    The two-layer MLP `W_1 PReLU(W_0 z + B_0) + B_1` of equation 6, in fp32, without its sigma.
+    The two-layer MLP `W_1 PReLU(W_0 z + B_0) + B_1` of equation 6, in fp32, without its sigma; or the mean of several, whose
+    hidden layers stand side by side.
 
     Args:
         inputs (`int`): k, the number of experts, or k + 1 with the base.
         input_size (`int`): How many numbers it reads of each: the H of an embedding, or 1 for a score.
-        hidden_size (`int`): Width of the hidden layer.
+        hidden_size (`int`): Width of the hidden layer of each MLP.
+        members (`int`, *optional*, defaults to 1): Number of MLPs.
     """
 
-    def __init__(self, inputs: int, input_size: int, hidden_size: int):
+    def __init__(self, inputs: int, input_size: int, hidden_size: int, members: int = 1):
         super().__init__()
-        self.hidden = Float32Linear(inputs * input_size, hidden_size)
-        self.activation = nn.PReLU()
-        self.output = Float32Linear(hidden_size, 1)
+        self.hidden = Float32Linear(inputs * input_size, members * hidden_size)
+        self.activation = nn.PReLU(members)
+        self.output = Float32Linear(members * hidden_size, 1)
+
+    @torch.no_grad()
+    def set_members(self, members: Sequence["Aggregator"]) -> None:
+        """Take over the weights of single MLPs, as many as there are members, so that the output is the mean of theirs."""
+        self.hidden.weight.copy_(torch.cat([member.hidden.weight for member in members]))
+        self.hidden.bias.copy_(torch.cat([member.hidden.bias for member in members]))
+        self.activation.weight.copy_(torch.cat([member.activation.weight for member in members]))
+        self.output.weight.copy_(torch.cat([member.output.weight for member in members], 1) / len(members))
+        self.output.bias.copy_(torch.stack([member.output.bias for member in members]).mean(0))
 
     @torch.no_grad()
     def start_from(self, weights: Tensor, biases: Tensor, x: Tensor) -> None:
         """
-        Initialise the MLP from the experts' own scores, which leaves far less to learn than starting from their
+        Initialise a single MLP from the experts' own scores, which leaves far less to learn than starting from their
         embeddings.
 
         The first k hidden units are the standardised scores `w_i x_i + b_i`, the others random mixtures of them with
@@ -83,8 +96,9 @@ class Aggregator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Aggregate the experts' inputs `x` of shape (B, k, input_size), concatenated as in equation 5, to shape (B, 1)."""
         with torch.autocast(x.device.type, enabled=False):  # PReLU is on autocast's list for CUDA
-            hidden = self.hidden(x.flatten(1))
-            return self.output(nn.functional.prelu(hidden, self.activation.weight.float()))
+            slopes = self.activation.weight.float()
+            hidden = self.hidden(x.flatten(1)).unflatten(1, (len(slopes), -1))
+            return self.output(nn.functional.prelu(hidden, slopes).flatten(1))
 
 
 def nan_of_overflow(logits: Tensor, z: Tensor) -> Tensor:

@@ -18,6 +18,14 @@ Below it the rewards of an fp32 model differ only by rounding; above its inverse
 """
 
 
+def new_aggregator(config: DMoERMConfig, points: int, **changes: int) -> Aggregator:
+    """Build an untrained aggregator for a number of points; `changes` replace arguments of [`Aggregator`]."""
+    size = config.backbone_config.hidden_size
+    inputs = (points, size) if config.aggregator_input == "embeddings" else (points + 1, 1)
+    widths = {"hidden_size": config.aggregator_hidden_size or size, "members": config.aggregator_members}
+    return Aggregator(*inputs, **{**widths, **changes})
+
+
 class InnerModel(nn.Module):
     """
     The part of a task's inner model that turns the backbone's embeddings into the reward. Without capability points it
@@ -39,8 +47,7 @@ class InnerModel(nn.Module):
         self.expert_heads = nn.ModuleDict({slug(point): Float32Linear(size, 1) for point in self.points})
         self.aggregator = None
         if self.points:
-            inputs = (len(self.points) + 1, 1) if self.reads_base else (len(self.points), size)
-            self.aggregator = Aggregator(*inputs, config.aggregator_hidden_size or size)
+            self.aggregator = new_aggregator(config, len(self.points))
         self.register_buffer("reward_mean", torch.zeros((), dtype=torch.float32))
         self.register_buffer("reward_std", torch.ones((), dtype=torch.float32))
 

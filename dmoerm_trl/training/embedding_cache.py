@@ -1,6 +1,5 @@
-"""Cache of the experts' embeddings on disk, from which phase 3 trains the aggregator."""
+"""Cache of the experts' embeddings on disk, on which phase 3 trains the aggregator."""
 
-import copy
 import hashlib
 import math
 import os
@@ -11,13 +10,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..data.formatting import Encoding
-from ..modeling.configuration_dmoerm import DMoERMConfig
-from ..modeling.heads import Aggregator, activate
 from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
-from ..modeling.pretrained import DMoERMPreTrainedModel
 from ..scoring.batch import map_encodings
 from ..tasks import slug
 
@@ -71,26 +66,3 @@ def embeddings_on_disk(
             temporary.rename(path)
         state.wait_for_everyone()
     return torch.from_file(str(path), shared=True, size=size).view(shape)
-
-
-class CachedAggregator(DMoERMPreTrainedModel):
-    """
-    The aggregator of an inner model as a model of its own, which phase 3 trains. It looks up what it reads of its texts.
-
-    Args:
-        aggregator (`Aggregator`): It is trained in place.
-        x (`Tensor` of shape (N, k, input_size)): What it reads of all texts, on the CPU.
-    """
-
-    def __init__(self, config: DMoERMConfig, aggregator: Aggregator, x: Tensor):
-        super().__init__(copy.deepcopy(config))
-        self.aggregator = aggregator.requires_grad_(True)
-        self.__dict__["x"] = x  # not a buffer: it stays on the CPU
-
-    def get_input_embeddings(self) -> None:
-        """Return None, because FSDP calls this and there are none."""
-
-    def forward(self, texts: Tensor, finite: bool = False) -> SequenceClassifierOutput:
-        """Return `logits` of shape (B, 1) for `texts` of shape (B,), indices into x. `finite` is ignored."""
-        logits = self.aggregator(self.x[texts.cpu()].to(texts.device))
-        return SequenceClassifierOutput(logits=activate(logits, self.config.activation))

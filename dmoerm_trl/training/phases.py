@@ -11,12 +11,12 @@ from transformers import set_seed
 from ..data.formatting import Encoding, Formatter
 from ..data.rows import PreferenceRow
 from ..modeling.assembly import add_experts_to
-from ..modeling.inner import SMALLEST_STD
 from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from ..modeling.quantization import check_full_precision
 from ..scoring.batch import score_encodings
 from ..tasks import slug
-from .embedding_cache import CHUNK, CachedAggregator, embeddings_on_disk
+from .aggregator_training import train_aggregator
+from .embedding_cache import CHUNK, embeddings_on_disk
 from .experts_trainer import Experts, ExpertsTrainer, history_of, untrained_experts
 from .ranked_config import RankedRewardConfig
 from .ranked_dataset import labelled_encodings, ranked_dataset
@@ -154,29 +154,18 @@ def phase3(
     encodings: list[Encoding] = []
     datasets = []
     for rows in (train_rows, eval_rows):
-        (of_rows, pairs), texts = labelled_encodings(rows, formatter, [None]), []
+        of_rows, pairs = labelled_encodings(rows, formatter, [None])
+        columns = {"pairs": pairs, "texts": [], "length": [], "prompt": []}
         for row in of_rows:
-            texts.append(list(range(len(encodings), len(encodings) + len(row))))
+            columns["texts"].append(list(range(len(encodings), len(encodings) + len(row))))
+            columns["length"].append(len(experts) * len(row))  # the token budget of a batch counts embeddings
+            columns["prompt"].append(str(row[0].input_ids[: row[0].prompt_length]))
             encodings += row
-        lengths = [len(experts) * len(row) for row in texts]  # the token budget of a batch counts embeddings
-        datasets.append(Dataset.from_dict({"texts": texts, "pairs": pairs, "length": lengths}))
+        datasets.append(Dataset.from_dict(columns))
     z = embeddings_on_disk(model, encodings, formatter.tokenizer.pad_token_id, Path(args.output_dir))
-    inner = model.model.inner_models[slug(task)].requires_grad_(False)
-    if not inner.reads_base:
-        x, heads = z, inner.expert_heads.values()
-        weights, biases = torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
-    else:  # training takes steps of one size for all scores, whatever their units
-        x = torch.cat([inner.aggregator_inputs(chunk.to(args.device)).cpu() for chunk in z.split(CHUNK)])
-        mean, std = x.mean(0), x.std(0)
-        std = std.where(std > SMALLEST_STD * mean.abs() * 10, 1)  # an expert may score all texts alike
-        x = (x - mean) / std
-        weights, biases = torch.ones_like(mean), torch.zeros(len(mean))
-    sample = x[:: -(-len(x) // CHUNK)].to(args.device)
-    inner.aggregator.start_from(weights.to(args.device), biases.to(args.device), sample)
-    _, history = fit(CachedAggregator(model.config, inner.aggregator, x), args, *datasets, formatter.tokenizer)
+    inner = model.model.inner_models[slug(task)]
+    history = train_aggregator(inner, model.config, z, *datasets, args, formatter.tokenizer)
     with torch.no_grad():
-        if inner.reads_base:
-            inner.aggregator.fold_standardisation(mean.to(args.device), std.to(args.device))
         rewards = [inner.reward(chunk.to(args.device))[:, 0] for chunk in z.split(CHUNK)]
         inner.set_normalisation(torch.cat(rewards), unit_variance)
     return model.eval(), history

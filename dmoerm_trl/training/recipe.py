@@ -109,6 +109,12 @@ class Recipe:
     aggregator_hidden_size: int | None = field(
         default=None, metadata={"help": "Hidden size of the aggregator; by default, that of the base."}
     )
+    aggregator_members: int = field(
+        default=1,
+        metadata={
+            "help": "Number of aggregators that phase 3 trains, each validated on another part of its rows, and averages."
+        },
+    )
     activation: str = field(
         default="sigmoid", metadata={"help": "Activation of equations 4 and 6: 'sigmoid' (paper) or 'none'."}
     )
@@ -202,7 +208,7 @@ class Recipe:
     def model_settings(self) -> dict[str, Any]:
         """The arguments of `DMoERMConfig` that the recipe sets."""
         names = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_layers")
-        names += ("aggregator_input", "aggregator_hidden_size", "activation", "share_base")
+        names += ("aggregator_input", "aggregator_hidden_size", "aggregator_members", "activation", "share_base")
         return {name: getattr(self, name) for name in names}
 
     def phase(self, stage: str, output_dir: str, seed: int | None = None, **more: Any) -> "RankedRewardConfig":
@@ -316,6 +322,7 @@ RANGES = {
     "lora_dropout": (_share, "a share, from 0 to below 1"),
     "lora_target_modules": (bool, "at least one name of a linear module"),
     "aggregator_hidden_size": (lambda value: value >= 1, "at least 1"),
+    "aggregator_members": (lambda value: value >= 1, "at least 1"),
 }
 """Key -> a check of its value, and a description of the values that pass."""
 

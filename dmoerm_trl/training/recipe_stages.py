@@ -52,7 +52,8 @@ class RecipeStages:
         router = self._of("router_model", "router_layers", "router_balance", step="router")
         lora = [name for name in recipe.model_settings if name.startswith("lora_")]
         experts_of = self._of(*lora, "activation", "load_in_8bit", "load_in_4bit", "joint_experts", step="phase2")
-        aggregator = self._of("aggregator_input", "aggregator_hidden_size", "unit_variance", step="phase3")
+        of_aggregator = [name for name in recipe.model_settings if name.startswith("aggregator_")]
+        aggregator = self._of(*of_aggregator, "unit_variance", step="phase3")
         stages = {
             "data": Stage(self._data, settings=self._data_settings),
             "router": Stage(

@@ -91,7 +91,10 @@ def reward_by_hand(model, task: str, row: list[int]) -> tuple[float, dict[str, f
             logits = [linear(head, one) for head, one in zip(heads, z, strict=True)]
             read = torch.cat([*logits, linear(inner.base_head, embedding_by_hand(backbone, None, row))])
         hidden = linear(inner.aggregator.hidden, read)
-        hidden = torch.where(hidden > 0, hidden, inner.aggregator.activation.weight.double() * hidden)
+        slopes = inner.aggregator.activation.weight.double().repeat_interleave(
+            len(hidden) // model.config.aggregator_members
+        )
+        hidden = torch.where(hidden > 0, hidden, slopes * hidden)
         logit = linear(inner.aggregator.output, hidden)  # equation 6
     else:
         logit = linear(inner.base_head, embedding_by_hand(backbone, None, row))
@@ -109,6 +112,16 @@ def check_against_hand(model, batch: dict, rows: list[list[int]], tasks: list[st
 
 
 TASK_OF_ROW = [task for task in PROMPTS for _ in RESPONSES]
+
+
+def test_the_aggregator_may_be_a_mean_of_several(tokenizer, batch, rows, tmp_path):
+    model = make_dmoerm(tokenizer, aggregator_hidden_size=5, aggregator_members=3)
+    for inner in model.model.inner_models.values():
+        inner.aggregator.activation.weight.data.copy_(torch.tensor([0.1, -0.5, 2.0]))
+    check_against_hand(model, batch, rows, TASK_OF_ROW)
+    model.save_pretrained(tmp_path)
+    again = DMoERMForSequenceClassification.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(**batch).logits, model(**batch).logits, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "none"])
@@ -738,6 +751,7 @@ WRONG_SETTINGS = {
     "lora_layers": [0, -1, 1.5, True, None, "third", ["all"]],
     "aggregator_input": ["score", "", None, ["scores"], True],
     "aggregator_hidden_size": [0, -3, 1.5, True, "8"],
+    "aggregator_members": [0, -1, 1.5, True, "2", None],
     "activation": ["tanh", "", None, ["sigmoid"], "Sigmoid"],
     "share_base": ["false", 0, None, "yes"],
     "response_marker": ["abc", [1.5], [-1], [True], None, 3],

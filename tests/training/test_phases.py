@@ -14,15 +14,16 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from dmoerm_trl.data.formatting import Formatter
 from dmoerm_trl.data.rows import PreferenceRow
 from dmoerm_trl.modeling.assembly import base_reward_model, export_expert
+from dmoerm_trl.modeling.heads import Aggregator
 from dmoerm_trl.modeling.modeling_dmoerm import DMoERMForSequenceClassification, DMoERMModel
 from dmoerm_trl.modeling.pretrained import DMoERMPreTrainedModel
 from dmoerm_trl.scoring.batch import score_rows
-from dmoerm_trl.training import embedding_cache, phases
+from dmoerm_trl.training import aggregator_training, embedding_cache, phases
 from dmoerm_trl.training.embedding_cache import embeddings_on_disk
 from dmoerm_trl.training.phases import normalise, phase1, phase2, phase3
 from dmoerm_trl.training.ranked_config import RankedRewardConfig
 from dmoerm_trl.training.ranked_dataset import ranked_dataset
-from dmoerm_trl.training.ranked_trainer import RankedRewardTrainer
+from dmoerm_trl.training.ranked_trainer import RankedRewardTrainer, fit
 from dmoerm_trl.training.router_training import routing_metrics, train_router
 
 POINTS = TASKS["chitchat"]
@@ -313,10 +314,12 @@ def adapters(inner, tmp_path) -> dict[str, str]:
     return folders
 
 
-@pytest.mark.parametrize("aggregator_input", ["embeddings", "scores"])
-def test_phase_3_trains_the_aggregator_alone(inner, adapters, formatter, tmp_path, aggregator_input):
+@pytest.mark.parametrize(
+    "aggregator_input, members", [("embeddings", 1), ("embeddings", 2), ("scores", 1), ("scores", 3)]
+)
+def test_phase_3_trains_the_aggregator_alone(inner, adapters, formatter, tmp_path, aggregator_input, members):
     base = base_reward_model(inner, "chitchat")
-    base.config.aggregator_input = aggregator_input
+    base.config.aggregator_input, base.config.aggregator_members = aggregator_input, members
     untrained, _ = phase3(deepcopy(base), adapters, ROWS, ROWS, formatter, settings(tmp_path / "a", learning_rate=0.0))
     model, history = phase3(base, adapters, ROWS, ROWS, formatter, settings(tmp_path / "b"))
     aggregator = {name for name in model.state_dict() if ".aggregator." in name}
@@ -332,6 +335,42 @@ def test_phase_3_trains_the_aggregator_alone(inner, adapters, formatter, tmp_pat
     assert model.config.tasks == {"chitchat": POINTS}
     assert any("eval_accuracy" in entry for entry in history)
     assert torch.tensor(score_rows(model, ROWS, formatter)).mean() == pytest.approx(0, abs=1e-6)
+
+
+def test_aggregators_are_validated_on_prompts_of_their_own_and_averaged(
+    inner, adapters, formatter, tmp_path, monkeypatch
+):
+    """Each is what phase 3 makes of the rows that the others validate, with a seed of its own."""
+    base, seen = base_reward_model(inner, "chitchat"), []
+    base.config.aggregator_input = "scores"
+    twice = [replace(ROWS[0], responses=["a", "b", "c"])]  # a prompt that is there already
+    monkeypatch.setattr(aggregator_training, "fit", lambda *given: seen.append(given) or fit(*given))
+    base.config.aggregator_members = 2
+    rows = [*ROWS, *twice]
+    model, _ = phase3(deepcopy(base), adapters, rows[:3], rows[3:], formatter, settings(tmp_path, max_steps=6))
+    texts = [[[tuple(row["texts"]) for row in dataset] for dataset in given[2:4]] for given in seen]
+    of_row = [tuple(range(start, start + 3)) for start in range(0, 15, 3)]
+    assert [sorted(validated) for _, validated in texts] == [[of_row[0], of_row[2], of_row[4]], [of_row[1], of_row[3]]]
+    assert all(sorted(trained + validated) == of_row for trained, validated in texts)
+    assert seen[1][1].seed == seen[0][1].seed + 1
+
+    aggregator = model.model.inner_models["chitchat"].aggregator
+    x = torch.randn(5, len(POINTS) + 1, 1)
+    members = [given[0].aggregator for given in seen]
+    merged = Aggregator(len(POINTS) + 1, 1, members[0].hidden.out_features, members=2)
+    merged.set_members(members)
+    torch.testing.assert_close(merged(x), (members[0](x) + members[1](x)) / 2, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(members[0].hidden.weight, members[1].hidden.weight)
+    assert torch.equal(aggregator.output.weight, merged.output.weight)
+    model.save_pretrained(tmp_path / "model")
+    again = DMoERMForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert score_rows(again, ROWS, formatter) == score_rows(model, ROWS, formatter)
+
+    base.config.aggregator_members = 5
+    with pytest.raises(
+        ValueError, match="got aggregator_members=5 and 4 ranked prompts in phase 3, need at least as many"
+    ):
+        phase3(base, adapters, rows[:3], rows[3:], formatter, settings(tmp_path / "few"))
 
 
 def test_an_aggregator_of_scores_does_not_depend_on_their_units(inner, adapters, formatter, tmp_path):

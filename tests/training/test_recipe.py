@@ -45,6 +45,7 @@ def test_the_experts_are_those_of_table_5():
         "lora_layers": "all",
         "aggregator_input": "embeddings",
         "aggregator_hidden_size": None,
+        "aggregator_members": 1,
         "activation": "sigmoid",
         "share_base": False,
     }
@@ -168,6 +169,7 @@ BAD = {
     "lora_dropout": [1.0, -0.1, float("nan"), "much"],
     "lora_target_modules": [[], [3, None]],
     "aggregator_hidden_size": [0, -3],
+    "aggregator_members": [0, -1, 1.5],
     "router_layers": [0, -1],
     "router_balance": [5, -1],
     "max_length": [0, -1, 2.5],
