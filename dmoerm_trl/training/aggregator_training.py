@@ -51,12 +51,14 @@ def train_aggregator(
         if number:
             own.seed, own.output_dir = args.seed + number, str(Path(args.output_dir) / f"member-{number}")
             set_seed(own.seed)
-        member = new_aggregator(config, len(inner.points), members=1).to(args.device)
+        one = config.aggregator_members == 1
+        member = inner.aggregator if one else new_aggregator(config, len(inner.points), members=1).to(args.device)
         member.start_from(*start, sample)
         _, history = fit(CachedAggregator(config, member, x), own, *datasets, tokenizer)
         members.append(member)
         histories.append(history)
-    inner.aggregator.set_members(members)
+    if len(members) > 1:
+        inner.aggregator.set_members(members)
     if standardisation is not None:
         inner.aggregator.fold_standardisation(*standardisation)
     return histories[0]

@@ -1,6 +1,7 @@
 """The recipe that `dmoerm train --config recipe.yaml` reads."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -268,13 +269,15 @@ class Recipe:
             return {stage: kept, f"prompts a step of {stage}": prompts * size}
         return {stage: kept, f"batches a step of {stage}": size}
 
+    def recorded(self, names: Iterable[str]) -> dict[str, Any]:
+        """Return settings as the manifest of a run records them: those of [`ADDED`] only if they are not the default."""
+        settings = asdict(self)
+        return {name: settings[name] for name in names if name not in ADDED or settings[name] != ADDED[name]}
+
     def fingerprint(self) -> dict[str, Any]:
         """Return all settings on which the result depends, including the content of the task table and of data files."""
-        settings = {
-            key: value
-            for key, value in asdict(self).items()
-            if key not in ("output_dir", "workers", "report_to", "extend")
-        }
+        elsewhere = ("output_dir", "workers", "report_to", "extend")
+        settings = self.recorded([key for key in asdict(self) if key not in elsewhere])
         table = self.task_table
         settings["tasks"] = {task: list(points) for task, points in {**table.tasks, OVERALL: table.overall}.items()}
         for name in ("train_data", "test_data"):
@@ -325,6 +328,9 @@ RANGES = {
     "aggregator_members": (lambda value: value >= 1, "at least 1"),
 }
 """Key -> a check of its value, and a description of the values that pass."""
+
+ADDED = {"aggregator_input": "embeddings", "aggregator_members": 1}
+"""Keys that 0.1.0 did not have -> the default, by which its runs were trained."""
 
 UNUSABLE = (ValueError, TypeError, ArithmeticError, AttributeError, KeyError, ImportError, OSError)
 """Errors that training arguments raise for invalid values."""

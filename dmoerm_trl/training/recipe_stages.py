@@ -94,7 +94,7 @@ class RecipeStages:
 
     def _of(self, *names: str, step: str | None = None) -> dict[str, Any]:
         """Select settings of the recipe and, if given, of a stage's training."""
-        settings = {name: getattr(self.recipe, name) for name in names}
+        settings = self.recipe.recorded(names)
         return settings if step is None else settings | self.recipe.step_settings(step, processes())
 
     @cached_property
