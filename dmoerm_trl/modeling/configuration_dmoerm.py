@@ -46,9 +46,8 @@ class DMoERMConfig(PreTrainedConfig):
             `"top third"` (both rounded up), or a number of layers. The layers below are the same for all experts, so
             they run only once.
         aggregator_input (`str`):
-            What the aggregator reads: the experts' `"embeddings"` (equation 5), or the `"scores"` of the experts and of the
-            base, before sigma. Scores leave far fewer weights to learn from few ranked rows; reading the base takes one
-            pass more.
+            What the aggregator reads of each expert: its `"embeddings"` (equation 5), or its `"scores"` before sigma, which
+            leave far fewer weights to learn from few ranked rows.
         aggregator_hidden_size (`int`, *optional*):
             Width of the aggregator's hidden layer; the backbone's hidden size by default.
         aggregator_members (`int`):

@@ -35,15 +35,15 @@ class Aggregator(nn.Module):
     hidden layers stand side by side.
 
     Args:
-        inputs (`int`): k, the number of experts, or k + 1 with the base.
+        experts (`int`): k, the number of experts.
         input_size (`int`): How many numbers it reads of each: the H of an embedding, or 1 for a score.
         hidden_size (`int`): Width of the hidden layer of each MLP.
         members (`int`, *optional*, defaults to 1): Number of MLPs.
     """
 
-    def __init__(self, inputs: int, input_size: int, hidden_size: int, members: int = 1):
+    def __init__(self, experts: int, input_size: int, hidden_size: int, members: int = 1):
         super().__init__()
-        self.hidden = Float32Linear(inputs * input_size, members * hidden_size)
+        self.hidden = Float32Linear(experts * input_size, members * hidden_size)
         self.activation = nn.PReLU(members)
         self.output = Float32Linear(members * hidden_size, 1)
 

@@ -21,7 +21,7 @@ Below it the rewards of an fp32 model differ only by rounding; above its inverse
 def new_aggregator(config: DMoERMConfig, points: int, **changes: int) -> Aggregator:
     """Build an untrained aggregator for a number of points; `changes` replace arguments of [`Aggregator`]."""
     size = config.backbone_config.hidden_size
-    inputs = (points, size) if config.aggregator_input == "embeddings" else (points + 1, 1)
+    inputs = (points, size if config.aggregator_input == "embeddings" else 1)
     widths = {"hidden_size": config.aggregator_hidden_size or size, "members": config.aggregator_members}
     return Aggregator(*inputs, **{**widths, **changes})
 
@@ -42,7 +42,7 @@ class InnerModel(nn.Module):
         self.points = config.tasks[task]
         self.adapters = [adapter_name(task, point) for point in self.points]
         self.activation = config.activation
-        self.reads_base = bool(self.points) and config.aggregator_input == "scores"
+        self.reads_scores = config.aggregator_input == "scores"
         self.base_head = Float32Linear(size, 1)
         self.expert_heads = nn.ModuleDict({slug(point): Float32Linear(size, 1) for point in self.points})
         self.aggregator = None
@@ -56,7 +56,7 @@ class InnerModel(nn.Module):
         Compute the capability scores of equation 4, `r_i = sigma(w_i z_i + b_i)`.
 
         Args:
-            z (`Tensor` of shape (B, k or more, H)): The experts' embeddings, which may be followed by the base's.
+            z (`Tensor` of shape (B, k, H)): The experts' embeddings.
             points (`Sequence[str]`, *optional*): The experts' k capability points; all of the task by default.
 
         Returns:
@@ -67,12 +67,10 @@ class InnerModel(nn.Module):
 
     def aggregator_inputs(self, z: Tensor) -> Tensor:
         """
-        Return what the aggregator reads of each text: the embeddings `z` of its k experts, shape (B, k, H), as in equation 5;
-        or if z contains the base too, the scores of experts and base before sigma, shape (B, k + 1, 1).
+        Return what the aggregator reads of the experts' embeddings `z` of shape (B, k, H): z itself, as in equation 5, or the
+        experts' scores before sigma, shape (B, k, 1).
         """
-        if not self.reads_base:
-            return z
-        return torch.cat([self._logits(z, self.points), self.base_head(z[:, len(self.points)])], 1).unsqueeze(2)
+        return self._logits(z, self.points).unsqueeze(2) if self.reads_scores else z
 
     def _logits(self, z: Tensor, points: Sequence[str]) -> Tensor:
         """Compute `w_i z_i + b_i` of equation 4, shape (B, k)."""
@@ -86,7 +84,7 @@ class InnerModel(nn.Module):
         reads [`InnerModel.aggregator_inputs`] instead of z.
 
         Args:
-            z (`Tensor` of shape (B, n, H)): The embeddings of [`~dmoerm_trl.modeling.modeling_dmoerm.DMoERMModel.embed`].
+            z (`Tensor` of shape (B, max(k, 1), H)): The embeddings.
 
         Returns:
             `Tensor` of shape (B, 1), fp32; NaN where an embedding is not finite.

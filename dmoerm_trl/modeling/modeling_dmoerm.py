@@ -183,20 +183,19 @@ class DMoERMModel(DMoERMPreTrainedModel):
         Compute the embeddings z of all texts of `spans` with one task's experts (equation 3).
 
         Args:
-            points (`Sequence[str]`, *optional*):
-                The capability points whose experts are run. By default they are all of the task's, followed by the base if
-                the aggregator reads it too.
+            points (`Sequence[str]`, *optional*): The capability points whose experts are run; all of the task by
+                default.
 
         Returns:
-            `Tensor` of shape (B, n, H), where n is the number of points, and of the base if it is run; 1 if there are no
-            points.
+            `Tensor` of shape (B, max(k, 1), H) for k experts.
         """
-        base, inner = self.backbones[self.backbone_key(task)], self.inner_models[slug(task)]
-        texts = spans.input_ids.to(base.device), spans.lengths.to(base.device)
-        adapters = inner.adapters if points is None else [adapter_name(task, point) for point in points]
-        z = embeddings(base, adapters, *texts)
-        if points is None and inner.reads_base:
-            z = torch.cat([z, embeddings(base, [], *texts)], 1)
+        base = self.backbones[self.backbone_key(task)]
+        z = embeddings(
+            base,
+            [adapter_name(task, point) for point in (self.config.tasks[task] if points is None else points)],
+            spans.input_ids.to(base.device),
+            spans.lengths.to(base.device),
+        )
         return z.to(spans.input_ids.device)
 
     def forward(

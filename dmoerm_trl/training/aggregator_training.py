@@ -36,7 +36,7 @@ def train_aggregator(
     both datasets.
 
     Args:
-        z (`Tensor` of shape (N, n, H)): The embeddings of all texts, on the CPU.
+        z (`Tensor` of shape (N, k, H)): The embeddings of all texts, on the CPU.
         train_dataset, eval_dataset (`Dataset`): Rows with `texts`, indices into z; their `pairs`; their `length` in tokens, of
             which a batch has a budget; and their `prompt`, the same text for the rows of one prompt.
 
@@ -72,7 +72,7 @@ def _inputs(
     Return what the aggregator is trained on, the arguments of [`Aggregator.start_from`], and the mean and standard deviation
     by which the inputs were standardised, if they were.
     """
-    if not inner.reads_base:
+    if not inner.reads_scores:
         heads = inner.expert_heads.values()
         return z, (torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])), None
     x = torch.cat([inner.aggregator_inputs(chunk.to(device)) for chunk in z.split(CHUNK)])
@@ -115,7 +115,7 @@ class CachedAggregator(DMoERMPreTrainedModel):
 
     Args:
         aggregator (`Aggregator`): It is trained in place.
-        x (`Tensor` of shape (N, n, input_size)): What it reads of all texts, on the CPU.
+        x (`Tensor` of shape (N, k, input_size)): What it reads of all texts, on the CPU.
     """
 
     def __init__(self, config: DMoERMConfig, aggregator: Aggregator, x: Tensor):

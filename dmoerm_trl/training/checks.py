@@ -140,7 +140,7 @@ def _check_size(config: DMoERMConfig) -> None:
     hidden = config.backbone_config.hidden_size
     k = max(len(points) for points in config.tasks.values())
     width = config.aggregator_members * (config.aggregator_hidden_size or hidden)
-    read = k * hidden if config.aggregator_input == "embeddings" else k + 1
+    read = k * (hidden if config.aggregator_input == "embeddings" else 1)
     needed, there = 4 * (2 * config.lora_rank * hidden * k + read * width), psutil.virtual_memory().total
     if needed > there:
         raise ValueError(

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..data.formatting import Encoding
 from ..modeling.modeling_dmoerm import DMoERMForSequenceClassification
 from ..scoring.batch import map_encodings
-from ..tasks import slug
 
 CHUNK = 4096
 """Number of texts whose embeddings are in memory at once."""
@@ -24,18 +23,17 @@ def embeddings_on_disk(
     model: DMoERMForSequenceClassification, encodings: Sequence[Encoding], pad_token_id: int, folder: Path
 ) -> Tensor:
     """
-    Compute the embeddings of all texts by the experts of a one-task model once (equation 3), and by its base if the aggregator
-    reads it, as a tensor that is memory-mapped from a file in `folder`. Memory does not grow with the number of texts.
+    Compute the embeddings of all texts by the experts of a one-task model once (equation 3), as a tensor that is memory-mapped
+    from a file in `folder`. Memory does not grow with the number of texts.
 
     Several processes share the work. The name of the file contains a digest of the texts and the experts. The file gets this
     name when it is complete, so that a resumed run finds it.
 
     Returns:
-        `Tensor` of shape (N, k, H) or, with the base, (N, k + 1, H), fp32, on the CPU.
+        `Tensor` of shape (N, k, H), fp32, on the CPU.
     """
     (task,) = model.config.tasks
-    inner = model.model.inner_models[slug(task)]
-    shape = (len(encodings), len(inner.points) + inner.reads_base, model.config.backbone_config.hidden_size)
+    shape = (len(encodings), len(model.config.tasks[task]), model.config.backbone_config.hidden_size)
     content = hashlib.sha256()
     for encoding in encodings:
         content.update(array("q", [encoding.prompt_length, len(encoding.input_ids), *encoding.input_ids]).tobytes())

@@ -71,6 +71,12 @@ class Recipe:
     phase1_share: float = field(
         default=0.6, metadata={"help": "Share of the training prompts that phase 1 uses (table 4)."}
     )
+    phase3_rows: str = field(
+        default="rest",
+        metadata={
+            "help": "Rows of phase 3: the 'rest', which phase 1 did not use (paper), or 'all', for few ranked rows."
+        },
+    )
     validation_share: float = field(
         default=0.1, metadata={"help": "Share of each phase's prompts that is used for validation."}
     )
@@ -103,8 +109,7 @@ class Recipe:
     aggregator_input: str = field(
         default="embeddings",
         metadata={
-            "help": "What the aggregator reads: the experts' 'embeddings' (paper), or the 'scores' of experts and base, "
-            "for few ranked rows."
+            "help": "What the aggregator reads of each expert: its 'embeddings' (paper), or its 'scores', for few ranked rows."
         },
     )
     aggregator_hidden_size: int | None = field(
@@ -314,6 +319,7 @@ RANGES = {
     "max_length": (lambda value: value >= 1, "at least 1 token"),
     "test_share": (_share, "a share of the prompts, from 0 to below 1"),
     "phase1_share": (lambda value: 0 < value < 1, "a share of the prompts, between 0 and 1"),
+    "phase3_rows": (("rest", "all").__contains__, "'rest' or 'all'"),
     "validation_share": (lambda value: 0 < value < 1, "a share of the prompts, between 0 and 1"),
     "router_layers": (lambda value: value >= 1, "at least 1 layer"),
     "router_balance": (lambda value: 0 <= value <= 1, "0 (each row weighs the same) to 1 (each task does)"),
@@ -329,7 +335,7 @@ RANGES = {
 }
 """Key -> a check of its value, and a description of the values that pass."""
 
-ADDED = {"aggregator_input": "embeddings", "aggregator_members": 1}
+ADDED = {"aggregator_input": "embeddings", "aggregator_members": 1, "phase3_rows": "rest"}
 """Keys that 0.1.0 did not have -> the default, by which its runs were trained."""
 
 UNUSABLE = (ValueError, TypeError, ArithmeticError, AttributeError, KeyError, ImportError, OSError)

@@ -53,7 +53,7 @@ class RecipeStages:
         lora = [name for name in recipe.model_settings if name.startswith("lora_")]
         experts_of = self._of(*lora, "activation", "load_in_8bit", "load_in_4bit", "joint_experts", step="phase2")
         of_aggregator = [name for name in recipe.model_settings if name.startswith("aggregator_")]
-        aggregator = self._of(*of_aggregator, "unit_variance", step="phase3")
+        aggregator = self._of(*of_aggregator, "phase3_rows", "unit_variance", step="phase3")
         stages = {
             "data": Stage(self._data, settings=self._data_settings),
             "router": Stage(
@@ -226,11 +226,12 @@ class RecipeStages:
 
     def _phase3(self, task: str, base: str, folder: Path) -> History:
         points = self.tasks.overall if task == OVERALL else self.tasks.tasks[task]
+        phases = ("phase1", "phase3") if self.recipe.phase3_rows == "all" else ("phase3",)
+        rows = (self.rows(*(f"{phase}_{part}" for phase in phases), task=task) for part in ("train", "validation"))
         model, history = phase3(
             self._base(base, task),
             {point: self.root / slug(task) / "experts" / slug(point) for point in points},
-            self.rows("phase3_train", task=task),
-            self.rows("phase3_validation", task=task),
+            *rows,
             self.formatter,
             self._arguments("phase3", folder),
             unit_variance=self.recipe.unit_variance,

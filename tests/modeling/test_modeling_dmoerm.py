@@ -88,8 +88,7 @@ def reward_by_hand(model, task: str, row: list[int]) -> tuple[float, dict[str, f
         read = torch.cat(z)  # equation 5
         if model.config.aggregator_input == "scores":
             heads = [inner.expert_heads[point.replace(" ", "_")] for point in points]
-            logits = [linear(head, one) for head, one in zip(heads, z, strict=True)]
-            read = torch.cat([*logits, linear(inner.base_head, embedding_by_hand(backbone, None, row))])
+            read = torch.cat([linear(head, one) for head, one in zip(heads, z, strict=True)])
         hidden = linear(inner.aggregator.hidden, read)
         slopes = inner.aggregator.activation.weight.double().repeat_interleave(
             len(hidden) // model.config.aggregator_members
@@ -134,7 +133,7 @@ def test_both_layers_are_the_papers_equations(dmoerm, batch, rows, activation):
 
 def test_the_aggregator_may_read_the_experts_scores(tokenizer, batch, rows, tmp_path):
     model = make_dmoerm(tokenizer, aggregator_input="scores", aggregator_hidden_size=7)
-    assert model.model.inner_models["chitchat"].aggregator.hidden.weight.shape == (7, len(TASKS["chitchat"]) + 1)
+    assert model.model.inner_models["chitchat"].aggregator.hidden.weight.shape == (7, len(TASKS["chitchat"]))
     check_against_hand(model, batch, rows, TASK_OF_ROW)
     model.save_pretrained(tmp_path)
     again = DMoERMForSequenceClassification.from_pretrained(tmp_path)

@@ -11,6 +11,7 @@ from models import make_backbone, make_tokenizer
 from test_pipeline import EXPERTS, POINTS, STAGES, TABLE, make_recipe, make_rows, material, weights, write  # noqa: F401
 
 from dmoerm_trl.data.preference_row import PreferenceRow
+from dmoerm_trl.scoring.batch import score_rows
 from dmoerm_trl.training.pipeline import Pipeline
 from dmoerm_trl.training.recipe import Recipe
 
@@ -152,6 +153,19 @@ def test_what_is_not_yet_done_may_change(finished, tmp_path):
     run.run()
     assert run.load("model").config.aggregator_hidden_size == 8
     assert weights(run.root / "maths/phase1") == weights(finished.root / "maths/phase1")
+
+
+def test_phase_3_may_use_the_rows_of_phase_1_too(finished, tmp_path):
+    """Only phase 3 and what is built on it is trained again, and its rewards have zero mean on all these rows."""
+    run, changed = extended(
+        finished, tmp_path / "all", phase3_rows="all", aggregator_input="scores", aggregator_members=2
+    )
+    assert changed == {"maths/phase3", "chitchat/phase3", "model"}
+    of_both = ("phase1_train", "phase1_validation", "phase3_train", "phase3_validation")
+    for parts, zero in ((of_both, True), (of_both[2:], False)):
+        scores = score_rows(run.load("maths/phase3"), run.rows(*parts, task="maths"), run.formatter)
+        mean = torch.tensor([reward for row in scores for reward in row], dtype=torch.float64).mean()
+        assert (abs(float(mean)) < 1e-6) == zero
 
 
 def test_settings_of_experts_are_not_those_of_their_base(finished, tmp_path):

@@ -355,9 +355,9 @@ def test_aggregators_are_validated_on_prompts_of_their_own_and_averaged(
     assert seen[1][1].seed == seen[0][1].seed + 1
 
     aggregator = model.model.inner_models["chitchat"].aggregator
-    x = torch.randn(5, len(POINTS) + 1, 1)
+    x = torch.randn(5, len(POINTS), 1)
     members = [given[0].aggregator for given in seen]
-    merged = Aggregator(len(POINTS) + 1, 1, members[0].hidden.out_features, members=2)
+    merged = Aggregator(len(POINTS), 1, members[0].hidden.out_features, members=2)
     merged.set_members(members)
     torch.testing.assert_close(merged(x), (members[0](x) + members[1](x)) / 2, atol=1e-6, rtol=1e-5)
     assert not torch.equal(members[0].hidden.weight, members[1].hidden.weight)

@@ -175,6 +175,7 @@ BAD = {
     "max_length": [0, -1, 2.5],
     "on_error": ["maybe", None],
     "test_share": [1.0, 2, -0.1],
+    "phase3_rows": ["none", None],
     "phase1_share": [0, 1],
     "validation_share": [0, 1],
     "seed": [-1, 2**70],
