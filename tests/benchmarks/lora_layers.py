@@ -33,8 +33,8 @@ def run_seed(recipe_file: str, seed: int, folder: Path) -> dict[str, dict]:
         arguments, recipe = read_recipe(recipe_file, seed, folder, **keys)
         make_world_and_base(arguments, recipe, World(seed))
         if first is not None and not (root / "manifest.json").exists():
-            for stage in ("data", "router", *(f"{slug(task)}/phase1" for task in recipe.task_table.tasks)):
-                shutil.copytree(first / stage, root / stage, dirs_exist_ok=True)
+            for stage in (first / "data", first / "router", *first.glob("*/phase1")):
+                shutil.copytree(stage, root / stage.relative_to(first), dirs_exist_ok=True)
             for path in root.glob("*/phase1/config.json"):  # experts take their settings from their base
                 path.write_text(json.dumps({**json.loads(path.read_text()), "lora_layers": lora_layers}))
         first = first or root
