@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def demo(arguments: "DemoArguments", recipe: Recipe) -> dict[str, Any]:
     """Run the demo, print the results, and return the content of `summary.json`, which it writes to the output folder."""
     seconds: dict[str, float] = {}
-    world = World(recipe.seed)
+    world = World(recipe.seed, arguments.pairs)
     with timed(seconds, "world and base"):
         make_world_and_base(arguments, recipe, world)
     with timed(seconds, "training"):
@@ -95,7 +95,7 @@ def make_world_and_base(arguments: "DemoArguments", recipe: Recipe, world: World
         if not rows.exists():
             with writing(rows, binary=True) as file:
                 file.write(written.read_bytes())
-    settings = {"seed": recipe.seed, "texts": arguments.base_texts, **arguments.base}
+    settings = {"seed": recipe.seed, "texts": arguments.base_texts, "pairs": arguments.pairs, **arguments.base}
     record = base / "tiny_base.json"
     if not (base / "config.json").exists():
         temporary = partial_path(base)

@@ -214,6 +214,12 @@ class World:
     Args:
         seed (`int`, *optional*, defaults to `0`):
             Seed of all random draws. Clauses, templates and gold are the same in every world.
+        pairs (`int`, *optional*, defaults to 12):
+            How many of the twelve pairs of a sign and a lapse that a point has the texts are written with. Fewer are learnt
+            from fewer rows.
+
+    Raises:
+        ValueError: If `pairs` is not from 2 to 12.
 
     Example:
 
@@ -226,8 +232,10 @@ class World:
     ```
     """
 
-    def __init__(self, seed: int = 0):
-        self.seed = seed
+    def __init__(self, seed: int = 0, pairs: int = 12):
+        if not 2 <= pairs <= 12:
+            raise ValueError(f"got pairs={pairs}, need 2 to 12, because a point has two slots and twelve pairs.")
+        self.seed, self.pairs = seed, pairs
 
     # Reading a text
 
@@ -313,7 +321,9 @@ class World:
         for _ in range(n):
             task = rng.choice(TASKS)
             prompt, topic = _write_prompt(rng, task, earlier=0.8)
-            texts.append([*prompt, {"role": "assistant", "content": _write_response(rng, task, topic, KNOWN)}])
+            texts.append(
+                [*prompt, {"role": "assistant", "content": _write_response(rng, task, topic, self.pairs, KNOWN)}]
+            )
         return texts
 
     def judged(self, row: PreferenceRow) -> PreferenceRow:
@@ -325,7 +335,7 @@ class World:
     def _row(self, rng: random.Random, prompt: list[dict], topic: str, task: str) -> PreferenceRow:
         ranks = [1]
         while max(ranks) == 1:  # a row of ties has no preference to learn
-            responses = [_write_response(rng, task, topic) for _ in range(rng.randint(2, 4))]
+            responses = [_write_response(rng, task, topic, self.pairs) for _ in range(rng.randint(2, 4))]
             ranks = _annotate(rng, [self.gold(prompt, response, task) for response in responses])
         levels = [self.levels(prompt, response, task) for response in responses]
         capability_ranks = {
@@ -418,9 +428,10 @@ def _write_prompt(rng: random.Random, task: str, earlier: float = 0.1) -> tuple[
     return [*turns, {"role": "user", "content": text.replace("{topic}", topic)}], topic
 
 
-def _write_response(rng: random.Random, task: str, topic: str, knowing: float | None = None) -> str:
+def _write_response(rng: random.Random, task: str, topic: str, of_point: int, knowing: float | None = None) -> str:
     """
-    A response about `topic`: every slot of every point a sign or a lapse, some fillers, all shuffled.
+    Write a response about `topic`: in every slot of every point a sign or a lapse of its first `of_point` pairs, and some
+    fillers, all shuffled.
 
     Args:
         knowing (`float`, *optional*): Probability of a sign, rather than a lapse, at the points of [`KNOWLEDGE`].
@@ -431,7 +442,7 @@ def _write_response(rng: random.Random, task: str, topic: str, knowing: float | 
         level = rng.choices(range(slots + 1), LEVELS[slots])[0]
         if knowing is not None and point in KNOWLEDGE:
             level = sum(rng.random() < knowing for _ in range(slots))
-        pairs = rng.sample(TOPICAL.get(point) or CLAUSES[point], slots)
+        pairs = rng.sample((TOPICAL.get(point) or CLAUSES[point])[:of_point], slots)
         signs += [sign.format(topic=topic) for sign, _ in pairs[:level]]
         rest += [lapse.format(topic=astray) for _, lapse in pairs[level:]]
     if signs and rng.random() < REPEATED:

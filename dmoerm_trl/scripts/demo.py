@@ -22,6 +22,9 @@ class DemoArguments:
         default=0, metadata={"help": "Further prompts of each task that only the judge labelled."}
     )
     rows_of_others: int = field(default=40, metadata={"help": "Prompts that belong to none of the tasks."})
+    pairs: int = field(
+        default=12, metadata={"help": "Pairs of a sign and a lapse a point, from 2 to 12; fewer are learnt sooner."}
+    )
     base: dict[str, Any] = field(default_factory=dict, metadata={"help": "Arguments of `train_tiny_base`."})
     base_texts: int = field(default=6000, metadata={"help": "Conversations that the base is trained on."})
     best_of_n: int = field(default=256, metadata={"help": "Responses per prompt, of which the best is taken."})

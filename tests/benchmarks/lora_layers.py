@@ -31,7 +31,7 @@ def run_seed(recipe_file: str, seed: int, folder: Path) -> dict[str, dict]:
         root = folder / slug(lora_layers)
         keys = {"output_dir": root, "lora_layers": lora_layers, "ensemble_size": 0, "without_outer": False}
         arguments, recipe = read_recipe(recipe_file, seed, folder, **keys)
-        make_world_and_base(arguments, recipe, World(seed))
+        make_world_and_base(arguments, recipe, World(seed, arguments.pairs))
         if first is not None and not (root / "manifest.json").exists():
             for stage in (first / "data", first / "router", *first.glob("*/phase1")):
                 shutil.copytree(stage, root / stage.relative_to(first), dirs_exist_ok=True)

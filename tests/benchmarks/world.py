@@ -64,7 +64,7 @@ def read_recipe(recipe_file: str, seed: int, folder: Path, **keys: object) -> tu
 def run_seed(recipe_file: str, seed: int, folder: Path, sizes: dict[str, int], keys: dict[str, str]) -> dict:
     """Train and evaluate all methods in the world of one seed, on the test rows of the tasks."""
     arguments, recipe = read_recipe(recipe_file, seed, folder, **keys)
-    world = World(seed)
+    world = World(seed, arguments.pairs)
     make_world_and_base(arguments, recipe, world)
     run = Pipeline(recipe)
     run.run()

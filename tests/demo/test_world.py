@@ -233,6 +233,17 @@ def test_responses_show_all_the_levels():
         assert all({level[point] for level in levels} == {0, 1, 2} for point in own_points(task))
 
 
+def test_a_world_may_be_written_with_fewer_pairs():
+    for row in World(0, pairs=3).rows(20):
+        clauses = {clause for response in row.responses for clause in clauses_of(response)}
+        for point, pairs in CLAUSES.items():
+            assert not clauses & {clause.lower() for pair in pairs[3:] for clause in pair}, point
+        assert all(World(0).gold(row.prompt, response, row.task) > FLOOR for response in row.responses)
+    for pairs in (1, 13):
+        with pytest.raises(ValueError, match=f"got pairs={pairs}, need 2 to 12"):
+            World(0, pairs)
+
+
 def test_points_are_shown_or_not_each_by_itself():
     """A response may excel at one point and fall short at another, so no point tells another's level."""
     rows = World(4).rows(200)
