@@ -24,9 +24,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from trl import TrlParser
 from world_members import SETTINGS, Member, members_of, train_members
 
+from dmoerm_trl.arguments import Parser
 from dmoerm_trl.commands.demo import make_world_and_base
 from dmoerm_trl.data.rows import PreferenceRow
 from dmoerm_trl.demo.world import World
@@ -57,8 +57,7 @@ def read_recipe(recipe_file: str, seed: int, folder: Path, **keys: object) -> tu
     """A recipe of the demo for one seed, with the run, the base and the rows in `folder`, and some keys replaced."""
     places = {"output_dir": folder / "run", "base_model": folder / "base", "train_data": folder / "world.jsonl"}
     options = [word for key, value in {**places, **keys, "seed": seed}.items() for word in (f"--{key}", str(value))]
-    parser = TrlParser((DemoArguments, Recipe))
-    return parser.parse_args_and_config(["--config", recipe_file, *options], fail_with_unknown_args=True)
+    return Parser((DemoArguments, Recipe), prog="world.py").parse(["--config", str(recipe_file), *options])
 
 
 def run_seed(recipe_file: str, seed: int, folder: Path, sizes: dict[str, int], keys: dict[str, str]) -> dict:
