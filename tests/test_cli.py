@@ -61,7 +61,9 @@ def test_as_a_program_it_ends_with_a_line(monkeypatch, capsys):
         main()
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("dmoerm: error: got rows_per_task=-3 and rows_of_others=60, need at least 0")
+    assert line.startswith(
+        "dmoerm: error: got rows_per_task=-3, rows_of_others=60 and labelled_rows_per_task=0, need at least 0"
+    )
 
 
 def test_ordinary_commands_say_nothing_of_the_libraries(tmp_path, tokenizer, dmoerm):
