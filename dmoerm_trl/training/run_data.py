@@ -96,6 +96,7 @@ def read_run_data(recipe: Recipe, tasks: TaskTable, formatter: Formatter, part_o
         except ValueError as error:
             raise ValueError(f"{recipe.train_data}: in the {len(part)} {what}: {error}") from error
     _check_preferences(parts, recipe, tasks)
+    _check_members(parts, recipe, tasks)
     for name, part in parts.items():
         unranked = sum(not row.pairs_of() for row in part)
         for_experts = f", {unranked} of them without an overall preference" if unranked else ""
@@ -211,3 +212,17 @@ def _check_preferences(parts: dict[str, list[PreferenceRow]], recipe: Recipe, ta
                     "with two distinct `ranks`, need at least one because bases and aggregators are trained and tested on the "
                     "overall preference: rank responses to more of the task's prompts."
                 )
+
+
+def _check_members(parts: dict[str, list[PreferenceRow]], recipe: Recipe, tasks: TaskTable) -> None:
+    """Check that phase 3 has a prompt for each of several aggregators to be validated on."""
+    phases = ("phase1", "phase3") if recipe.phase3_rows == "all" else ("phase3",)
+    rows = [row for phase in phases for part in ("train", "validation") for row in parts[f"{phase}_{part}"]]
+    for task in tasks.tasks:
+        prompts = {row.prompt_id for row in rows if row.task == task and row.pairs_of()}
+        if len(prompts) < recipe.aggregator_members:
+            raise ValueError(
+                f"{recipe.train_data}: got aggregator_members={recipe.aggregator_members} and {len(prompts)} ranked prompts of "
+                f"the task {task!r} for phase 3, need at least as many prompts, because each aggregator is validated on prompts "
+                "of its own: lower it, or rank responses to more of the task's prompts."
+            )

@@ -465,6 +465,13 @@ def test_a_part_of_a_task_without_an_overall_preference_is_refused(material, tmp
     refused(tested, "tied.jsonl: got 2 rows of the task 'overall' in the part test, none with two distinct `ranks`")
 
 
+def test_more_aggregators_than_prompts_are_refused(material, tmp_path):
+    refused(
+        make_recipe(material, tmp_path / "run", aggregator_members=30, phase3_rows="all"),
+        r"got aggregator_members=30 and \d+ ranked prompts of the task 'maths' for phase 3, need at least as many",
+    )
+
+
 def refused(recipe: Recipe, match: str) -> str:
     with pytest.raises((ValueError, FileNotFoundError), match=match) as error:
         Pipeline(recipe).run()
