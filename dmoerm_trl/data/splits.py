@@ -51,8 +51,8 @@ def split_rows(
         unless its share is 0.
 
     Raises:
-        `ValueError`: If a task has too few prompts with an overall preference to fill each part. Rows of `others` or without a task may leave parts
-            empty, because no inner model is trained on them alone.
+        `ValueError`: If a task has too few prompts with an overall preference to fill each part. Rows of `others` or without
+            a task may leave parts empty, because no inner model is trained on them alone.
 
     Example:
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -289,25 +290,21 @@ class World:
         """
         rng = random.Random(f"rows of world {self.seed}")
         seen, rows = set(), []
-        counts = {task: n_others if task == OTHERS else n_per_task for task in TASKS}
-        for ranked in (True, False):
-            for task in TASKS:
-                wanted = counts[task] if ranked else n_labelled * (task != OTHERS)
-                if (of_task := counts[task] + n_labelled * (task != OTHERS)) > MAX_PROMPTS:
-                    raise ValueError(
-                        f"got {of_task} rows of {task!r}, need at most {MAX_PROMPTS}: the prompts would run out."
-                    )
-                for _ in range(wanted):
+        ranked = {task: n_others if task == OTHERS else n_per_task for task in TASKS}
+        labelled = dict.fromkeys(TABLE.tasks, n_labelled)
+        for task, number in ranked.items():
+            if (number := number + labelled.get(task, 0)) > MAX_PROMPTS:
+                raise ValueError(
+                    f"got {number} rows of {task!r}, need at most {MAX_PROMPTS}: the prompts would run out."
+                )
+        for numbers, draw in ((ranked, self._row), (labelled, self._labelled_row)):
+            for task, number in numbers.items():
+                for _ in range(number):
                     prompt, topic = _write_prompt(rng, task)
                     while (key := tuple(turn["content"] for turn in prompt)) in seen:
                         prompt, topic = _write_prompt(rng, task)
                     seen.add(key)
-                    row = self._row(rng, prompt, topic, task)
-                    while not (
-                        ranked or any(map(row.pairs_of, row.labelled_points))
-                    ):  # nothing to learn from the judge
-                        row = self._row(rng, prompt, topic, task)
-                    rows.append(row if ranked else replace(row, ranks=[1] * len(row.ranks)))
+                    rows.append(draw(rng, prompt, topic, task))
         rng.shuffle(rows)
         return rows
 
@@ -343,6 +340,13 @@ class World:
             for point, slots in points_of(task).items()
         }
         return PreferenceRow(prompt, responses, ranks, task, capability_ranks)
+
+    def _labelled_row(self, *drawn: Any) -> PreferenceRow:
+        """Draw a row without the ranks of a human, in which the judge prefers some response at some point."""
+        row = self._row(*drawn)
+        while not any(map(row.pairs_of, row.labelled_points)):
+            row = self._row(*drawn)
+        return replace(row, ranks=[1] * len(row.ranks))
 
     # Calibration
 

@@ -45,7 +45,8 @@ def train_aggregator(
     """
     x, start, standardisation = _inputs(inner.requires_grad_(False), z, args.device)
     sample = x[:: -(-len(x) // CHUNK)].to(args.device)
-    members, histories = [], []
+    members: list[Aggregator] = []
+    history: History = []
     for number, datasets in enumerate(_folds(train_dataset, eval_dataset, config.aggregator_members)):
         own = copy.copy(args)
         if number:
@@ -54,14 +55,14 @@ def train_aggregator(
         one = config.aggregator_members == 1
         member = inner.aggregator if one else new_aggregator(config, len(inner.points), members=1).to(args.device)
         member.start_from(*start, sample)
-        _, history = fit(CachedAggregator(config, member, x), own, *datasets, tokenizer)
+        _, of_member = fit(CachedAggregator(config, member, x), own, *datasets, tokenizer)
         members.append(member)
-        histories.append(history)
+        history = history or of_member
     if len(members) > 1:
         inner.aggregator.set_members(members)
     if standardisation is not None:
         inner.aggregator.fold_standardisation(*standardisation)
-    return histories[0]
+    return history
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@ The consistency table in the simulated world over several seeds, each with a wor
 
     python tests/benchmarks/world.py --seeds 3 --json FILE
 
-The seeds are 1, 2, ...: the settings were chosen on the validation rows of seed 0. Further options are keys of the recipe, such
+The seeds are 1, 2, ...: the settings were chosen on seed 0, those of the aggregator with a look at its test rows. Further options are keys of the recipe, such
 as `--rows_per_task 2000 --test_share 0.5`. A killed run goes on where it was.
 
 Rows beside those of the demo's table: `phase 1`, the base of the inner models; `LoRA mean` (and WCO, UWO), five LoRA reward
@@ -33,7 +33,7 @@ from dmoerm_trl.demo.world import World
 from dmoerm_trl.evaluation.methods import method_scores, router_accuracy
 from dmoerm_trl.evaluation.table import CEILING, LENGTH_ONLY, consistency_table
 from dmoerm_trl.files import write_json
-from dmoerm_trl.scoring.aggregation import mean_reward, uncertainty_weighted_reward, worst_case_reward
+from dmoerm_trl.scoring.aggregation import AGGREGATIONS
 from dmoerm_trl.scoring.batch import score_rows
 from dmoerm_trl.scripts.demo import DemoArguments
 from dmoerm_trl.tasks import OTHERS, OVERALL, slug
@@ -45,7 +45,6 @@ RECIPE = ROOT / "recipes" / "demo" / "world.yaml"
 SIZES = {"LoRA": 5, "task": 3, "judge": 3}
 """Kind of member -> size of its ensemble."""
 
-AGGREGATIONS = {"mean": mean_reward, "WCO": worst_case_reward, "UWO": uncertainty_weighted_reward}
 SAME_ROWS = ("mean", "WCO", "UWO", *(f"LoRA {name}" for name in AGGREGATIONS), "task mean")
 """The ensembles of the same ranked rows as DMoERM."""
 
